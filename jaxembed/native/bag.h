@@ -30,7 +30,7 @@ enum class RowType : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kInt8 = 3, kInt4 =
 struct Ints {
   const void* data = nullptr;
   bool wide = false;
-  int64_t operator[](int64_t i) const {
+  __attribute__((always_inline)) int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
 };
@@ -82,8 +82,11 @@ struct Placed {
 using RunTask = int64_t (*)(const Bag&, const Placed&, const Task&);
 int64_t RunBag(const Bag& bag, const Placed& placed, const Task& task);
 
-// Writes a bag that several tasks shared from their partial sums.
-void FinishBag(const Bag& bag, int64_t b, const float* partials, int64_t count);
+// Writes a bag that several tasks shared from their partial sums, which it changes.
+void FinishBag(const Bag& bag, int64_t b, float* partials, int64_t count);
+
+// Room for `size` floats, this thread's until its next call.
+float* ThreadFloats(int64_t size);
 
 }  // namespace jaxembed
 

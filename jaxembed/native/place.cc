@@ -46,6 +46,12 @@ std::string PlaceSparse(const Bag& bag, Scratch& scratch, Placed* placed) {
 
 }  // namespace
 
+float* ThreadFloats(int64_t size) {
+  thread_local std::vector<float> floats;
+  if (static_cast<int64_t>(floats.size()) < size) floats.resize(size);
+  return floats.data();
+}
+
 int64_t Table::row_bytes() const {
   switch (type) {
     case RowType::kF32: return 4 * dim;

@@ -1,7 +1,9 @@
 // The hot loop. Compiled once per instruction set, with JAXEMBED_ISA naming the namespace.
-#include <cmath>
+//
+// Nothing here may make a symbol that other files share (an inline function or template of the standard
+// library, say): the linker would keep one of its instances, perhaps one that the processor cannot run.
 #include <cstring>
-#include <vector>
+#include <type_traits>
 
 #include "bag.h"
 #if defined(__F16C__)
@@ -229,7 +231,7 @@ inline void Write(const Bag& bag, int64_t at, const float* sum) {
 
 inline float Inverse(Combiner combiner, float divisor) {
   if (combiner == Combiner::kSum) return 1.0f;
-  if (combiner == Combiner::kSqrtn) divisor = std::sqrt(divisor);
+  if (combiner == Combiner::kSqrtn) divisor = __builtin_sqrtf(divisor);
   return divisor;
 }
 
@@ -315,6 +317,7 @@ struct Runner {
     const int64_t length = bag.sequence_length, dim = bag.table.dim;
     float* sum = Sum(b * length);
     std::memset(sum, 0, 4 * length * dim);
+    if (!bag.columns.data && end - begin > length) end = begin + length;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = At(i);
       const int64_t l = bag.columns.data ? bag.columns[at] : i - begin;
@@ -361,19 +364,19 @@ struct Runner {
 template <typename Id>
 bool AllValid(const Id* ids, int64_t begin, int64_t end, int64_t vocabulary) {
   using Unsigned = std::make_unsigned_t<Id>;
+  // At most 2^31 or 2^63, so that a negative id is outside whatever the vocabulary.
+  constexpr Unsigned kNegative = Unsigned{1} << (8 * sizeof(Id) - 1);
+  const Unsigned size = static_cast<uint64_t>(vocabulary) < kNegative ? static_cast<Unsigned>(vocabulary) : kNegative;
   bool bad = false;
-  for (int64_t i = begin; i < end; ++i) bad |= static_cast<Unsigned>(ids[i]) >= static_cast<Unsigned>(vocabulary);
+  for (int64_t i = begin; i < end; ++i) bad |= static_cast<Unsigned>(ids[i]) >= size;
   return !bad;
 }
 
 template <RowType T, bool kWeighted, typename Id>
 int64_t RunAs(const Bag& bag, const Placed& placed, const Task& task) {
-  thread_local std::vector<float> buffer;
   float* scratch = nullptr;
   if (bag.table.type == RowType::kBF16 || bag.table.type == RowType::kF16) {
-    const size_t size = bag.table.dim * (bag.sequence_length ? bag.sequence_length : 1);
-    if (buffer.size() < size) buffer.resize(size);
-    scratch = buffer.data();
+    scratch = ThreadFloats(bag.table.dim * (bag.sequence_length ? bag.sequence_length : 1));
   }
   const Id* ids = static_cast<const Id*>(bag.ids.data);
   Runner<T, kWeighted, Id> runner{bag, placed, ids, bag.table.row_bytes(), scratch, false};
@@ -408,14 +411,13 @@ int64_t Run(const Bag& bag, const Placed& placed, const Task& task) {
   return 0;
 }
 
-void Finish(const Bag& bag, int64_t b, const float* partials, int64_t count) {
+void Finish(const Bag& bag, int64_t b, float* partials, int64_t count) {
   const int64_t dim = bag.table.dim;
-  std::vector<float> sum(partials, partials + dim + 1);
   for (int64_t p = 1; p < count; ++p) {
-    for (int64_t d = 0; d <= dim; ++d) sum[d] += partials[p * (dim + 1) + d];
+    for (int64_t d = 0; d <= dim; ++d) partials[d] += partials[p * (dim + 1) + d];
   }
-  Scale(bag.combiner, sum[dim], sum.data(), dim);
-  Write(bag, b, sum.data());
+  Scale(bag.combiner, partials[dim], partials, dim);
+  Write(bag, b, partials);
 }
 
 }  // namespace jaxembed::JAXEMBED_ISA

@@ -6,7 +6,7 @@ namespace jaxembed {
 #define JAXEMBED_DECLARE(isa)                                     \
   namespace isa {                                                 \
   int64_t Run(const Bag&, const Placed&, const Task&);            \
-  void Finish(const Bag&, int64_t b, const float*, int64_t count); \
+  void Finish(const Bag&, int64_t b, float*, int64_t count);       \
   }
 JAXEMBED_DECLARE(baseline)
 #if defined(JAXEMBED_X86_64)
@@ -35,7 +35,7 @@ int64_t RunBag(const Bag& bag, const Placed& placed, const Task& task) {
   return run(bag, placed, task);
 }
 
-void FinishBag(const Bag& bag, int64_t b, const float* partials, int64_t count) {
+void FinishBag(const Bag& bag, int64_t b, float* partials, int64_t count) {
   baseline::Finish(bag, b, partials, count);
 }
 
