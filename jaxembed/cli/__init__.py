@@ -1,0 +1,68 @@
+"""The `jaxembed` command: each subcommand is a module, imported when it is called for."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand: the module that has `add_arguments(parser)` and `run(options) -> int`, and its help.
+
+    `extra` is the extra of the package that the module's imports need. Commands `on_cpu` must not take an
+    accelerator from a job that is running.
+    """
+
+    module: str
+    help: str
+    extra: str | None = None
+    on_cpu: bool = True
+
+
+#: Those outside the core are named, not imported: the core imports neither train nor serve.
+COMMANDS = {
+    "inspect": Command("jaxembed.cli.inspect", "what is in a checkpoint or bundle"),
+    "convert": Command("jaxembed.cli.convert", "a checkpoint into another form"),
+    "diff": Command("jaxembed.cli.diff", "what changed between two, by table"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 1 if it fails, 2 if the command line is wrong or `diff` finds a difference."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="jaxembed", description="Embedding tables: train, convert, serve.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    modules: dict[str, Any] = {}
+    try:
+        for name, command in COMMANDS.items():
+            sub = commands.add_parser(
+                name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter
+            )
+            if arguments[:1] == [name]:
+                modules[name] = module = _load(name, command)
+                sub.description = module.__doc__
+                module.add_arguments(sub)
+        options = parser.parse_args(arguments)
+        return modules[options.command].run(options)
+    except (ValueError, OSError) as e:
+        print(f"jaxembed: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("jaxembed: interrupted", file=sys.stderr)
+        return 130
+
+
+def _load(name: str, command: Command) -> Any:
+    if command.on_cpu:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        return importlib.import_module(command.module)
+    except ModuleNotFoundError as e:
+        if command.extra is None or (e.name or "").startswith("jaxembed"):
+            raise
+        raise ValueError(
+            f"`jaxembed {name}` needs the package {e.name!r}; install it with "
+            f"pip install 'jaxembed[{command.extra}]'."
+        ) from e
