@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpointer, Restored
 from .embedding import EmbeddingState, ShardedEmbedding
+from .engines.planner import ShardingPlan, plan_tables
 from .module import Embedding
 from .trainer import Trainer, TrainState
 
@@ -11,6 +12,8 @@ __all__ = [
     "EmbeddingState",
     "Restored",
     "ShardedEmbedding",
+    "ShardingPlan",
     "TrainState",
     "Trainer",
+    "plan_tables",
 ]

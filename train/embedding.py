@@ -20,6 +20,7 @@ from .engines.batch import ShardedBatch, ShardedWeights
 from .engines.canonical import CanonicalTables
 from .engines.initial import draws_by_row, initial_rows, table_key
 from .engines.placement import stack_tables
+from .engines.planner import ShardingPlan
 from .engines.step import StepProgram
 
 EXCHANGES = ("auto", "all_gather", "all_to_all")
@@ -61,8 +62,8 @@ class ShardedEmbedding:
       optimizer: of the tables that have none of their own.
       mesh: of the devices. Its axes are taken as automatic ones; `embedding.mesh` has them.
       axis: axis or axes of the mesh over which batch and tables are sharded; None takes all.
-      plan: table name to "mod", "div", "table", "column" or "replicated" (`engines.placement`); None and
-        tables that it leaves out take "mod".
+      plan: table name to "mod", "div", "table", "column" or "replicated" (`engines.placement`), or what
+        `plan_tables` chose; None and tables that it leaves out take "mod".
       exchange: how rows travel: "all_gather" (`engines.gathering`), "all_to_all" (`engines.routing`), or
         "auto", the one that moves fewer bytes.
       engine: "xla" or "auto".
@@ -83,7 +84,7 @@ class ShardedEmbedding:
         mesh: Mesh,
         *,
         axis: str | tuple[str, ...] | None = None,
-        plan: Mapping[str, str] | None = None,
+        plan: Mapping[str, str] | ShardingPlan | None = None,
         exchange: str = "auto",
         engine: str = "auto",
         capacity: int | None = None,
@@ -97,6 +98,13 @@ class ShardedEmbedding:
         self.axes = _mesh_axes(mesh, axis)
         self.num_shards = math.prod(self.mesh.shape[axis] for axis in self.axes)
         self.tables = feature_tables(feature_config)
+        if isinstance(plan, ShardingPlan):
+            if plan.num_shards != self.num_shards:
+                raise ValueError(
+                    f"the plan is for {plan.num_shards} devices, got a mesh of {self.num_shards}; make it with "
+                    f"plan_tables(..., num_shards={self.num_shards})."
+                )
+            plan = plan.shardings
         plan = dict(plan or {})
         unknown = sorted(set(plan) - set(self.tables))
         if unknown:
@@ -131,6 +139,11 @@ class ShardedEmbedding:
         if special or any(s.optimizer.slot_variable_creation_fn is not None for s in self.stacks.values()):
             tables, slots = self._init_whole(key, EmbeddingState(tables, slots, jnp.int32(0)), special)
         return EmbeddingState(tables, slots, jax.device_put(jnp.int32(0), self.replicated))
+
+    def abstract_state(self) -> EmbeddingState:
+        """Shapes, types and shardings of a state, for compiling ahead of time."""
+        tables, slots = self._program.abstract()
+        return EmbeddingState(tables, slots, jax.ShapeDtypeStruct((), jnp.int32, sharding=self.replicated))
 
     def lookup(
         self, state: EmbeddingState, batch: Any, weights: Any = None, *, count_bad_ids: bool = False
@@ -200,11 +213,29 @@ class ShardedEmbedding:
         plan = self._plan(batch, weights)
         if packing.is_traced(plan):
             return packing.pack_in_trace(plan, self.stacks, self.num_shards), None
-        local = range(self.num_shards // jax.process_count())
-        packed, values = packing.pack_on_host(plan, self.stacks, local, self._room)
+        packed, values = self._pack(plan)
         put = partial(jax.make_array_from_process_local_data, self.batch_sharding)
         packed = jax.tree.map(put, packed)
         return packed, None if values is None else ShardedWeights(jax.tree.map(put, values))
+
+    def abstract_batch(self, batch: Any, weights: Any = None) -> tuple[ShardedBatch, ShardedWeights | None]:
+        """Shapes, types and shardings of what `shard_batch` returns for a batch, for compiling ahead of time.
+
+        The devices of the mesh need not be there: `jax.experimental.topologies` describes them.
+        """
+        packed, values = self._pack(self._plan(batch, weights))
+        hosts = jax.process_count()
+
+        def abstract(x):
+            shape = (x.shape[0] * hosts, *x.shape[1:])
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.batch_sharding)
+
+        packed = jax.tree.map(abstract, packed)
+        return packed, None if values is None else ShardedWeights(jax.tree.map(abstract, values))
+
+    def predicted_bytes(self, batch: ShardedBatch) -> int:
+        """Bytes that a device exchanges for a lookup and an update of a batch, as `engines.traffic` says."""
+        return self._program.predicted_bytes(batch)
 
     def unshard_weights(self, gradients: ShardedWeights, batch: Any, weights: Any) -> Any:
         """Gradients of sharded weights in the form of the weights that the caller gave, on the host.
@@ -256,6 +287,10 @@ class ShardedEmbedding:
     def abstract_canonical(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Shapes, types and shardings of canonical tables and slots, without the values."""
         return self._canonical.abstract()
+
+    def _pack(self, plan: packing.Plan) -> Any:
+        local = range(self.num_shards // jax.process_count())
+        return packing.pack_on_host(plan, self.stacks, local, self._room)
 
     def _plan(self, batch: Any, weights: Any) -> packing.Plan:
         return packing.plan_batch(batch, weights, self.feature_config, self.stacks, jax.process_count())

@@ -69,6 +69,26 @@ class Trainer:
         opt_state = jax.device_put(self.optimizer.init(params), self.embedding.replicated)
         return TrainState(self.embedding.init(key), params, opt_state)
 
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of a state, for compiling a step ahead of time."""
+
+        def abstract(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.embedding.replicated)
+
+        params = jax.tree.map(abstract, self._initial_params)
+        opt_state = jax.tree.map(abstract, jax.eval_shape(self.optimizer.init, params))
+        return TrainState(self.embedding.abstract_state(), params, opt_state)
+
+    def abstract_batch(self, batch: Batch) -> Batch:
+        """Shapes, types and shardings of what `shard_batch` returns for a batch."""
+        features, weights = self.embedding.abstract_batch(batch.features, batch.weights)
+        sharding = self.embedding.batch_sharding
+        rest = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            for x in (batch.dense, batch.labels, batch.mask)
+        ]
+        return Batch(features, weights, *rest)
+
     def shard_batch(self, batch: Batch) -> Batch:
         """A host batch laid out over the mesh; what `step` and `predict` take."""
         features, weights = self.embedding.shard_batch(batch.features, batch.weights)

@@ -1,7 +1,6 @@
 """Lookups and updates of all stacks as programs over the mesh."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from . import xla
 from .batch import BatchLayout, FeatureLayout, ShardedBatch
 from .placement import Stack
 from .segments import join_features, scale, split_features
+from .traffic import cheaper_exchange, exchanged_bytes, pair_window
 
 
 class StepProgram:
@@ -51,6 +51,25 @@ class StepProgram:
         """The same as shardings."""
         return jax.tree.map(partial(NamedSharding, self.mesh), self.specs())
 
+    def abstract(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """Tables and slots without the values."""
+        tables, slots = self.shardings()
+        return (
+            {
+                name: jax.ShapeDtypeStruct(stack.shape((stack.dim,)), stack.dtype, sharding=tables[name])
+                for name, stack in self.stacks.items()
+            },
+            {
+                name: {
+                    slot: jax.ShapeDtypeStruct(
+                        stack.shape(stack.slot_trailing(slot)), jnp.float32, sharding=sharding
+                    )
+                    for slot, sharding in slots[name].items()
+                }
+                for name, stack in self.stacks.items()
+            },
+        )
+
     def init(self, key: jax.Array, initial_rows: Callable[[Stack, jax.Array, Any], jax.Array]) -> Any:
         """Fresh tables and slots, each shard its own piece."""
 
@@ -71,6 +90,14 @@ class StepProgram:
             exchange = cheaper_exchange(config, num_segments, capacity)
         window = pair_window(capacity, config.num_shards) if exchange == "all_to_all" else capacity
         return xla.StackExchange(config, exchange, self.axes, num_segments, window)
+
+    def predicted_bytes(self, batch: ShardedBatch) -> int:
+        """Bytes that one shard exchanges for a lookup and an update of a batch without weights."""
+        total = 0
+        for name, positions in batch.positions.items():
+            ex = self.exchange_of(batch.layout, name, positions.shape[1])
+            total += exchanged_bytes(ex.stack, ex.exchange, ex.num_segments, positions.shape[1])
+        return total
 
     def _look_up(self, tables: dict[str, jax.Array], batch: ShardedBatch, weights: Any) -> list[jax.Array]:
         outputs = self._activations(batch.layout, tables, weights, batch.positions, batch.segments)
@@ -177,32 +204,6 @@ class StepProgram:
     def _shard_map(self, body, in_specs, out_specs):
         # Replication is not tracked: scalars are the same on all shards by construction.
         return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def pair_window(capacity: int, num_shards: int) -> int:
-    """Room for rows between two shards in a round of all_to_all.
-
-    Different ids spread over the shards like balls over bins: six standard deviations leave a second
-    round to batches that do not.
-    """
-    mean = capacity / num_shards
-    return min(capacity, -(-math.ceil(mean + 6 * math.sqrt(mean)) // 8) * 8)
-
-
-def exchanged_bytes(stack: Stack, exchange: str, num_segments: int, capacity: int) -> int:
-    """Bytes that one shard receives for a lookup and an update of this stack, as the exchange's formula says."""
-    n = stack.num_shards
-    if exchange == "all_gather":
-        return 2 * n * (8 * capacity + 4 * num_segments * stack.dim)
-    window = pair_window(capacity, n)
-    return n * window * (8 + stack.dim * (jnp.dtype(stack.dtype).itemsize + 4))
-
-
-def cheaper_exchange(stack: Stack, num_segments: int, capacity: int) -> str:
-    """The exchange that moves fewer bytes."""
-    return min(
-        ("all_to_all", "all_gather"), key=lambda name: exchanged_bytes(stack, name, num_segments, capacity)
-    )
 
 
 def _sums(ex: xla.StackExchange, layout: BatchLayout, table, positions, segments, weights) -> jax.Array:

@@ -152,7 +152,8 @@ def _for_each_row(ex, function, carry, positions, segments, weights, gradients):
     if stack.kind == "row" and ex.exchange == "all_to_all":
 
         def values_of(order):
-            values = gradients.at[segments[order]].get(mode="fill", fill_value=0)
+            # Padding has no place in a round, so what it reads is dropped.
+            values = gradients.at[segments[order]].get(mode="clip", wrap_negative_indices=False)
             return values if weights is None else values * weights[order][:, None]
 
         return routing.for_each_row(function, carry, values_of, positions, stack, ex.axes, ex.window)

@@ -1,0 +1,109 @@
+"""plan_tables: what it chooses, that what it says holds, and what it refuses."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxembed import FeatureConfig, RaggedTensor, TableConfig
+from jaxembed.optimizers import SGD, Adagrad
+from jaxembed.train import ShardedEmbedding, plan_tables
+
+TABLES = {
+    "big": TableConfig(100_000, 16, name="big", combiner="sum"),
+    "small": TableConfig(40, 16, name="small", combiner="sum"),
+    "tiny": TableConfig(
+        5, 16, name="tiny", combiner="sum", optimizer=SGD(0.1, use_gradient_accumulation=False)
+    ),
+}
+CONFIG = {name: FeatureConfig(table) for name, table in TABLES.items()}
+BATCH, VALENCY = 64, 10
+
+
+def plan(memory=10**9, **options):
+    arguments = {
+        "ids_per_batch": dict.fromkeys(CONFIG, BATCH * VALENCY),
+        "bags_per_batch": dict.fromkeys(CONFIG, BATCH),
+    }
+    return plan_tables(CONFIG, Adagrad(0.1), 8, memory_per_device=memory, **{**arguments, **options})
+
+
+def test_choices_and_their_reasons():
+    chosen = {t.name: t for t in plan().tables}
+    assert {name: t.sharding for name, t in chosen.items()} == {
+        "big": "mod",
+        "small": "replicated",
+        "tiny": "table",
+    }
+    assert chosen["big"].bytes_per_device == 100_000 // 8 * 16 * 4 * 2
+    assert chosen["small"].bytes_per_device == 40 * 16 * 4 * 2
+    assert chosen["tiny"].bytes_per_device == 5 * 16 * 4
+    text = str(plan())
+    assert "fewer rows than devices" in text
+    assert "MB exchanged a step" in text
+    assert len(text.splitlines()) == 5
+
+
+def test_tables_are_replicated_only_while_there_is_memory():
+    spread = sum(t.bytes_per_device for t in plan(overrides={"small": "mod"}).tables)
+    assert plan(memory=spread).shardings["small"] == "mod"
+
+
+def test_wide_tables_of_many_ids_are_sharded_by_columns():
+    config = {"t": FeatureConfig(TableConfig(10**6, 1024, name="t", combiner="sum"))}
+    chosen = plan_tables(
+        config,
+        Adagrad(0.1),
+        8,
+        memory_per_device=2 * 10**9,
+        ids_per_batch={"t": 4096 * 50},
+        bags_per_batch={"t": 4096},
+    )
+    assert chosen.shardings == {"t": "column"}
+
+
+@pytest.mark.parametrize("sharding", ["mod", "div", "table", "replicated", "column"])
+def test_overrides_are_kept_and_stored_bytes_are_those_of_the_arrays(sharding):
+    chosen = plan(overrides=dict.fromkeys(("big", "small"), sharding))
+    assert {chosen.shardings[name] for name in ("big", "small")} == {sharding}
+    mesh = jax.make_mesh((8,), ("devices",))
+    embedding = ShardedEmbedding({"big": CONFIG["big"]}, Adagrad(0.1), mesh, plan={"big": sharding})
+    state = embedding.init(jax.random.key(0))
+    arrays = jax.tree.leaves((state.tables, state.slots))
+    held = max(sum(x.addressable_shards[i].data.nbytes for x in arrays) for i in range(8))
+    assert chosen.tables[0].bytes_per_device == held
+
+
+def test_a_planned_embedding_trains_as_any_other():
+    mesh = jax.make_mesh((8,), ("devices",))
+    rng = np.random.default_rng(0)
+    batch = {
+        name: RaggedTensor.from_row_lengths(
+            rng.integers(0, table.vocabulary_size, BATCH * 3).astype(np.int32), np.full(BATCH, 3)
+        )
+        for name, table in TABLES.items()
+    }
+    results = []
+    for chosen in (plan(), None):
+        embedding = ShardedEmbedding(CONFIG, Adagrad(0.1), mesh, plan=chosen)
+        state = embedding.init(jax.random.key(0))
+        activations = embedding.lookup(state, batch)
+        state = embedding.apply_gradients(state, batch, activations)
+        results.append(jax.tree.map(np.asarray, (activations, embedding.to_canonical(state))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *results)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"more than the memory_per_device of 1,000; use more devices"):
+        plan(memory=1000)
+    with pytest.raises(ValueError, match=r"num_shards must be a positive int, got 0"):
+        plan_tables(CONFIG, SGD(), 0, memory_per_device=1, ids_per_batch={}, bags_per_batch={})
+    with pytest.raises(ValueError, match=r"ids_per_batch must give a number of at least 0 for each table"):
+        plan(ids_per_batch={"big": 3})
+    with pytest.raises(ValueError, match=r"overrides must give tables of .* got \{'big': 'ring'\}"):
+        plan(overrides={"big": "ring"})
+    with pytest.raises(ValueError, match=r"table 'tiny' cannot be replicated"):
+        plan(overrides={"tiny": "replicated"})
+    with pytest.raises(ValueError, match=r"the plan is for 8 devices, got a mesh of 4"):
+        ShardedEmbedding(
+            CONFIG, Adagrad(0.1), jax.make_mesh((4,), ("d",), devices=jax.devices()[:4]), plan=plan()
+        )

@@ -1,0 +1,193 @@
+"""Chooses how each table is sharded, from sizes alone, and says why."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxembed.config import TableConfig
+from jaxembed.features import feature_tables
+from jaxembed.optimizers import Optimizer
+
+from .placement import SHARDINGS, Stack, stack_tables
+from .traffic import cheaper_exchange, exchanged_bytes
+
+#: Narrower columns would fill a part of a TPU's lanes only, at the memory of whole ones.
+_LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TablePlan:
+    """How one table is sharded.
+
+    Attributes:
+      name: of the table.
+      sharding: "mod", "div", "table", "column" or "replicated".
+      bytes_per_device: of rows and slots on the fullest device.
+      exchanged_bytes: a device and step, predicted.
+      why: in words.
+    """
+
+    name: str
+    sharding: str
+    bytes_per_device: int
+    exchanged_bytes: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingPlan:
+    """How all tables are sharded; print it, and pass it to ShardedEmbedding as `plan`.
+
+    Attributes:
+      tables: one a table.
+      num_shards: n it was made for.
+      memory_per_device: bytes it was made for.
+    """
+
+    tables: tuple[TablePlan, ...]
+    num_shards: int
+    memory_per_device: int
+
+    @property
+    def shardings(self) -> dict[str, str]:
+        """Table name to sharding."""
+        return {t.name: t.sharding for t in self.tables}
+
+    @property
+    def bytes_per_device(self) -> int:
+        """Of all tables."""
+        return sum(t.bytes_per_device for t in self.tables)
+
+    def __str__(self) -> str:
+        header = ("table", "sharding", "MB a device", "MB exchanged a step", "why")
+        rows = [
+            (t.name, t.sharding, f"{t.bytes_per_device / 1e6:,.2f}", f"{t.exchanged_bytes / 1e6:,.3f}", t.why)
+            for t in self.tables
+        ]
+        exchanged = sum(t.exchanged_bytes for t in self.tables) / 1e6
+        of = f"of {self.memory_per_device / 1e6:,.0f} MB on each of {self.num_shards} devices"
+        rows.append(("all", "", f"{self.bytes_per_device / 1e6:,.2f}", f"{exchanged:,.3f}", of))
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(4)]
+        return "\n".join(
+            f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}"
+            for a, b, c, d, e in (header, *rows)
+        )
+
+
+def plan_tables(
+    feature_config: Any,
+    optimizer: Optimizer | None,
+    num_shards: int,
+    *,
+    memory_per_device: int,
+    ids_per_batch: Mapping[str, int],
+    bags_per_batch: Mapping[str, int],
+    overrides: Mapping[str, str] | None = None,
+) -> ShardingPlan:
+    """Chooses a sharding for every table.
+
+    Each table gets the sharding that its share of a step exchanges the fewest bytes with. Rows lie "mod":
+    that spreads frequent ids. "div" is never better, and is there to be asked for. A table of fewer rows than
+    devices lies whole on one ("table"). "column" is for dims whose columns still fill a TPU's lanes.
+    "replicated" takes memory on every device, and is given to the tables that save most a byte of it.
+
+    Args:
+      feature_config: a structure of FeatureConfig.
+      optimizer: of the tables that have none of their own.
+      num_shards: n, devices that tables are spread over.
+      memory_per_device: bytes there are for tables and slots on one device.
+      ids_per_batch: table name to number of ids a global batch looks up in it, over all features.
+      bags_per_batch: likewise, the number of output rows.
+      overrides: table name to sharding, kept as they are.
+
+    Raises:
+      ValueError: if an argument is not of the form above, or the tables do not fit.
+    """
+    configs = feature_tables(feature_config)
+    overrides = dict(overrides or {})
+    _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides)
+    counts = {
+        name: (-(-ids_per_batch[name] // num_shards), -(-bags_per_batch[name] // num_shards))
+        for name in configs
+    }
+
+    def consider(table: TableConfig, sharding: str, why: str) -> TablePlan | None:
+        try:
+            (stack,) = stack_tables({table.name: table}, optimizer, {table.name: sharding}, num_shards)
+        except ValueError:
+            if sharding == "mod" or table.name in overrides:
+                raise
+            return None  # that sharding does not suit the table
+        entries, bags = counts[table.name]
+        exchange = cheaper_exchange(stack, bags, entries)
+        moved = exchanged_bytes(stack, exchange, bags, entries)
+        why = f"{why}, by {exchange}" if stack.kind == "row" else why
+        return TablePlan(table.name, sharding, _stored_bytes(stack), moved, why)
+
+    chosen, replicas = {}, []
+    for name, table in configs.items():
+        if name in overrides:
+            chosen[name] = consider(table, overrides[name], "as asked for")
+            continue
+        if table.vocabulary_size < num_shards:
+            best = consider(table, "table", "fewer rows than devices")
+        else:
+            best = consider(table, "mod", "rows spread over all devices")
+        if table.dim >= _LANES * num_shards:
+            column = consider(table, "column", "exchanges sums of its own columns only")
+            best = min(filter(None, (best, column)), key=lambda p: p.exchanged_bytes)
+        chosen[name] = best
+        whole = consider(
+            table, "replicated", f"small: moves less than {best.exchanged_bytes / 1e6:,.3f} MB of rows"
+        )
+        if whole is not None and whole.exchanged_bytes < best.exchanged_bytes:
+            replicas.append(whole)
+    _replicate(chosen, replicas, memory_per_device)
+    plan = ShardingPlan(tuple(chosen.values()), num_shards, memory_per_device)
+    if plan.bytes_per_device > memory_per_device:
+        raise ValueError(
+            f"the tables and slots need {plan.bytes_per_device:,} bytes a device, more than the "
+            f"memory_per_device of {memory_per_device:,}; use more devices, bfloat16 tables, an optimizer with "
+            f"fewer slots, or drop overrides to 'replicated' and 'table'. The plan was:\n{plan}"
+        )
+    return plan
+
+
+def _replicate(chosen: dict[str, TablePlan], replicas: list[TablePlan], memory: int) -> None:
+    """Makes tables replicated while there is memory, those first that save most bytes a byte of it."""
+
+    def saved(p: TablePlan) -> float:
+        return (chosen[p.name].exchanged_bytes - p.exchanged_bytes) / max(p.bytes_per_device, 1)
+
+    room = memory - sum(p.bytes_per_device for p in chosen.values())
+    for plan in sorted(replicas, key=saved, reverse=True):
+        more = plan.bytes_per_device - chosen[plan.name].bytes_per_device
+        if more <= room:
+            chosen[plan.name], room = plan, room - more
+
+
+def _stored_bytes(stack: Stack) -> int:
+    """Of rows and slots on one device."""
+    row = stack.dim * jnp.dtype(stack.dtype).itemsize
+    for slot in stack.optimizer.slot_names:
+        elements = 1
+        for size in stack.slot_trailing(slot):
+            elements *= size
+        row += 4 * elements
+    return stack.num_rows * row // (stack.num_shards if stack.kind == "column" else 1)
+
+
+def _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides) -> None:
+    for what, value in (("num_shards", num_shards), ("memory_per_device", memory_per_device)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{what} must be a positive int, got {value!r}.")
+    for what, given in (("ids_per_batch", ids_per_batch), ("bags_per_batch", bags_per_batch)):
+        if set(given) != set(configs) or any(not isinstance(v, int) or v < 0 for v in given.values()):
+            raise ValueError(
+                f"{what} must give a number of at least 0 for each table of {list(configs)}, got {dict(given)}."
+            )
+    unknown = {name: s for name, s in overrides.items() if name not in configs or s not in SHARDINGS}
+    if unknown:
+        raise ValueError(f"overrides must give tables of {list(configs)} one of {SHARDINGS}, got {unknown}.")
