@@ -5,6 +5,7 @@
       tables/00000.safetensors  one tensor "rows" [V, D], its data 4096 bytes into the file; or "codes" and
                                 "scale" and "bias", or "codebook": the arrays of a QuantizedTable
       model.safetensors         dense parameters; may be absent
+      model.stablehlo           the model as `jax.export` serializes it, tables as arguments; may be absent
 
 A version may be a delta of an earlier one beside it: a table that did not change then has no file, and one
 that did holds its changed rows, "ids" [n] and "rows" [n, D]. The digests are always those of the whole table.
@@ -17,24 +18,32 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import numpy as np
 
 from jaxembed.checkpoint import layout
-from jaxembed.checkpoint.bundle_reading import FORMAT, MANIFEST_FILE, MODEL_FILE, Bundle, open_bundle
+from jaxembed.checkpoint.bundle_reading import (
+    EXPORTED_FILE,
+    FORMAT,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    Bundle,
+    open_bundle,
+    read_bundle,
+)
 from jaxembed.checkpoint.bundle_tables import (
     QUANTIZATIONS,
     TableReport,
     keeps_its_rows,
     plan_report,
-    write_file,
     write_table,
 )
 from jaxembed.checkpoint.delta import changed_rows, delta_parts
-from jaxembed.checkpoint.digests import digest_arrays
-from jaxembed.checkpoint.reading import flat_arrays, open_checkpoint
+from jaxembed.checkpoint.digests import digest_arrays, digest_bytes
+from jaxembed.checkpoint.files import sync_folder, write_file
+from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
 from jaxembed.checkpoint.safetensors_file import header_of
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.config import TableConfig
@@ -58,6 +67,7 @@ def convert_to_bundle(
     quantize: str | None = None,
     delta_from: int | None = None,
     select_model: Callable[[Any], Any] | None = None,
+    exported: bytes | Callable[[Bundle], bytes] | None = None,
     dry_run: bool = False,
 ) -> BundleReport:
     """Writes a checkpoint as `out`/`version`/, without slots, to be served from.
@@ -76,6 +86,8 @@ def convert_to_bundle(
         tables whole. Needs that version to stay, and copies changed tables into memory when opened.
       select_model: called with the dense model, nested dicts and lists of arrays, to return what serving
         needs of it, such as `lambda model: model["params"]`. None keeps all.
+      exported: the model as `jax.export` serializes it, with tables as arguments; or called with the bundle
+        as it is written, before it is published, to return that. `Bundle.exported` gives it back.
       dry_run: write nothing, and report what would be written, without errors of rounding.
 
     Raises:
@@ -103,33 +115,47 @@ def convert_to_bundle(
     scratch = target.parent / f".writing-{number}-{os.getpid()}"
     try:
         (scratch / "tables").mkdir(parents=True)
-        model = opened.model()
-        if select_model is not None and model is not None:
-            model = select_model(model)
-        reports, tables = [], {}
-        for i, (name, array) in enumerate(opened.tables.items()):
-            report, tables[name] = _write_table(
-                scratch, f"tables/{i:05d}.safetensors", array, configs[name], quantize, base
-            )
-            reports.append(report)
-        manifest = {
-            "format": FORMAT,
-            "version": layout.VERSION,
-            "step": opened.manifest["step"],
-            "feature_config": opened.manifest["feature_config"],
-            "metadata": opened.manifest["metadata"],
-            "tables": tables,
-            "base": None if base is None else {"version": delta_from, "digest": base.digest},
-            "model": None if model is None else _write_model(scratch / MODEL_FILE, model),
-        }
+        reports, manifest = _write_arrays(scratch, opened, configs, quantize, base, select_model)
+        if exported is not None:
+            manifest["exported"] = _write_exported(scratch, exported, manifest, base)
         write_file(scratch / MANIFEST_FILE, [json.dumps(layout.seal(manifest)).encode()])
-        _sync(scratch / "tables")
-        _sync(scratch)
+        sync_folder(scratch / "tables")
+        sync_folder(scratch)
         os.rename(scratch, target)
-        _sync(target.parent)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return BundleReport(target, tuple(reports))
+
+
+def _write_arrays(
+    scratch: pathlib.Path,
+    opened: OpenedCheckpoint,
+    configs: Mapping[str, TableConfig],
+    quantize: str | None,
+    base: Bundle | None,
+    select_model: Callable[[Any], Any] | None,
+) -> tuple[list[TableReport], dict[str, Any]]:
+    """Writes tables and dense model; the reports, and the manifest of them."""
+    model = opened.model()
+    if select_model is not None and model is not None:
+        model = select_model(model)
+    reports, tables = [], {}
+    for i, (name, array) in enumerate(opened.tables.items()):
+        report, tables[name] = _write_table(
+            scratch, f"tables/{i:05d}.safetensors", array, configs[name], quantize, base
+        )
+        reports.append(report)
+    return reports, {
+        "format": FORMAT,
+        "version": layout.VERSION,
+        "step": opened.manifest["step"],
+        "feature_config": opened.manifest["feature_config"],
+        "metadata": opened.manifest["metadata"],
+        "tables": tables,
+        "base": None if base is None else {"version": int(base.directory.name), "digest": base.digest},
+        "model": None if model is None else _write_model(scratch / MODEL_FILE, model),
+    }
 
 
 def _write_table(
@@ -165,6 +191,22 @@ def _write_model(file: pathlib.Path, model: Any) -> dict[str, Any]:
     }
 
 
+def _write_exported(
+    scratch: pathlib.Path,
+    exported: bytes | Callable[[Bundle], bytes],
+    manifest: dict[str, Any],
+    base: Bundle | None,
+) -> dict[str, Any]:
+    content = exported(read_bundle(scratch, manifest, base)) if callable(exported) else exported
+    if not isinstance(content, bytes | bytearray) or not content:
+        raise ValueError(
+            "exported must be, or return, the bytes that jax.export's Exported.serialize() gives, got "
+            f"{type(content).__name__} of length {len(content) if isinstance(content, Sized) else 'none'}."
+        )
+    write_file(scratch / EXPORTED_FILE, [content])
+    return {"bytes": len(content), "digest": digest_bytes(bytes(content))}
+
+
 def _structure(tree: Any, path: tuple[str, ...]) -> Any:
     if tree is None:
         return None
@@ -173,11 +215,3 @@ def _structure(tree: Any, path: tuple[str, ...]) -> Any:
     if isinstance(tree, list | tuple):
         return {"list": [_structure(child, (*path, str(i))) for i, child in enumerate(tree)]}
     return {"leaf": ".".join(path)}
-
-
-def _sync(directory: pathlib.Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,10 @@
 """Opens a serving bundle: tables are mapped, at no cost in time or memory, and verified when asked."""
 
 import dataclasses
+import functools
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import numpy as np
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.bundle_tables import CODES, ROWS
 from jaxembed.checkpoint.delta import apply_delta
-from jaxembed.checkpoint.digests import CheckpointError, Digests
+from jaxembed.checkpoint.digests import CheckpointError, Digests, digest_bytes
+from jaxembed.checkpoint.files import read_regular
 from jaxembed.checkpoint.safetensors_file import map_tensors
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.checkpoint.stored_quantized import StoredQuantized
@@ -20,7 +23,7 @@ from jaxembed.quantized_table import QuantizedTable
 from jaxembed.serialization import feature_config_from_json
 
 FORMAT = "jaxembed-bundle"
-MANIFEST_FILE, MODEL_FILE = "manifest.json", "model.safetensors"
+MANIFEST_FILE, MODEL_FILE, EXPORTED_FILE = "manifest.json", "model.safetensors", "model.stablehlo"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +49,23 @@ class Bundle:
     metadata: dict[str, Any]
     digest: str
     _digests: list[tuple[str, np.ndarray, Digests]] = dataclasses.field(repr=False)
+    _exported: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+
+    @functools.cached_property
+    def exported(self) -> bytes | None:
+        """The model as `jax.export` serialized it, tables as arguments; None if the bundle has none.
+
+        Raises:
+          CheckpointError: if it cannot be read, or is not what was written.
+        """
+        if self._exported is None:
+            return None
+        content = read_regular(self.directory / EXPORTED_FILE, self._exported["bytes"])
+        if digest_bytes(content) != self._exported["digest"]:
+            raise CheckpointError(
+                f"{self.directory / EXPORTED_FILE} is damaged: it does not have the digest it was written with."
+            )
+        return content
 
     def stored(self) -> dict[str, StoredArray]:
         """The tables to be read by verified blocks of rows, codes as their values."""
@@ -68,6 +88,7 @@ class Bundle:
         """
         for what, array, digests in self._digests:
             digests.check(array, what)
+        _ = self.exported
 
 
 def is_bundle(path: str | pathlib.Path) -> bool:
@@ -90,10 +111,22 @@ def open_bundle(path: str | pathlib.Path, version: int | None = None) -> Bundle:
     directory = _directory(pathlib.Path(path).expanduser().absolute(), version)
     manifest = layout.read_manifest(directory, MANIFEST_FILE, FORMAT)
     try:
+        base = _base(directory, manifest["base"])
+    except (KeyError, TypeError) as e:
+        raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
+    return read_bundle(directory, manifest, base)
+
+
+def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle | None) -> Bundle:
+    """The bundle in a folder, given its manifest and the version that it is a delta of.
+
+    Raises:
+      CheckpointError: if it is damaged.
+    """
+    try:
         feature_config = feature_config_from_json(manifest["feature_config"])
         if (directory / "tables").is_symlink():
             raise CheckpointError(f"{directory / 'tables'} is a symbolic link; a bundle holds its own files.")
-        base = _base(directory, manifest["base"])
         checks, tables = [], {}
         for name, config in feature_tables(feature_config).items():
             entry, what = manifest["tables"][name], f"bundle {directory}: table {name!r}"
@@ -124,6 +157,7 @@ def open_bundle(path: str | pathlib.Path, version: int | None = None) -> Bundle:
             manifest["metadata"],
             layout.digest(manifest),
             checks,
+            _exported_entry(manifest.get("exported")),
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
@@ -145,6 +179,15 @@ def _base(directory: pathlib.Path, stored: Any) -> Bundle | None:
             f"bundle {directory} is a delta of another version {version} than the one beside it."
         )
     return base
+
+
+def _exported_entry(stored: Any) -> dict[str, Any] | None:
+    if stored is None:
+        return None
+    entry = {"bytes": stored["bytes"], "digest": stored["digest"]}
+    if not isinstance(entry["bytes"], int) or not isinstance(entry["digest"], str):
+        raise TypeError("exported must have its bytes and its digest")
+    return entry
 
 
 def _quantized(

@@ -1,15 +1,15 @@
 """Writes one table of a bundle: its rows as they are, rounded, or as codes."""
 
 import dataclasses
-import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxembed.checkpoint.digests import digest_arrays
+from jaxembed.checkpoint.files import write_file
 from jaxembed.checkpoint.safetensors_file import header_of, map_tensors, with_padding
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.config import TableConfig
@@ -111,15 +111,6 @@ def write_table(
 def keeps_its_rows(config: TableConfig) -> bool:
     """Whether a table is stored with the rows that it was trained with, so that a delta can hold some."""
     return config.quantization_config is None
-
-
-def write_file(file: pathlib.Path, parts: Iterable[Any]) -> None:
-    """Writes a new file through to the disk."""
-    with open(file, "xb") as f:
-        for part in parts:
-            f.write(part)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def _row_parts(array: StoredArray, config: TableConfig, quantize: str | None, errors: _Errors) -> Iterator[Any]:

@@ -19,12 +19,15 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from jaxembed.checkpoint.digests import CheckpointError, digest_bytes
+from jaxembed.checkpoint.files import read_regular
 from jaxembed.serialization import strict_json
 
 FORMAT = "jaxembed-checkpoint"
 VERSION = 1
 MANIFEST, TABLES, SLOTS, MODEL, DATA = "manifest", "tables", "slots", "model", "data"
 DELETING = ".deleting"
+# Digests of 7 TB of tables.
+MAX_JSON = 256 << 20
 
 
 def whole_steps(directory: str | pathlib.Path) -> list[int]:
@@ -99,8 +102,8 @@ def read_sealed(directory: pathlib.Path, file: str) -> dict[str, Any]:
 
 def _read_json(directory: pathlib.Path, file: str) -> dict[str, Any]:
     try:
-        content = strict_json((directory / file).read_bytes())
-    except (OSError, ValueError) as e:
+        content = strict_json(read_regular(directory / file, MAX_JSON))
+    except ValueError as e:
         raise CheckpointError(f"{directory} has no readable {file} ({e}); restore another step.") from e
     if not isinstance(content, dict):
         raise CheckpointError(f"{directory / file} must be a JSON object, got {type(content).__name__}.")

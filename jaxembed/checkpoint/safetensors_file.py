@@ -5,7 +5,6 @@ import math
 import mmap
 import os
 import pathlib
-import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxembed.checkpoint.digests import CheckpointError
+from jaxembed.checkpoint.files import open_regular, refuse_pointer
 from jaxembed.serialization import strict_json
 
 ALIGNMENT, TENSOR_ALIGNMENT = 4096, 64
@@ -71,18 +71,10 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
       CheckpointError: if it is no such file, or a symbolic link.
     """
+    descriptor, size = open_regular(file)
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as e:
-        raise CheckpointError(f"{file} cannot be opened: {e.strerror}; it must be a regular file.") from e
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{file} must be a regular file.")
-        size = status.st_size
         start = os.pread(descriptor, 64, 0)
-        if start.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`.")
+        refuse_pointer(file, start)
         length = int.from_bytes(start[:8], "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{file} is no safetensors file, or is truncated: {size} bytes.")

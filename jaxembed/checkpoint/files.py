@@ -1,0 +1,72 @@
+"""Regular files alone: what is read is no link, pipe or device, and what is written is on the disk."""
+
+import os
+import pathlib
+import stat
+from collections.abc import Iterable
+from typing import Any
+
+from jaxembed.checkpoint.digests import CheckpointError
+
+
+def open_regular(file: pathlib.Path) -> tuple[int, int]:
+    """A descriptor to read from, and the size of the file.
+
+    Raises:
+      CheckpointError: if it cannot be opened, or is a link, a pipe or a folder.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as e:
+        raise CheckpointError(f"{file} cannot be opened: {e.strerror}; it must be a regular file.") from e
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{file} must be a regular file.")
+    return descriptor, status.st_size
+
+
+def read_regular(file: pathlib.Path, max_bytes: int) -> bytes:
+    """All of a file.
+
+    Raises:
+      CheckpointError: as `open_regular`, or if it is larger, cannot be read, or is a Git LFS pointer.
+    """
+    descriptor, size = open_regular(file)
+    try:
+        with open(descriptor, "rb") as f:
+            if size > max_bytes:
+                raise CheckpointError(f"{file} is too large: {size:,} bytes, of at most {max_bytes:,}.")
+            content = f.read(max_bytes + 1)
+    except OSError as e:
+        raise CheckpointError(f"{file} cannot be read: {e.strerror}.") from e
+    if len(content) > max_bytes:
+        raise CheckpointError(f"{file} grew while it was read.")
+    refuse_pointer(file, content)
+    return content
+
+
+def refuse_pointer(file: pathlib.Path, start: bytes) -> None:
+    """Raises:
+    CheckpointError: if a file that starts so is a Git LFS pointer.
+    """
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull`.")
+
+
+def write_file(file: pathlib.Path, parts: Iterable[Any]) -> None:
+    """Writes a new file through to the disk."""
+    with open(file, "xb") as f:
+        for part in parts:
+            f.write(part)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Has the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
