@@ -14,10 +14,10 @@ from jaxembed.features import feature_tables
 from jaxembed.serialization import feature_config_to_json
 
 from .embedding import EmbeddingState, ShardedEmbedding
-from .restoring import place, restore_data, restore_model
+from .restoring import restore_data, restore_model, restore_stacks
 
 #: Small enough to be read a few at a time, large enough to be read fast.
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 4 << 20
 GROWTHS = (None, "initialize")
 
 
@@ -168,23 +168,13 @@ class Checkpointer:
         self.wait()
         opened = open_checkpoint(self.directory, step, verify=verify)
         grows = self._check_tables(opened, bool(vocabulary_growth))
-        tables, slots = self._embedding.abstract_canonical()
-        fresh_tables, fresh_slots = {}, {}
-        if grows:
-            fresh_tables, fresh_slots, _ = self._embedding.to_canonical(self._embedding.init(key))
-        for name in tables:
-            tables[name] = place(opened.tables[name], tables[name], fresh_tables.get(name))
-            for slot, leaf in slots[name].items():
-                stored = opened.slots.get(name, {}).get(slot)
-                if stored is None:
-                    raise ValueError(
-                        f"checkpoint {opened.directory} has no slot {slot!r} of table {name!r}, only "
-                        f"{sorted(opened.slots.get(name, {}))}; train on with the optimizer it was saved with."
-                    )
-                slots[name][slot] = place(stored, leaf, fresh_slots.get(name, {}).get(slot))
+        self._check_slots(opened)
+        fresh = self._embedding.init(key) if grows and key is not None else None
+        tables, slots = restore_stacks(self._embedding, opened.tables, opened.slots, fresh)
+        step = opened.manifest["step"]
         return Restored(
-            step=opened.manifest["step"],
-            state=self._embedding.from_canonical(tables, slots, opened.manifest["step"]),
+            step=step,
+            state=EmbeddingState(tables, slots, jax.device_put(np.int32(step), self._embedding.replicated)),
             model=None if model is None else restore_model(opened, model),
             data=restore_data(opened),
             metadata=opened.manifest["metadata"],
@@ -224,6 +214,16 @@ class Checkpointer:
                 + ("." if may_grow else ", or vocabulary_growth='initialize' for tables that have grown.")
             )
         return grows
+
+    def _check_slots(self, opened: OpenedCheckpoint) -> None:
+        for name, slots in self._embedding.abstract_canonical()[1].items():
+            found = opened.slots.get(name, {})
+            for slot in slots:
+                if slot not in found:
+                    raise ValueError(
+                        f"checkpoint {opened.directory} has no slot {slot!r} of table {name!r}, only "
+                        f"{sorted(found)}; train on with the optimizer it was saved with."
+                    )
 
 
 def _save_arrays(arrays: Any) -> Any:

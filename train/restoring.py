@@ -1,5 +1,6 @@
 """Puts what a checkpoint stores onto the devices of a mesh."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,43 +12,96 @@ from jaxembed.checkpoint.digests import Digests
 from jaxembed.checkpoint.reading import OpenedCheckpoint, check_model, flat_arrays
 from jaxembed.checkpoint.stored import StoredArray
 
+from .embedding import EmbeddingState, ShardedEmbedding
+from .engines.placement import Stack
+from .shard_writer import ShardWriter
 
-def place(stored: StoredArray, leaf: jax.ShapeDtypeStruct, fresh: jax.Array | None) -> jax.Array:
-    """The array on this process's devices, each of which reads its own rows only.
+#: On the host, of all local devices together.
+WINDOW_BYTES = 32 << 20
+
+
+def restore_stacks(
+    embedding: ShardedEmbedding,
+    tables: Mapping[str, StoredArray],
+    slots: Mapping[str, Mapping[str, StoredArray]],
+    fresh: EmbeddingState | None,
+) -> tuple[dict[str, jax.Array], dict[str, dict[str, jax.Array]]]:
+    """Tables and slots in the layout of the embedding's mesh, read by blocks of rows.
+
+    A device takes the memory of its own rows, and the host a few blocks: no table is anywhere as a whole.
 
     Args:
-      stored: on disk.
-      leaf: shape, type and sharding of the result.
-      fresh: rows for what `stored` has not, sharded like the result; None if it must have all.
+      embedding: whose layout it is.
+      tables: on disk, by name.
+      slots: on disk, by table and slot name.
+      fresh: rows for what the tables on disk have not; it is donated. None if they must have all.
 
     Raises:
-      ValueError: if it is of another shape or type.
-      CheckpointError: if it is damaged.
+      ValueError: if an array is of another shape or type.
+      CheckpointError: if one is damaged.
     """
-    grown = fresh is not None and stored.shape[0] < leaf.shape[0]
-    if (
-        (stored.shape != leaf.shape and not grown)
-        or stored.shape[1:] != leaf.shape[1:]
-        or stored.dtype != leaf.dtype
-    ):
-        raise ValueError(
-            f"{stored.what} must be {leaf.dtype}{list(leaf.shape)}, got {stored.dtype}{list(stored.shape)}."
-        )
-    new_rows = {} if fresh is None else {shard.device: shard.data for shard in fresh.addressable_shards}
-    pieces, last = [], (0, 0, np.empty((0, *leaf.shape[1:]), leaf.dtype))
+    abstract = embedding.abstract_state()
+    state = fresh or EmbeddingState({}, {}, jax.numpy.int32(0))
+    new_tables, new_slots = {}, {}
+    for name, stack in embedding.stacks.items():
+        members = {p.table.name: tables[p.table.name] for p in stack.placements}
+        new_tables[name] = _restore(stack, abstract.tables[name], members, state.tables.get(name))
+        new_slots[name] = {
+            slot: _restore(
+                stack,
+                leaf,
+                {member: slots[member][slot] for member in members},
+                state.slots.get(name, {}).get(slot),
+            )
+            for slot, leaf in abstract.slots[name].items()
+        }
+    return new_tables, new_slots
+
+
+def _restore(
+    stack: Stack, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, StoredArray], fresh: jax.Array | None
+) -> jax.Array:
     sharding = leaf.sharding
     assert sharding is not None
+    shard_shape = sharding.shard_shape(leaf.shape)
+    before = {} if fresh is None else {shard.device: shard.data for shard in fresh.addressable_shards}
+    places = []
     indices = sharding.addressable_devices_indices_map(leaf.shape)
-    for device, index in sorted(indices.items(), key=lambda item: item[1][0].start or 0 if item[1] else 0):
-        start, stop, _ = index[0].indices(leaf.shape[0])
-        if (start, stop) != last[:2]:
-            low, high = min(start, stored.shape[0]), min(stop, stored.shape[0])
-            last = (start, stop, stored.read_rows(low, high))
-        rows = last[2][(slice(None), *index[1:])]
-        if rows.shape[0] < stop - start:
-            rows = np.concatenate([rows, np.asarray(new_rows[device])[rows.shape[0] :]])
-        pieces.append(jax.device_put(rows, device))
+    for device, index in indices.items():
+        rows, *columns = index or (slice(None),)
+        shard = (rows.start or 0) // stack.num_rows if stack.kind == "row" else 0
+        writer = ShardWriter(
+            shard_shape, leaf.dtype, device, before.get(device), WINDOW_BYTES // max(len(indices), 1)
+        )
+        places.append((shard, columns, writer))
+    for p in stack.placements:
+        array = stored[p.table.name]
+        _check_form(array, (p.table.vocabulary_size, *leaf.shape[1:]), leaf.dtype, fresh is not None)
+        shares = [(stack.share(p, shard), columns, writer) for shard, columns, writer in places]
+        held = [share for share, _, _ in shares if share]
+        if not held:
+            continue
+        first, stop = min(share[0] for share in held), max(share[-1] for share in held) + 1
+        for start, rows in array.blocks(start=first, stop=stop):
+            for share, columns, writer in shares:
+                low = _index_from(share, start)
+                part = share[low : _index_from(share, start + rows.shape[0])]
+                if part:
+                    piece = rows[part[0] - start : part[-1] - start + 1 : part.step]
+                    writer.write(p.first_row + low, piece[(slice(None), *columns)])
+    pieces = [writer.finish() for _, _, writer in places]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, pieces)
+
+
+def _check_form(array: StoredArray, shape: tuple[int, ...], dtype: np.dtype, may_grow: bool) -> None:
+    grown = may_grow and array.shape[1:] == shape[1:] and array.shape[0] < shape[0]
+    if (array.shape != shape and not grown) or array.dtype != dtype:
+        raise ValueError(f"{array.what} must be {dtype}{list(shape)}, got {array.dtype}{list(array.shape)}.")
+
+
+def _index_from(ids: range, start: int) -> int:
+    """How many of the ids are below `start`."""
+    return min(max(-(-(start - ids.start) // ids.step), 0), len(ids))
 
 
 def restore_model(opened: OpenedCheckpoint, abstract: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.bundle_reading import Bundle, is_bundle, open_bundle
 from jaxembed.checkpoint.digests import CheckpointError, Digests
-from jaxembed.checkpoint.stored import StoredArray, open_array
+from jaxembed.checkpoint.stored import StoredArray, open_array, shared_cache
 from jaxembed.features import feature_tables
 from jaxembed.serialization import feature_config_from_json
 
@@ -126,7 +126,7 @@ def open_checkpoint(
     try:
         feature_config = feature_config_from_json(manifest["feature_config"])
         table_digests, slot_digests = manifest["digests"]["tables"], manifest["digests"]["slots"]
-        tables, slots = {}, {}
+        tables, slots, cache = {}, {}, shared_cache()
         for name, config in feature_tables(feature_config).items():
             what = f"checkpoint {directory}: table {name!r}"
             if name not in table_digests:
@@ -138,7 +138,7 @@ def open_checkpoint(
                     f"got {digests.dtype}{list(digests.shape)}."
                 )
             key = layout.encode_name(name)
-            tables[name] = _open(directory / layout.TABLES, key, what, digests, verify)
+            tables[name] = _open(directory / layout.TABLES, key, what, digests, verify, cache)
             slots[name] = {
                 slot: _open(
                     directory / layout.SLOTS,
@@ -146,10 +146,11 @@ def open_checkpoint(
                     f"checkpoint {directory}: slot {slot!r} of table {name!r}",
                     Digests.from_json(stored),
                     verify,
+                    cache,
                 )
                 for slot, stored in slot_digests.get(name, {}).items()
             }
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
     slots = {name: arrays for name, arrays in slots.items() if arrays}
     return OpenedCheckpoint(directory, manifest, feature_config, tables, slots, verify)
@@ -218,6 +219,6 @@ def _from_bundle(bundle: Bundle, slots: bool, model: bool, verify: bool) -> Chec
     )
 
 
-def _open(part: pathlib.Path, key: str, what: str, digests: Digests, verify: bool) -> StoredArray:
-    array = open_array(part, key, what, digests)
+def _open(part: pathlib.Path, key: str, what: str, digests: Digests, verify: bool, cache: Any) -> StoredArray:
+    array = open_array(part, key, what, digests, cache)
     return array if verify else dataclasses.replace(array, digests=None)

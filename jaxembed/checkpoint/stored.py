@@ -11,6 +11,7 @@ import numpy as np
 from jaxembed.checkpoint.digests import CheckpointError, Digests, num_rows
 
 READ_AHEAD = 3
+BLOCK_BYTES, CACHE_BYTES = 4 << 20, 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +49,22 @@ class StoredArray:
         """On disk, uncompressed."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def blocks(self, max_bytes: int = 16 << 20) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(
+        self, max_bytes: int = BLOCK_BYTES, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) from the first to the last, checked; at most a few of `max_bytes` at a time.
+
+        Args:
+          max_bytes: of a block, unless one digest is of more.
+          start: blocks of rows before it are left out.
+          stop: blocks of rows from it on, too; default: none.
 
         Raises:
           CheckpointError: if the rows cannot be read, or are not those that were saved.
         """
-        spans = (self.digests or _undigested(self.shape, self.dtype)).spans(max_bytes)
+        stop = num_rows(self.shape) if stop is None else stop
+        digests = self.digests or _undigested(self.shape, self.dtype)
+        spans = [span for span in digests.spans(max_bytes) if span[0] < stop and start < span[1]]
         pending: collections.deque[tuple[int, Any]] = collections.deque()
         ahead = iter(spans)
         for start, stop in ahead:
@@ -110,7 +120,9 @@ class StoredArray:
         return start, rows
 
 
-def open_array(part: pathlib.Path, key: str, what: str, digests: Digests | None = None) -> StoredArray:
+def open_array(
+    part: pathlib.Path, key: str, what: str, digests: Digests | None = None, cache: Any = None
+) -> StoredArray:
     """The array that Orbax stored as `key` in a part of a checkpoint.
 
     Raises:
@@ -121,10 +133,9 @@ def open_array(part: pathlib.Path, key: str, what: str, digests: Digests | None 
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{part}/"}, "path": f"{key}/"},
-        "context": {"cache_pool": {"total_bytes_limit": 128 << 20}},
     }
     try:
-        source = tensorstore.open(spec, open=True, read=True).result()
+        source = tensorstore.open(spec, open=True, read=True, context=cache or shared_cache()).result()
     except Exception as e:  # tensorstore raises many types
         raise CheckpointError(f"{what} cannot be opened: {str(e)[:300]}; restore another step.") from e
     array = StoredArray(what, source, digests)
@@ -134,6 +145,16 @@ def open_array(part: pathlib.Path, key: str, what: str, digests: Digests | None 
             f"{array.dtype.name}{list(array.shape)}; restore another step."
         )
     return array
+
+
+def shared_cache() -> Any:
+    """A cache for the arrays of one opened checkpoint: room for chunks that two blocks of rows share.
+
+    Never one for the whole process: it would hide what has become of the files since.
+    """
+    import tensorstore
+
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

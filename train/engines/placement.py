@@ -113,6 +113,17 @@ class Stack:
             return jnp.where(shard == p.shift, row, p.table.vocabulary_size)
         return row
 
+    def share(self, placement: TablePlacement, shard: int) -> range:
+        """The ids whose rows a shard holds, in order; the first is at its row `first_row`, the others follow."""
+        n, p, vocabulary = self.num_shards, placement, placement.table.vocabulary_size
+        if p.sharding == "mod":
+            return range((shard - p.shift) % n, vocabulary, n)
+        if p.sharding == "div":
+            return range(min(shard * p.rows, vocabulary), min((shard + 1) * p.rows, vocabulary))
+        if p.sharding == "table":
+            return range(vocabulary if shard == p.shift else 0)
+        return range(vocabulary)
+
 
 def stack_tables(
     tables: Mapping[str, TableConfig],

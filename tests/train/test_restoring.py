@@ -1,0 +1,122 @@
+"""Restoring by blocks: every sharding, every window, the same bits; and no more memory than a share of the table."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxembed import FeatureConfig, TableConfig
+from jaxembed.optimizers import Adagrad
+from jaxembed.train import Checkpointer, ShardedEmbedding, restoring
+from jaxembed.train.engines.placement import stack_tables
+from jaxembed.train.shard_writer import ShardWriter
+
+from .checkpoint_programs import at_step, same
+
+PLAN = {
+    "mod": "mod",
+    "mod2": "mod",
+    "div": "div",
+    "one": "table",
+    "two": "table",
+    "col": "column",
+    "all": "replicated",
+}
+
+
+def config(rows=1003):
+    sizes = {"mod": rows, "mod2": 41, "div": 777, "one": 50, "two": 333, "col": 200, "all": 19}
+    return {name: FeatureConfig(TableConfig(size, 8, name=name)) for name, size in sizes.items()}
+
+
+def embedding(num_devices, rows=1003, plan=None):
+    mesh = jax.make_mesh((num_devices,), ("d",), devices=jax.devices()[:num_devices])
+    return ShardedEmbedding(config(rows), Adagrad(0.1), mesh, plan=PLAN if plan is None else plan)
+
+
+# One window a shard; many windows; windows that divide nothing.
+@pytest.mark.parametrize("window", [32 << 20, 8 * 32 * 8, 8 * 32 * 7])
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(8, 1), (1, 8), (4, 8)])
+def test_every_sharding_comes_back(tmp_path, monkeypatch, window, saved_on, restored_on):
+    monkeypatch.setattr(restoring, "WINDOW_BYTES", window)
+    before, after = embedding(saved_on), embedding(restored_on)
+    state = at_step(before, 7)
+    with Checkpointer(tmp_path, before) as checkpointer:
+        checkpointer.save(state)
+    with Checkpointer(tmp_path, after) as checkpointer:
+        restored = checkpointer.restore().state
+    tables, slots, _ = before.to_canonical(state)
+    assert same(after, restored, tables, slots)
+    for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(after.abstract_state()), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (expected.shape, expected.dtype, expected.sharding)
+    assert int(restored.step) == 7
+
+
+@pytest.mark.parametrize("window", [32 << 20, 8 * 32 * 7])
+def test_growth_by_windows(tmp_path, monkeypatch, window):
+    monkeypatch.setattr(restoring, "WINDOW_BYTES", window)
+    small, large = embedding(2), embedding(8, rows=1500)
+    state = at_step(small, 4)
+    with Checkpointer(tmp_path, small) as checkpointer:
+        checkpointer.save(state)
+    key = jax.random.key(3)
+    with Checkpointer(tmp_path, large) as checkpointer:
+        grown = checkpointer.restore(vocabulary_growth="initialize", key=key).state
+    old, new, fresh = (
+        own.to_canonical(s) for own, s in ((small, state), (large, grown), (large, large.init(key)))
+    )
+    for get in (lambda t, n: t[0][n], lambda t, n: t[1][n]["accumulators"]):
+        for name in PLAN:
+            num_old = old[0][name].shape[0]
+            np.testing.assert_array_equal(get(new, name)[:num_old], get(old, name))
+            np.testing.assert_array_equal(get(new, name)[num_old:], get(fresh, name)[num_old:])
+
+
+@given(st.sampled_from(["mod", "div", "table"]), st.integers(1, 9), st.integers(1, 70), st.integers(1, 70))
+def test_shares_are_where_positions_are(sharding, num_shards, rows, others):
+    tables = {name: TableConfig(size, 4, name=name) for name, size in (("a", others), ("b", rows))}
+    (stack,) = stack_tables(tables, Adagrad(0.1), {"a": "mod", "b": sharding}, num_shards)
+    for p in stack.placements:
+        found = np.full(p.table.vocabulary_size, -1)
+        for shard in range(num_shards):
+            share = stack.share(p, shard)
+            found[np.asarray(share, int)] = shard * stack.num_rows + p.first_row + np.arange(len(share))
+        np.testing.assert_array_equal(found, stack.position(p, np.arange(p.table.vocabulary_size)))
+
+
+@given(st.data())
+def test_writer_in_any_order(data):
+    num_rows, window = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12))
+    initial = jnp.arange(num_rows * 2.0).reshape(num_rows, 2) if data.draw(st.booleans()) else None
+    expected = np.zeros((num_rows, 2), np.float32) if initial is None else np.array(initial)
+    writer = ShardWriter((num_rows, 2), np.dtype(np.float32), jax.devices()[0], initial, window * 8)
+    for i in range(data.draw(st.integers(0, 5))):
+        first = data.draw(st.integers(0, num_rows - 1))
+        count = data.draw(st.integers(0, num_rows - first))
+        rows = np.full((count, 2), 100 + i, np.float32)
+        writer.write(first, rows)
+        expected[first : first + count] = rows
+    np.testing.assert_array_equal(writer.finish(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_memory_is_a_share_of_the_table_and_512_mb():
+    """1 GiB of rows and as much of slots, 8 devices to 1 and 1 to 8 processes; every value compared."""
+    program = pathlib.Path(__file__).parents[2] / "benchmarks" / "restore_memory.py"
+    run = subprocess.run(
+        [sys.executable, program, "--json"], capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}
+    )
+    assert run.stdout, run.stderr
+    results = json.loads(run.stdout)
+    assert [(r["saved_on"], r["restored_on"]) for r in results] == [(8, 1), (1, 8)]
+    for result in results:
+        assert result["peak"] < result["bytes"] / result["restored_on"] + 512e6
