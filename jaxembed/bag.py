@@ -23,6 +23,7 @@ import jax
 
 from jaxembed import bag_native, bag_xla
 from jaxembed.backends import backend
+from jaxembed.inputs.ids import signed_ids
 
 Layout = Literal["dense", "ragged", "sparse"]
 
@@ -83,7 +84,7 @@ def embedding_bags(
       F arrays ([B, D]; [B, L, D] for sequences; [N, D] for the dense layout) in their tables' types, and
       the int32 [F] counts of bad ids.
     """
-    bags, operands = tuple(bags), tuple(operands)
+    bags, operands = tuple(bags), tuple(_signed(op) for op in operands)
 
     def portable(operands):
         outputs = [bag_xla.embedding_bag(bag, op) for bag, op in zip(bags, operands, strict=True)]
@@ -97,3 +98,9 @@ def embedding_bags(
         return bag_native.embedding_bags(bags, operands)
 
     return jax.lax.platform_dependent(operands, cpu=native, default=portable)
+
+
+def _signed(operands: BagOperands) -> BagOperands:
+    return operands._replace(
+        ids=signed_ids(operands.ids), bags=signed_ids(operands.bags), columns=signed_ids(operands.columns)
+    )

@@ -76,7 +76,7 @@ def match(inputs: Any, weights: Any, feature_config: Any) -> list[FeatureInput]:
     if unknown:
         raise ValueError(
             f"Inputs are not a subset of feature_config: it has no feature {unknown[0]!r}. "
-            f"Inputs are {[path for path, _ in flat_inputs]}, features are {list(features)}."
+            f"Inputs are {[path for path, _ in flat_inputs]}, features are {list(features)}.{_hint(unknown[0], features)}"
         )
     flat_weights: list[Any] = [None] * len(flat_inputs)
     if weights is not None:
@@ -91,6 +91,12 @@ def match(inputs: Any, weights: Any, feature_config: Any) -> list[FeatureInput]:
         FeatureInput(path, features[path], ids, weight)
         for (path, ids), weight in zip(flat_inputs, flat_weights, strict=True)
     ]
+
+
+def _hint(path: str, features: Mapping[str, Any]) -> str:
+    """What to do about the parts of a feature's value, which Python lists are taken for."""
+    whole = next((name for name in features if path.startswith(f"{name}/")), None)
+    return "" if whole is None else f" Convert the lists of {whole!r} with jaxembed.as_input first."
 
 
 def table_of(tables: Mapping[Any, Any], config: TableConfig) -> Any:

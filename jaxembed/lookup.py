@@ -15,7 +15,7 @@ from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.combiners import CustomCombiner, positions_in_rows, ragged_rows
 from jaxembed.features import FeatureInput, match, table_of
 from jaxembed.inputs import RaggedTensor, SparseTensor
-from jaxembed.inputs.ids import is_concrete, narrow_ids
+from jaxembed.inputs.ids import is_concrete, narrow_ids, signed_ids
 from jaxembed.validation import check_ids
 
 
@@ -237,14 +237,15 @@ def _plan_ragged(path: str, feature: Any, ids: RaggedTensor, weights: Any, table
 def _plan_sparse(feature: Any, ids: SparseTensor, weights: Any, table: Any) -> Lookup:
     *leading, _ = ids.dense_shape
     dim, combiner = feature.table.dim, feature.table.combiner
-    rows = ids.indices[:, 0]
+    indices = signed_ids(ids.indices)
+    rows = indices[:, 0]
     if feature.max_sequence_length > 0 and len(leading) == 1 and feature.output_shape is None:
         bag = Bag("sparse", leading[0], sequence_length=feature.max_sequence_length)
-        operands = BagOperands(table, ids.values, rows, columns=ids.indices[:, 1])
+        operands = BagOperands(table, ids.values, rows, columns=indices[:, 1])
         return Lookup(bag, operands, (leading[0], feature.max_sequence_length, dim))
     num_bags = math.prod(leading)
     for axis, size in enumerate(leading[1:], start=1):
-        rows = rows * size + ids.indices[:, axis]
+        rows = rows * size + indices[:, axis]
     prune = feature.validate_weights_and_indices or len(leading) > 1
     bag = Bag("sparse", num_bags, combiner, prune_ids=prune, prune_weights=prune and combiner != "sum")
     values = None if weights is None else weights.values

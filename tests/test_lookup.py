@@ -45,6 +45,35 @@ def test_ids_outside_of_the_vocabulary(path, bad):
         assert int(count) == 1
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "uint64"])
+def test_integers_of_any_type(path, dtype):
+    ids = np.array([1, 4, 2], dtype)
+    ragged = je.RaggedTensor(ids, np.array([0, 2, 3], dtype))
+    sparse = je.SparseTensor(np.array([[0, 0, 1], [99, 1, 0], [99, 1, 1]], dtype), ids, (100, 3, 2))
+    for call in (lookup, jax.jit(lookup)):
+        np.testing.assert_array_equal(call(ids), ROWS[ids])
+        np.testing.assert_array_equal(call(ragged), [ROWS[1] + ROWS[4], ROWS[2]])
+        out = call(sparse)
+        assert out.shape == (100, 3, D)
+        np.testing.assert_array_equal(out[99, 1], ROWS[4] + ROWS[2])
+        np.testing.assert_array_equal(jnp.abs(out).sum(axis=(1, 2)).nonzero()[0], [0, 99])
+
+
+def test_uint32_ids_do_not_wrap(path):
+    out, count = jax.jit(lookup, static_argnames="count_bad_ids")(
+        jnp.array([2**32 - 1, 1], jnp.uint32), count_bad_ids=True
+    )
+    np.testing.assert_array_equal(out, [[0, 0, 0], ROWS[1]])
+    assert int(count) == 1
+
+
+def test_lists_say_what_to_do():
+    with pytest.raises(
+        ValueError, match=r"no feature 'a/0/0'.*Convert the lists of 'a' with jaxembed.as_input"
+    ):
+        je.serving_embedding_lookup({"a": [[1, 2], [3]]}, None, {"t": ROWS}, {"a": FEATURE})
+
+
 def test_bad_ids_leave_a_mean_alone(path):
     feature = je.FeatureConfig(je.TableConfig(V, D, combiner="mean", name="t"))
     out, count = lookup(je.RaggedTensor.from_lists([[1, -1, 3], [9]]), feature=feature, count_bad_ids=True)

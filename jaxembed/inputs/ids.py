@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -30,3 +31,15 @@ def narrow_ids(array: Any) -> Any:
     ):
         return np.clip(array, -(2**31), 2**31 - 1).astype(np.int32)
     return array
+
+
+def signed_ids(array: Any) -> Any:
+    """Integers of any other type as int32, or int64 where they need it; those too large for it saturate."""
+    array = narrow_ids(array)
+    if array is None or array.dtype in (np.int32, np.int64):
+        return array
+    if array.dtype == np.uint64:
+        return jnp.minimum(array, np.uint64(2**63 - 1)).astype(np.int64)
+    if array.dtype == np.uint32:
+        return jnp.minimum(array, np.uint32(2**31 - 1)).astype(np.int32)
+    return array.astype(np.int32)
