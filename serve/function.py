@@ -118,6 +118,11 @@ class ServingFunction:
         return len(self._programs) == len(self._ladder)
 
     @property
+    def params(self) -> Any:
+        """The model's parameters, on CPU."""
+        return self._constants[2]
+
+    @property
     def jit_function(self) -> Callable[..., Any]:
         """`f(tables, params, inputs, weights=None, dense=None, combiner_weights=None)`, jitted.
 

@@ -4,6 +4,7 @@ jaxembed convert runs/movielens/checkpoints --to serving bundles --quantize int8
 """
 
 import argparse
+import pathlib
 
 from jaxembed.checkpoint import convert_to_bundle
 
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--delta-from", type=int, metavar="VERSION", help="write only the rows that changed since"
     )
     parser.add_argument("--model-key", help="keep this part of the dense model only, such as params")
+    parser.add_argument(
+        "--exported", type=pathlib.Path, metavar="FILE", help="what jaxembed.serve.export_model returned"
+    )
     parser.add_argument("--dry-run", action="store_true")
 
 
@@ -43,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         quantize=options.quantize,
         delta_from=options.delta_from,
         select_model=select if options.model_key else None,
+        exported=options.exported and options.exported.read_bytes(),
         dry_run=options.dry_run,
     )
     print(f"{'would write' if options.dry_run else 'wrote'} {report.path}")

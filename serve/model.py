@@ -1,0 +1,232 @@
+"""ServingModel: a bundle, ready to answer requests, without any of the code that trained it."""
+
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jaxembed.checkpoint import Bundle, open_bundle
+
+from .compile_cache import compile_cache
+from .embedding import EmbeddingForServing
+from .exported import ExportedModel
+from .exporting import activation_specs
+from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
+from .function import ServingFunction
+from .signature import FeatureSignature, Signature
+
+
+class ServingModel:
+    """Opens a bundle and serves it, on CPU, without ever compiling once warmed up.
+
+        model = ServingModel("bundles").warm_up()
+        scores = model({"user": [7, 9], "history": [[1, 2], []]}, dense={"dense": dense})
+
+    The dense model is the one that `export_model` put into the bundle; of a bundle without one, the
+    result is the activations. Tables are mapped, not read, and shared between processes. Shapes, padding and
+    large batches are those of `ServingFunction`. Thread-safe.
+
+    Args:
+      path: of a bundle's version, or of the folder of its versions.
+      version: default: the latest.
+      max_batch_size: rows that run at once; larger requests are split by rows.
+      verify: compare the whole bundle with its digests first, which reads all of it.
+      compile_cache: folder to keep compiled programs in, so that the next start is fast; whoever can write it
+        decides what is run. None keeps to what JAX is configured to do.
+      weighted: paths of the features for which requests may carry weights; None takes what was exported.
+      max_ids_per_row: limit of ids of one row of one feature, or a dict of limits by path; None takes what
+        was exported.
+
+    Raises:
+      FileNotFoundError: if there is no such version.
+      CheckpointError: if the bundle is damaged.
+      ValueError: if the exported model does not fit the bundle, or an argument is not of the form above.
+
+    References:
+      `tf.saved_model.load` and its `signatures["serving_default"]`.
+    """
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        version: int | None = None,
+        max_batch_size: int = 1024,
+        verify: bool = True,
+        compile_cache: str | pathlib.Path | None = None,
+        weighted: Iterable[str] | None = None,
+        max_ids_per_row: int | Mapping[str, int] | None = None,
+    ):
+        bundle = open_bundle(path, version)
+        if verify:
+            bundle.verify()
+        self._directory, self._step, self._metadata = bundle.directory, bundle.step, bundle.metadata
+        self._compile_cache = compile_cache
+        exported = None if bundle.exported is None else ExportedModel.from_bytes(bundle.exported)
+        weighted, limits = _limits(exported, weighted, max_ids_per_row)
+        features = served_features(bundle.feature_config, limits, weighted)
+        self._signature = _signature(features, exported)
+        self._embedding = EmbeddingForServing(bundle.feature_config, bundle.tables)
+        options: dict[str, Any] = {"weighted": weighted, "max_ids_per_row": limits}
+        options["batch_sizes"] = _batch_sizes(exported, max_batch_size)
+        self._lookup = ServingFunction(self._embedding, max_batch_size=max_batch_size, **options)
+        self._function = self._lookup
+        if exported is not None:
+            self._function = ServingFunction(
+                self._embedding,
+                exported,
+                _params(bundle, exported, features),
+                dense_inputs={spec.name: spec.shape for spec in exported.dense},
+                max_batch_size=max_batch_size,
+                **options,
+            )
+        self._is_closed = False
+
+    @property
+    def version(self) -> int:
+        """The number of the version: the name of its folder, or else its step."""
+        return int(self._directory.name) if self._directory.name.isdecimal() else self._step
+
+    @property
+    def step(self) -> int:
+        """Number of training steps taken."""
+        return self._step
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the trainer put in."""
+        return dict(self._metadata)
+
+    @property
+    def signature(self) -> Signature:
+        """Features, dense inputs and outputs."""
+        return self._signature
+
+    @property
+    def embedding(self) -> EmbeddingForServing:
+        """The tables and their feature configuration."""
+        return self._embedding
+
+    @property
+    def ready(self) -> bool:
+        """Whether every shape is compiled, and the model is not closed."""
+        return not self._is_closed and self._function.ready and self._lookup.ready
+
+    @property
+    def compile_count(self) -> int:
+        """Programs compiled so far; it does not change once `ready`."""
+        return sum(function.compile_count for function in self._functions())
+
+    @property
+    def jit_function(self) -> Callable[..., Any]:
+        """`f(tables, params, inputs, weights=None, dense=None)`, jitted, to embed into a jit of your own.
+
+        Inputs are as those of `serving_embedding_lookup`; tables are `model.embedding.embedding_tables`, and
+        params `model.params`. Both are arguments: a program that closed over them would hold a copy.
+        """
+        return self._open(self._function).jit_function
+
+    @property
+    def params(self) -> list[jax.Array] | None:
+        """Parameters of the exported model, as `jit_function` takes them; None without one."""
+        return self._open(self._function).params
+
+    def warm_up(self, progress: bool | Callable[[int, int], None] = False) -> "ServingModel":
+        """Compiles every shape and runs it once; with a compile cache, what it lacks.
+
+        Args:
+          progress: show a bar on stderr, or call this with the number of shapes done and of all.
+        """
+        with compile_cache(self._compile_cache):
+            for function in self._functions():
+                self._open(function).warm_up(progress)
+        return self
+
+    def __call__(self, inputs: Any, weights: Any = None, dense: Mapping[str, Any] | None = None) -> Any:
+        """Serves one request of B rows; arguments and errors are those of `ServingFunction`.
+
+        Returns:
+          The outputs as numpy arrays [B, ...], structured as the model returned them.
+        """
+        return self._open(self._function)(inputs, weights, dense)
+
+    def lookup(self, inputs: Any, weights: Any = None) -> Any:
+        """The activations alone, structured as the feature configuration: [B, D], or [B, L, D] for sequences."""
+        return self._open(self._lookup)(inputs, weights)
+
+    def close(self) -> None:
+        """Releases tables and programs, once the calls under way have returned; later ones are errors."""
+        self._is_closed = True
+        self._function = self._lookup = self._embedding = None  # type: ignore[assignment]
+
+    def __enter__(self) -> "ServingModel":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _functions(self) -> list[ServingFunction]:
+        lookup, function = self._lookup, self._function
+        return [lookup] if function is lookup else [lookup, function]
+
+    def _open(self, function: ServingFunction | None) -> ServingFunction:
+        if function is None:
+            raise ValueError(f"the ServingModel of {self._directory} is closed; open it again.")
+        return function
+
+
+def _limits(
+    exported: ExportedModel | None, weighted: Iterable[str] | None, limits: int | Mapping[str, int] | None
+) -> tuple[list[str], int | Mapping[str, int]]:
+    if isinstance(weighted, str):
+        raise ValueError(f"weighted must be a list of paths of features, got {weighted!r}.")
+    if weighted is None:
+        weighted = () if exported is None else exported.weighted
+    if limits is None:
+        limits = DEFAULT_MAX_IDS if exported is None else exported.limits
+    return list(weighted), limits
+
+
+def _batch_sizes(exported: ExportedModel | None, largest: int) -> list[int] | None:
+    if exported is None or exported.batch_sizes is None:
+        return None
+    sizes = [size for size in exported.batch_sizes if size <= largest]
+    if not sizes:
+        raise ValueError(
+            f"max_batch_size must be at least {exported.batch_sizes[0]}, the smallest batch that the model was "
+            f"exported for, got {largest}."
+        )
+    return sizes
+
+
+def _params(bundle: Bundle, exported: ExportedModel, features: tuple[ServedFeature, ...]) -> list[Any]:
+    """The model's parameters, once the model is known to fit the bundle."""
+    expected = activation_specs(features)
+    if list(exported.activations) != expected:
+        wrong = [
+            spec
+            for spec in (*exported.activations, *expected)
+            if (spec in expected) != (spec in exported.activations)
+        ]
+        raise ValueError(
+            f"the exported model of {bundle.directory} is of another feature configuration: they differ in "
+            f"{wrong[:4]}; export it with the one that the checkpoint holds."
+        )
+    return exported.arrange(bundle.model)
+
+
+def _signature(features: tuple[ServedFeature, ...], exported: ExportedModel | None) -> Signature:
+    described = tuple(
+        FeatureSignature(
+            path=feature.path,
+            kind="sequence" if feature.config.max_sequence_length else "bag",
+            max_ids=feature.max_ids,
+            weighted=feature.weighted,
+            vocabulary_size=feature.config.table.vocabulary_size,
+        )
+        for feature in features
+    )
+    if exported is None:
+        return Signature(described, (), tuple(activation_specs(features)))
+    return Signature(described, exported.dense, exported.outputs[1])

@@ -1,0 +1,39 @@
+"""What a served model takes and gives, for servers and their clients."""
+
+import dataclasses
+
+from .exported import ArraySpec
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSignature:
+    """One feature of a request.
+
+    Attributes:
+      path: in the feature configuration, such as "user/history".
+      kind: "bag", whose ids are combined, or "sequence", of which the first `max_ids` are used.
+      max_ids: the largest number of ids of one row; more are an error, or are cut off a sequence.
+      weighted: whether its ids may carry weights.
+      vocabulary_size: V; ids must be in [0, V).
+    """
+
+    path: str
+    kind: str
+    max_ids: int
+    weighted: bool
+    vocabulary_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Of a ServingModel.
+
+    Attributes:
+      features: in the order of the feature configuration.
+      dense: dense inputs, float32 [B, *shape] each; all of them must be given.
+      outputs: [B, *shape] each, named by their path in the result; "" where the result is one array.
+    """
+
+    features: tuple[FeatureSignature, ...]
+    dense: tuple[ArraySpec, ...]
+    outputs: tuple[ArraySpec, ...]
