@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxembed.id_mapping import HashBuckets, Preprocessing, VocabularyFile
 from jaxembed.initializers import Initializer, TruncatedNormal
 
 COMBINERS = ("mean", "sum", "sqrtn")
@@ -159,6 +160,8 @@ class FeatureConfig:
       output_shape: leading dimensions of the activation, without D; for ragged inputs. Its product
         must be B (combined) or a multiple of B (a sequence per row).
       name: name of the feature; None takes its path in the feature configuration.
+      preprocessing: `HashBuckets` or `VocabularyFile`, which make rows of raw ids, alike in training and
+        serving (`jaxembed.preprocess`); None takes ids as rows.
 
     Raises:
       ValueError: if an argument is not of the form above.
@@ -172,6 +175,7 @@ class FeatureConfig:
     validate_weights_and_indices: bool = True
     output_shape: tuple[int, ...] | None = None
     name: str | None = None
+    preprocessing: Preprocessing | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         if not isinstance(self.table, TableConfig):
@@ -191,3 +195,14 @@ class FeatureConfig:
             object.__setattr__(self, "output_shape", shape or None)
         if self.name is not None and not isinstance(self.name, str):
             raise ValueError(f"name must be a str or None, got {self.name!r}.")
+        if self.preprocessing is None:
+            return
+        if not isinstance(self.preprocessing, HashBuckets | VocabularyFile):
+            raise ValueError(
+                f"preprocessing must be HashBuckets, VocabularyFile or None, got {self.preprocessing!r}."
+            )
+        if self.preprocessing.num_rows > self.table.vocabulary_size:
+            raise ValueError(
+                f"preprocessing gives rows in [0, {self.preprocessing.num_rows}), but table {self.table.name!r} has "
+                f"vocabulary_size {self.table.vocabulary_size}; make the table larger or the buckets fewer."
+            )

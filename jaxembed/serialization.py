@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxembed.combiners import CustomCombiner, combiner_from_dict
 from jaxembed.config import FeatureConfig, QuantizationConfig, TableConfig
 from jaxembed.features import feature_tables, flat_features
+from jaxembed.id_mapping import preprocessing_from_dict, preprocessing_to_dict
 from jaxembed.initializers import initializer_class
 from jaxembed.optimizers import optimizer_from_dict
 
@@ -146,15 +147,16 @@ def _initializer_to_dict(table: TableConfig) -> dict[str, Any]:
 
 def _structure_to_json(tree: Any) -> dict[str, Any]:
     if isinstance(tree, FeatureConfig):
-        return {
-            "feature": {
-                "table": tree.table.name,
-                "max_sequence_length": tree.max_sequence_length,
-                "validate_weights_and_indices": tree.validate_weights_and_indices,
-                "output_shape": tree.output_shape,
-                "name": tree.name,
-            }
+        feature = {
+            "table": tree.table.name,
+            "max_sequence_length": tree.max_sequence_length,
+            "validate_weights_and_indices": tree.validate_weights_and_indices,
+            "output_shape": tree.output_shape,
+            "name": tree.name,
         }
+        if tree.preprocessing is not None:  # left out otherwise, so that earlier versions read it
+            feature["preprocessing"] = preprocessing_to_dict(tree.preprocessing)
+        return {"feature": feature}
     if isinstance(tree, Mapping):
         for key in tree:
             if not isinstance(key, str):
@@ -197,7 +199,10 @@ def _feature_from_dict(data: dict[str, Any], tables: dict[str, TableConfig]) -> 
             "not a feature configuration: validate_weights_and_indices must be true or false, "
             f"max_sequence_length an int below 2**31, got {validate!r:.80} and {length!r:.80}."
         )
-    return FeatureConfig(tables[table], **arguments)
+    preprocessing = arguments.pop("preprocessing", None)
+    if preprocessing is not None:
+        preprocessing = preprocessing_from_dict(preprocessing)
+    return FeatureConfig(tables[table], **arguments, preprocessing=preprocessing)
 
 
 def _is_size(value: Any) -> bool:

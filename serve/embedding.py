@@ -12,6 +12,7 @@ from jaxembed.checkpoint import read_checkpoint
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables, table_of
 from jaxembed.lookup import serving_embedding_lookup
+from jaxembed.preprocessing import preprocess
 from jaxembed.quantization import quantize_as_trained
 
 
@@ -58,7 +59,8 @@ class EmbeddingForServing:
         return dict(self._combiner_weights)
 
     def __call__(self, features: Any, weights: Any = None) -> Any:
-        """`serving_embedding_lookup` of `features`, with optional `weights`, in these tables."""
+        """`serving_embedding_lookup` of `features`, preprocessed, with optional `weights`, in these tables."""
+        features = preprocess(features, self._feature_config)
         return serving_embedding_lookup(
             features, weights, self._tables, self._feature_config, combiner_weights=self._combiner_weights
         )

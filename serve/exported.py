@@ -35,9 +35,11 @@ class ArraySpec:
     dtype: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class ExportedModel:
     """A dense model in StableHLO, called as `model(params, activations, dense)` inside of a trace.
+
+    Equal where its artefacts are, so that versions of one model can share compiled programs.
 
     Attributes:
       params: in the order in which they are passed, named by their path, such as "top.layers.0.kernel".
@@ -56,6 +58,9 @@ class ExportedModel:
     limits: dict[str, int]
     weighted: tuple[str, ...]
     programs: dict[int | None, bytes]
+
+    def __hash__(self) -> int:
+        return hash((self.params, self.activations, self.dense))
 
     @property
     def batch_sizes(self) -> list[int] | None:

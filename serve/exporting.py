@@ -1,6 +1,7 @@
 """export_model: the dense model as StableHLO, so that serving needs none of its code."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,7 +68,8 @@ def export_model(
         batch = jax.export.symbolic_shape("b")[0] if size is None else size
         arguments = _arguments(features, named, dense, batch)
         try:
-            exported = jax.export.export(jax.jit(flat), platforms=list(platforms))(*arguments)
+            with without_locations():
+                exported = jax.export.export(jax.jit(flat), platforms=list(platforms))(*arguments)
         except Exception as e:  # whatever the model raises
             wanted = "a batch of any size" if size is None else f"a batch of {size}"
             hint = "; if its shapes must be known, pass batch_sizes=[...]" if size is None else ""
@@ -88,6 +90,17 @@ def export_model(
         weighted=tuple(feature.path for feature in features if feature.weighted),
         programs=programs,
     ).to_bytes()
+
+
+@contextlib.contextmanager
+def without_locations() -> Iterator[None]:
+    """Programs traced inside of it name no source files: one model gives the same bytes wherever it is exported."""
+    before = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def activation_specs(features: Sequence[ServedFeature]) -> list[ArraySpec]:

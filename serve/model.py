@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxembed.checkpoint import Bundle, open_bundle
+from jaxembed.checkpoint.vocabularies import load_vocabularies
 
 from .compile_cache import compile_cache
 from .embedding import EmbeddingForServing
@@ -61,6 +62,7 @@ class ServingModel:
         bundle = open_bundle(path, version)
         if verify:
             bundle.verify()
+        load_vocabularies(bundle.feature_config)
         self._directory, self._step, self._metadata = bundle.directory, bundle.step, bundle.metadata
         self._compile_cache = compile_cache
         exported = None if bundle.exported is None else ExportedModel.from_bytes(bundle.exported)
@@ -107,6 +109,11 @@ class ServingModel:
     def embedding(self) -> EmbeddingForServing:
         """The tables and their feature configuration."""
         return self._embedding
+
+    @property
+    def function(self) -> ServingFunction:
+        """What runs the requests, for servers that put several together."""
+        return self._open(self._function)
 
     @property
     def ready(self) -> bool:
@@ -224,6 +231,8 @@ def _signature(features: tuple[ServedFeature, ...], exported: ExportedModel | No
             max_ids=feature.max_ids,
             weighted=feature.weighted,
             vocabulary_size=feature.config.table.vocabulary_size,
+            dtype=feature.config.preprocessing.dtype if feature.config.preprocessing else "int64",
+            preprocessed=feature.config.preprocessing is not None,
         )
         for feature in features
     )

@@ -14,7 +14,9 @@ class FeatureSignature:
       kind: "bag", whose ids are combined, or "sequence", of which the first `max_ids` are used.
       max_ids: the largest number of ids of one row; more are an error, or are cut off a sequence.
       weighted: whether its ids may carry weights.
-      vocabulary_size: V; ids must be in [0, V).
+      vocabulary_size: V.
+      dtype: of its ids, "int64" or "string".
+      preprocessed: whether they are hashed or looked up in a vocabulary; else they must be in [0, V).
     """
 
     path: str
@@ -22,6 +24,8 @@ class FeatureSignature:
     max_ids: int
     weighted: bool
     vocabulary_size: int
+    dtype: str = "int64"
+    preprocessed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

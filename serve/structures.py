@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxembed.config import FeatureConfig
+from jaxembed.features import flat_features
+from jaxembed.preprocessing import preprocess_leaf
 
 
 class Reader:
@@ -12,17 +14,25 @@ class Reader:
     def __init__(self, feature_config: Any):
         self._feature_config = feature_config
         self._keys = None
+        features = list(flat_features(feature_config).items())
+        self._preprocessed = [(i, *f) for i, f in enumerate(features) if f[1].preprocessing is not None]
         if isinstance(feature_config, Mapping) and all(
             isinstance(child, FeatureConfig) for child in feature_config.values()
         ):
             self._keys = sorted(feature_config, key=str)
 
     def inputs(self, tree: Any) -> list[Any]:
-        """One leaf for every feature.
+        """One leaf for every feature, its ids as rows of its table.
 
         Raises:
-          ValueError: if a feature is missing or unknown, or the structure is another.
+          ValueError: if a feature is missing or unknown, the structure is another, or an id has no row.
         """
+        leaves = self._leaves(tree)
+        for i, path, feature in self._preprocessed:
+            leaves[i] = preprocess_leaf(path, feature, leaves[i])
+        return leaves
+
+    def _leaves(self, tree: Any) -> list[Any]:
         if self._keys is not None and isinstance(tree, dict) and len(tree) == len(self._keys):
             try:
                 return [tree[key] for key in self._keys]

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 from jaxembed.optimizers import Optimizer
+from jaxembed.preprocessing import preprocess
 
 from .engines import packing
 from .engines.batch import ShardedBatch, ShardedWeights
@@ -293,6 +294,7 @@ class ShardedEmbedding:
         return packing.pack_on_host(plan, self.stacks, local, self._room)
 
     def _plan(self, batch: Any, weights: Any) -> packing.Plan:
+        batch = preprocess(batch, self.feature_config)
         return packing.plan_batch(batch, weights, self.feature_config, self.stacks, jax.process_count())
 
     def _sharded(self, batch: Any, weights: Any) -> tuple[ShardedBatch, Any]:

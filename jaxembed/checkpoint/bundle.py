@@ -5,6 +5,7 @@
       tables/00000.safetensors  one tensor "rows" [V, D], its data 4096 bytes into the file; or "codes" and
                                 "scale" and "bias", or "codebook": the arrays of a QuantizedTable
       model.safetensors         dense parameters; may be absent
+      vocabularies/DIGEST.txt   vocabulary files of the feature configuration, if it names any
       model.stablehlo           the model as `jax.export` serializes it, tables as arguments; may be absent
 
 A version may be a delta of an earlier one beside it: a table that did not change then has no file, and one
@@ -46,6 +47,7 @@ from jaxembed.checkpoint.files import sync_folder, write_file
 from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
 from jaxembed.checkpoint.safetensors_file import header_of
 from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.checkpoint.vocabularies import copy_vocabularies
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 
@@ -137,6 +139,7 @@ def _write_arrays(
     select_model: Callable[[Any], Any] | None,
 ) -> tuple[list[TableReport], dict[str, Any]]:
     """Writes tables and dense model; the reports, and the manifest of them."""
+    copy_vocabularies(opened.feature_config, scratch)
     model = opened.model()
     if select_model is not None and model is not None:
         model = select_model(model)

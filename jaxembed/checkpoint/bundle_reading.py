@@ -17,6 +17,7 @@ from jaxembed.checkpoint.files import read_regular
 from jaxembed.checkpoint.safetensors_file import map_tensors
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.checkpoint.stored_quantized import StoredQuantized
+from jaxembed.checkpoint.vocabularies import load_vocabularies, locate_vocabularies
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 from jaxembed.quantized_table import QuantizedTable
@@ -89,6 +90,7 @@ class Bundle:
         for what, array, digests in self._digests:
             digests.check(array, what)
         _ = self.exported
+        load_vocabularies(self.feature_config)
 
 
 def is_bundle(path: str | pathlib.Path) -> bool:
@@ -124,7 +126,7 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
       CheckpointError: if it is damaged.
     """
     try:
-        feature_config = feature_config_from_json(manifest["feature_config"])
+        feature_config = locate_vocabularies(feature_config_from_json(manifest["feature_config"]), directory)
         if (directory / "tables").is_symlink():
             raise CheckpointError(f"{directory / 'tables'} is a symbolic link; a bundle holds its own files.")
         checks, tables = [], {}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxembed import RaggedTensor
-from jaxembed.checkpoint import CheckpointError, open_bundle
+from jaxembed.checkpoint import CheckpointError
 from jaxembed.serve import EmbeddingForServing, ServingFunction, ServingModel, export_model
 from jaxembed.serve.exported import ArraySpec, ExportedModel
 from tests.serve import bundles, requests
@@ -222,15 +222,19 @@ print(model(inputs, dense={{"dense": [[1.0, 2.0]], "age": [3.0]}})["score"].shap
 
 def test_damage_is_found(checkpoint, artefact, tmp_path):
     bundles.convert(checkpoint, tmp_path, exported=artefact)
-    file = tmp_path / "7" / "exported.bin"
+    file = tmp_path / "7" / "model.stablehlo"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"exported.bin is damaged: it does not have the digest"):
-        open_bundle(tmp_path)
-    file.unlink()
-    with pytest.raises(CheckpointError, match=r"has no readable exported.bin"):
-        ServingModel(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model.stablehlo is damaged: it does not have the digest"):
+        ServingModel(tmp_path, verify=False)
+
+
+def test_versions_of_one_model_have_equal_programs(artefact):
+    one, other = (ExportedModel.from_bytes(data) for data in (artefact, bundles.export()))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != ExportedModel.from_bytes(bundles.export(weighted=()))
 
 
 def test_model_must_fit_the_bundle(checkpoint, tmp_path):

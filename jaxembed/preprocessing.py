@@ -1,0 +1,162 @@
+"""preprocess: raw ids to rows of the tables, on the host, as the feature configuration says.
+
+Training (`ShardedEmbedding`) and serving (`ServingFunction`, `ServingModel`, `EmbeddingForServing`) call it
+themselves and take raw ids. `serving_embedding_lookup` takes rows: its inputs may be traced.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxembed import structure
+from jaxembed.config import FeatureConfig
+from jaxembed.features import flat_features
+from jaxembed.id_mapping import BadIdError
+from jaxembed.inputs import RaggedTensor, SparseTensor, as_input
+from jaxembed.inputs.ids import is_concrete
+
+
+def preprocess(inputs: Any, feature_config: Any) -> Any:
+    """The ids of every feature with `preprocessing` as rows of its table; others are left as they are.
+
+    Args:
+      inputs: a subset of `feature_config`; at each leaf with preprocessing a RaggedTensor, a SparseTensor or an
+        array of raw ids, which may be strings, a list of lists of them, or a list of them.
+      feature_config: a structure of FeatureConfig.
+
+    Returns:
+      The same structure, with int32 rows; lists of lists become RaggedTensors.
+
+    Raises:
+      ValueError: naming feature, row and position of an id that cannot be mapped, or if ids are traced.
+    """
+    if all(feature.preprocessing is None for feature in flat_features(feature_config).values()):
+        return inputs
+    return _walk(inputs, feature_config, ())
+
+
+def preprocess_leaf(path: str, feature: FeatureConfig, leaf: Any) -> Any:
+    """The ids of one feature, whose `preprocessing` is not None, as rows; see `preprocess`."""
+    if isinstance(leaf, list | tuple):
+        return _from_lists(path, feature, leaf)
+    if not isinstance(leaf, RaggedTensor | SparseTensor | np.ndarray | jax.Array):
+        leaf = as_input(leaf)
+    if not all(map(is_concrete, _arrays(leaf))):
+        raise ValueError(
+            f"Feature {path!r} has preprocessing, which runs on the host, but its ids are traced; call "
+            "jaxembed.preprocess, or shard_batch, outside of jax.jit."
+        )
+    if isinstance(leaf, RaggedTensor):
+        splits = np.asarray(leaf.row_splits)
+        values = np.zeros(leaf.values.shape[0], np.int32)
+        values[: splits[-1]] = _rows(path, feature, np.asarray(leaf.values)[: splits[-1]], splits)
+        return RaggedTensor(values, leaf.row_splits)
+    if isinstance(leaf, SparseTensor):
+        indices = np.asarray(leaf.indices)
+        used = np.flatnonzero(indices[:, 0] < leaf.dense_shape[0])
+        values = np.zeros(indices.shape[0], np.int32)
+        values[used] = _rows(path, feature, np.asarray(leaf.values)[used], indices[used])
+        return SparseTensor(leaf.indices, values, leaf.dense_shape)
+    return _rows(path, feature, np.asarray(leaf).reshape(-1), None).reshape(leaf.shape)
+
+
+def _walk(inputs: Any, config: Any, path: structure.Path) -> Any:
+    """Along the configuration, since a leaf may be a list itself; what does not fit is left to be reported."""
+    if isinstance(config, FeatureConfig):
+        if config.preprocessing is None or inputs is None:
+            return inputs
+        return preprocess_leaf(structure.join(path), config, inputs)
+    if isinstance(config, Mapping) and isinstance(inputs, Mapping):
+        return {k: _walk(v, config[k], (*path, str(k))) if k in config else v for k, v in inputs.items()}
+    fields = getattr(config, "_fields", None)
+    if fields is not None and getattr(inputs, "_fields", None) == fields:
+        pairs = zip(fields, inputs, config, strict=True)
+        return type(inputs)(*(_walk(v, c, (*path, name)) for name, v, c in pairs))
+    if isinstance(config, list | tuple) and isinstance(inputs, list | tuple) and len(inputs) == len(config):
+        pairs = enumerate(zip(inputs, config, strict=True))
+        return type(inputs)(_walk(v, c, (*path, str(i))) for i, (v, c) in pairs)
+    return inputs
+
+
+def _from_lists(path: str, feature: FeatureConfig, rows: Sequence[Any]) -> Any:
+    nested = [isinstance(row, list | tuple | np.ndarray) for row in rows]
+    if not any(nested) and rows:
+        return _rows(path, feature, list(rows), None)
+    if not all(nested) or any(np.ndim(row) != 1 for row in rows if isinstance(row, np.ndarray)):
+        at = next((i for i, is_list in enumerate(nested) if not is_list), 0)
+        raise ValueError(
+            f"Feature {path!r}, row {at} must be a list of ids or one id, alike in all rows, got {rows[at]!r:.80}."
+        )
+    lists = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
+    splits = np.zeros(len(lists) + 1, np.int64)
+    np.cumsum([len(row) for row in lists], out=splits[1:])
+    return RaggedTensor(_rows(path, feature, list(itertools.chain.from_iterable(lists)), splits), splits)
+
+
+def _rows(path: str, feature: FeatureConfig, ids: Any, places: np.ndarray | None) -> np.ndarray:
+    """Rows of flat ids.
+
+    Args:
+      places: row splits [B + 1], coordinates [N, rank], or None for one id a row.
+    """
+    preprocessing = feature.preprocessing
+    assert preprocessing is not None
+    try:
+        ids = _integers(ids) if preprocessing.dtype == "int64" else _strings(ids)
+        return preprocessing.rows(ids)
+    except BadIdError as e:
+        raise ValueError(f"Feature {path!r}, {_place(e.at, places)}: {e}") from None
+
+
+def _place(at: int, places: np.ndarray | None) -> str:
+    if places is None:
+        return f"row {at}"
+    if places.ndim == 2:
+        return f"row {places[at, 0]}, position {places[at, -1]}"
+    row = int(np.searchsorted(places, at, side="right")) - 1
+    return f"row {row}, position {at - int(places[row])}"
+
+
+def _integers(ids: Any) -> np.ndarray:
+    if isinstance(ids, np.ndarray) and (ids.dtype.kind in "iu" or not ids.size):
+        return ids.astype(np.int64) if ids.dtype.kind != "u" or ids.dtype.itemsize < 8 else _signed(ids)
+    for at, value in enumerate(ids):
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+            raise BadIdError(at, f"the id must be an int64, got {value!r:.80}; dtype='string' takes strings.")
+        if not -(2**63) <= value < 2**63:
+            raise BadIdError(at, f"the id must be an int64, got {value!r:.80}.")
+    return np.array(ids, np.int64)
+
+
+def _signed(ids: np.ndarray) -> np.ndarray:
+    large = np.flatnonzero(ids >= np.uint64(2**63))
+    if large.size:
+        raise BadIdError(int(large[0]), f"the id must be an int64, got {ids[large[0]]}.")
+    return ids.astype(np.int64)
+
+
+def _strings(ids: Any) -> list[str | bytes]:
+    if isinstance(ids, np.ndarray):
+        if ids.dtype.kind not in "USO" and ids.size:
+            raise BadIdError(0, f"the id must be a string, got {ids[0]!r:.80}; dtype='int64' takes integers.")
+        ids = ids.tolist()
+    for at, value in enumerate(ids):
+        if not isinstance(value, str | bytes):
+            raise BadIdError(at, f"the id must be a string, got {value!r:.80}; dtype='int64' takes integers.")
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise BadIdError(
+                    at, f"the id must be a string of whole characters, got {value!r:.80}."
+                ) from None
+    return list(ids)
+
+
+def _arrays(leaf: Any) -> list[Any]:
+    if isinstance(leaf, RaggedTensor):
+        return [leaf.values, leaf.row_splits]
+    return [leaf.values, leaf.indices] if isinstance(leaf, SparseTensor) else [leaf]

@@ -1,0 +1,295 @@
+"""Raw ids to rows: published hash values, vocabularies, every form of input, and the same rows in training and serving."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxembed import (
+    FeatureConfig,
+    HashBuckets,
+    RaggedTensor,
+    SparseTensor,
+    TableConfig,
+    VocabularyFile,
+    preprocess,
+    serving_embedding_lookup,
+)
+from jaxembed.checkpoint import CheckpointError, convert_to_bundle, open_bundle
+from jaxembed.hashing import hash_ints, hash_strings
+from jaxembed.optimizers import SGD
+from jaxembed.serialization import feature_config_from_json, feature_config_to_json
+from jaxembed.serve import EmbeddingForServing, ServingModel
+from jaxembed.train import Checkpointer, ShardedEmbedding
+
+GAMMA = 0x9E3779B97F4A7C15
+TABLE = TableConfig(10, 4, name="table")
+
+
+def test_published_hashes():
+    # The first outputs of splitmix64.c from the state 1234567: state n is 1234567 + n GAMMA.
+    states = (np.uint64(1234567) + np.arange(5, dtype=np.uint64) * np.uint64(GAMMA)).astype(np.uint64)
+    assert hash_ints(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert hash_ints(np.array(0)) == 0xE220A8397B1DCDAF
+    # XXH3_64bits of the reference implementation.
+    assert hash_strings(["", "a", b"abc"]).tolist() == [
+        0x2D06800538D394C2,
+        0xE6C632B61E964E1F,
+        0x78AF5F94892F3950,
+    ]
+
+
+def test_recorded_hashes():
+    """What a trained table depends on must never change."""
+    ids = np.array([-(2**63), -5, -1, 0, 1, 2**31, 2**40, 2**63 - 1])
+    assert HashBuckets(1000).rows(ids).tolist() == RECORDED["int64"]
+    assert HashBuckets(1000, seed=7).rows(ids).tolist() == RECORDED["int64, seed 7"]
+    words = ["", "film", "Amélie", "映画", "a" * 300]
+    assert HashBuckets(1000, "string").rows(words).tolist() == RECORDED["string"]
+    assert HashBuckets(1000, "string", seed=7).rows(words).tolist() == RECORDED["string, seed 7"]
+
+
+RECORDED = {
+    "int64": [915, 514, 936, 535, 465, 868, 641, 39],
+    "int64, seed 7": [474, 744, 326, 319, 666, 477, 300, 258],
+    "string": [138, 512, 846, 529, 633],
+    "string, seed 7": [464, 508, 989, 663, 202],
+}
+
+
+def _splitmix64(x):
+    z = (x + GAMMA) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1)), st.integers(0, 2**64 - 1))
+def test_hash_of_ints_is_its_formula(ids, seed):
+    hashed = [_splitmix64(i % 2**64) for i in ids]
+    hashed = [_splitmix64(h ^ seed) if seed else h for h in hashed]
+    assert hash_ints(np.array(ids, np.int64), seed).tolist() == hashed
+    small = np.array([i % 100 for i in ids], np.int8)
+    assert hash_ints(small).tolist() == hash_ints(small.astype(np.int64)).tolist()
+
+
+def test_buckets_are_even():
+    counts = np.bincount(HashBuckets(100).rows(np.arange(100_000)), minlength=100)
+    assert counts.min() > 850  # 1000 each, with a standard deviation of 32
+    assert counts.max() < 1150
+
+
+@pytest.fixture
+def words(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("film\nAmélie\n映画\n", encoding="utf-8")
+    return VocabularyFile(file, num_oov_buckets=2)
+
+
+def test_vocabulary(words, tmp_path):
+    assert (words.size, words.num_rows) == (3, 5)
+    rows = words.rows(["映画", "film", b"film", "Amélie", "x", ""])
+    assert rows[:4].tolist() == [2, 0, 0, 1]
+    assert rows[4:].tolist() == (3 + HashBuckets(2, "string").rows(["x", ""])).tolist()
+    numbers = tmp_path / "numbers.txt"
+    numbers.write_bytes(b"5\r\n-9\n1099511627776")
+    vocabulary = VocabularyFile(numbers, 0, "int64")
+    assert vocabulary.rows(np.array([2**40, 5, -9, 5])).tolist() == [2, 0, 1, 0]
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(numbers.read_bytes())
+    assert vocabulary == VocabularyFile(moved, 0, "int64")
+    assert vocabulary != VocabularyFile(moved, 1, "int64")
+
+
+@pytest.mark.parametrize(
+    ("content", "dtype", "message"),
+    [
+        (b"a\nb\na\n", "string", r"line 3 repeats b'a'; each id must be there once"),
+        (b"a\n\nb\n", "string", "line 2 is empty"),
+        (b"\xff\n", "string", "is not UTF-8"),
+        (b"1\nx\n", "int64", r"line 2 must be an int64, got b'x'"),
+        (b"1\n9223372036854775808\n", "int64", "line 2 must be an int64"),
+        (b"1\n01\n", "int64", "line 2 repeats 1"),
+    ],
+)
+def test_vocabularies_that_are_none(tmp_path, content, dtype, message):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        VocabularyFile(tmp_path / "file", dtype=dtype)
+
+
+def test_a_vocabulary_that_changed_is_refused(words, tmp_path):
+    recorded = dataclasses.replace(words)  # as a checkpoint gives it: read when first needed
+    (tmp_path / "words.txt").write_text("Amélie\nfilm\n映画\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not the one that was recorded: its digest differs"):
+        recorded.rows(["film"])
+    (tmp_path / "words.txt").unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        recorded.rows(["film"])
+    with pytest.raises(ValueError, match="cannot be read"):
+        VocabularyFile(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HashBuckets(0), r"num_buckets must be an int in \[1, 2147483648\), got 0"),
+        (lambda: HashBuckets(True), "num_buckets must be an int"),
+        (lambda: HashBuckets(5, "float"), r"dtype must be one of \('int64', 'string'\), got 'float'"),
+        (lambda: HashBuckets(5, seed=-1), "seed must be an int"),
+        (
+            lambda: FeatureConfig(TABLE, preprocessing="hash"),
+            "preprocessing must be HashBuckets, VocabularyFile or",
+        ),
+        (
+            lambda: FeatureConfig(TABLE, preprocessing=HashBuckets(11)),
+            r"gives rows in \[0, 11\), but table 'table' has vocabulary_size 10",
+        ),
+        (lambda: FeatureConfig(TABLE, 0, True, None, None, HashBuckets(5)), "positional"),
+    ],
+)
+def test_errors_of_configurations(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def config(words):
+    return {
+        "word": FeatureConfig(TABLE, preprocessing=words),
+        "nested": [
+            FeatureConfig(TABLE, preprocessing=HashBuckets(10)),
+            FeatureConfig(TABLE, max_sequence_length=2, preprocessing=HashBuckets(9, "string")),
+        ],
+        "plain": FeatureConfig(TABLE),
+    }
+
+
+def test_every_form_of_input(words):
+    feature = {"f": FeatureConfig(TABLE, preprocessing=words)}
+    lists = [["film", "x"], [], ["映画"]]
+    expected = [words.rows(row).tolist() for row in lists]
+    flat = ["film", "x", "映画"]
+    coordinates = [[0, 0], [0, 1], [2, 0], [3, 0]]
+    ragged = RaggedTensor(np.array([*flat, "padding"]), np.array([0, 2, 2, 3]))
+    sparse = SparseTensor(np.array(coordinates), np.array([*flat, "padding"], object), (3, 2))
+    for leaf in (lists, [np.array(row, object) for row in lists], ragged):
+        got = preprocess({"f": leaf}, feature)["f"]
+        assert got.to_lists() == expected
+        assert got.values.dtype == np.int32
+    got = preprocess({"f": sparse}, feature)["f"]
+    assert got.values.tolist() == [*expected[0], *expected[2], 0]
+    for leaf in (flat, np.array(flat), np.array([word.encode() for word in flat])):
+        assert preprocess({"f": leaf}, feature)["f"].tolist() == words.rows(flat).tolist()
+    numbers = {"f": FeatureConfig(TABLE, preprocessing=HashBuckets(10))}
+    ids = np.array([[1, -5], [2**40, 7]])
+    assert preprocess({"f": ids}, numbers)["f"].tolist() == HashBuckets(10).rows(ids).tolist()
+    assert preprocess({"f": [[], []]}, numbers)["f"].to_lists() == [[], []]
+    plain = {"f": FeatureConfig(TABLE)}
+    assert preprocess({"f": lists}, plain)["f"] is lists
+
+
+@pytest.mark.parametrize(
+    ("dtype", "leaf", "message"),
+    [
+        ("int64", [[1], [2, "a"]], r"Feature 'f', row 1, position 1: the id must be an int64, got 'a'"),
+        ("int64", [[1.5]], "row 0, position 0: the id must be an int64, got 1.5"),
+        ("int64", [True], "row 0: the id must be an int64, got True"),
+        ("int64", [[2**63]], "must be an int64, got 9223372036854775808"),
+        ("int64", np.array([1, 2**63], np.uint64), "row 1: the id must be an int64, got 9223372036854775808"),
+        ("int64", np.array([1.0]), "the id must be an int64, got np.float64"),
+        ("string", [["a", 5]], "row 0, position 1: the id must be a string, got 5"),
+        ("string", np.array([1]), "row 0: the id must be a string"),
+        ("string", [["\ud800"]], "must be a string of whole characters"),
+        ("string", [["a"], "b"], "row 1 must be a list of ids or one id, alike in all rows, got 'b'"),
+        (
+            "string",
+            SparseTensor(np.array([[0, 0], [1, 4]]), np.array(["a", None], object), (2, 5)),
+            "row 1, position 4: the id must be a string, got None",
+        ),
+    ],
+)
+def test_errors_of_ids(dtype, leaf, message):
+    with pytest.raises(ValueError, match=message):
+        preprocess({"f": leaf}, {"f": FeatureConfig(TABLE, preprocessing=HashBuckets(5, dtype))})
+
+
+def test_out_of_vocabulary_without_buckets(words):
+    strict = dataclasses.replace(words, num_oov_buckets=0)
+    with pytest.raises(
+        ValueError, match=r"Feature 'f', row 1, position 0: id 'x' is not in the vocabulary of 3 ids"
+    ):
+        preprocess({"f": [["film"], ["x"]]}, {"f": FeatureConfig(TABLE, preprocessing=strict)})
+
+
+def test_traced_ids_are_refused():
+    feature = {"f": FeatureConfig(TABLE, preprocessing=HashBuckets(5))}
+    with pytest.raises(ValueError, match="has preprocessing, which runs on the host, but its ids are traced"):
+        jax.jit(lambda ids: preprocess({"f": ids}, feature))(np.arange(3))
+
+
+def test_json_round_trip(words):
+    original = config(words)
+    again = feature_config_from_json(feature_config_to_json(original))
+    assert again == original
+    assert again["word"].preprocessing.rows(["映画"]).tolist() == [2]
+    plain = feature_config_to_json({"f": FeatureConfig(TABLE)})
+    assert "preprocessing" not in plain
+    for bad in (
+        '{"kind": "other"}',
+        '{"kind": "vocabulary", "file": "/etc/passwd"}',
+        '{"kind": "hash", "x": 1}',
+        "5",
+    ):
+        text = plain.replace('"name": null', f'"name": null, "preprocessing": {bad}')
+        assert bad in text
+        with pytest.raises(ValueError, match=r"preprocessing|not a feature configuration"):
+            feature_config_from_json(text)
+
+
+def test_training_and_serving_map_alike(words, tmp_path):
+    features = config(words)
+    embedding = ShardedEmbedding(features, SGD(0.1), jax.make_mesh((2,), ("d",), devices=jax.devices()[:2]))
+    state = embedding.init(jax.random.key(0))
+    lists = {"word": [["film", "x"], ["映画"]], "nested": [[[-5, 2**40], []], [["a", "b", "c"], []]]}
+    plain = RaggedTensor.from_lists([[1], [2]])
+    ragged = {
+        "word": RaggedTensor(np.array(["film", "x", "映画"]), np.array([0, 2, 3])),
+        "nested": [
+            RaggedTensor(np.array([-5, 2**40]), np.array([0, 2, 2])),
+            RaggedTensor(np.array(["a", "b", "c"]), np.array([0, 3, 3])),
+        ],
+        "plain": plain,
+    }
+    trained = jax.tree.map(np.asarray, embedding.lookup(state, ragged))
+    rows = preprocess(ragged, features)
+    by_hand = serving_embedding_lookup(rows, None, embedding.embedding_tables(state), features)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), trained, by_hand)
+    with Checkpointer(tmp_path / "checkpoint", embedding, asynchronous=False) as checkpointer:
+        checkpointer.save(state)
+    convert_to_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    (tmp_path / "words.txt").unlink()  # the bundle has its own
+    assert open_bundle(tmp_path / "bundle").feature_config == features
+    model = ServingModel(tmp_path / "bundle", max_batch_size=2, max_ids_per_row=3)
+    for served in (model(lists | {"plain": [[1], [2]]}), model(ragged)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), served, trained)
+    eager = EmbeddingForServing.restore(tmp_path / "bundle")(ragged)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), eager, trained)
+    assert [(f.path, f.dtype, f.preprocessed) for f in model.signature.features] == [
+        ("nested/0", "int64", True),
+        ("nested/1", "string", True),
+        ("plain", "int64", False),
+        ("word", "string", True),
+    ]
+    (file,) = (tmp_path / "bundle" / "0" / "vocabularies").iterdir()
+    file.write_text("Amélie\nfilm\n映画\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="its digest differs"):
+        ServingModel(tmp_path / "bundle", verify=False)
