@@ -1,14 +1,15 @@
-"""MovieLens-100K from data to served predictions: train, checkpoint, load, serve, and compare.
+"""MovieLens-100K from data to served predictions: train, checkpoint, convert, serve, and compare.
 
     python examples/movielens.py [--data DIR] [--out DIR] [--epochs N]
 
 Predicts whether a rating is 4 or more. Trains a DLRM on sharded tables, saves an Orbax checkpoint per
-epoch, serves the best one with `jaxembed.serve`, asserts that the served predictions are the trainer's
+epoch, converts the best one into a bundle, serves that without any code of the model, asserts that the served predictions are the trainer's
 own, and prints the AUC beside that of a logistic regression on the same features.
 """
 
 import argparse
 import pathlib
+import shutil
 import time
 
 import jax
@@ -20,8 +21,9 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 import jaxembed
+from jaxembed.checkpoint import convert_to_bundle
 from jaxembed.optimizers import Adagrad
-from jaxembed.serve import ServingFunction, load
+from jaxembed.serve import ServingModel, export_model
 from jaxembed.train import Checkpointer, ShardedEmbedding, Trainer, TrainState
 from jaxembed.train import data as movielens
 from jaxembed.train.dlrm import DLRM
@@ -51,21 +53,26 @@ def main(arguments=None):
 
     trainer, checkpoint, curve = train(source, sets, out / "checkpoints", options.epochs)
     plot(curve, out / "loss.png")
-    labels, logits, serve, embedding = serve_and_compare(trainer, sets, checkpoint)
-    print_tables(embedding)
-    show_one(source, sets["test"], serve)
+    bundle = convert(trainer, sets["train"], checkpoint, out / "bundles")
+    labels, logits = restored_predictions(trainer, sets["test"], checkpoint)
+    serve = serve_and_compare(bundle, sets["test"], logits)
+    print_tables(serve.embedding)
+    show_one(sets["test"], serve)
     ours, theirs = auc(labels, logits), baseline(source, sets)
     print(
         f"test AUC: DLRM {ours:.4f}, logistic regression {theirs:.4f}; log-loss {log_loss(labels, logits):.4f}"
     )
-    print(f"loss curve: {out / 'loss.png'}\ncheckpoint: {checkpoint}")
+    print(f"loss curve: {out / 'loss.png'}\ncheckpoint: {checkpoint}\nbundle: {bundle}")
 
 
 def train(source, sets, directory, epochs):
     """Trains, saves every epoch, and returns the trainer, the best epoch's checkpoint and the losses."""
     mesh = jax.make_mesh((jax.device_count(),), ("devices",))
     embedding = ShardedEmbedding(movielens.movielens_feature_config(source, DIM), Adagrad(0.05), mesh)
-    model = dlrm(sets["train"], rngs=nnx.Rngs(0))
+    examples = sets["train"]
+    model = DLRM(
+        examples.dense.shape[1], len(examples.features), DIM, bottom=(32,), top=(64, 32), rngs=nnx.Rngs(0)
+    )
     trainer = Trainer(embedding, model, optax.adam(1e-3))
     state = trainer.init(jax.random.key(0))
     steps = -(-len(sets["train"]) // BATCH)
@@ -95,11 +102,6 @@ def train(source, sets, directory, epochs):
     return trainer, directory / str(best[1]), curve
 
 
-def dlrm(examples, rngs):
-    """The dense model; the same code builds it for training and for serving."""
-    return DLRM(examples.dense.shape[1], len(examples.features), DIM, bottom=(32,), top=(64, 32), rngs=rngs)
-
-
 def predict(trainer, state, examples):
     """Labels and logits of all examples, in their order."""
     labels, logits = [], []
@@ -110,30 +112,38 @@ def predict(trainer, state, examples):
     return np.concatenate(labels), np.concatenate(logits)
 
 
-def serve_and_compare(trainer, sets, checkpoint):
-    """Serves the test set from the checkpoint alone; the trainer, restored from it, must agree."""
-    test = sets["test"]
+def convert(trainer, examples, checkpoint, out):
+    """Converts the checkpoint, with the dense model as a program, into a bundle; returns its path."""
+    template = trainer.init(jax.random.key(0))
+    exported = export_model(
+        lambda params, activations, dense: trainer.apply_model(params, dense["dense"], activations),
+        template.params,
+        trainer.embedding.feature_config,
+        dense_inputs={"dense": examples.dense.shape[1]},
+        weighted=["history"],
+    )
+    shutil.rmtree(out / checkpoint.name, ignore_errors=True)  # of an earlier run
+    report = convert_to_bundle(checkpoint, out, select_model=lambda model: model["params"], exported=exported)
+    size = sum(table.num_bytes for table in report.tables)
+    print(
+        f"converted {len(report.tables)} tables ({size / 2**20:.1f} MiB) and the model ({len(exported):,} bytes)"
+    )
+    return report.path
+
+
+def restored_predictions(trainer, test, checkpoint):
+    """Labels, and what the trainer predicts once it is restored from the checkpoint."""
     with Checkpointer(checkpoint.parent, trainer.embedding) as checkpointer:
         template = trainer.init(jax.random.key(0))
         model_like = {"params": template.params, "opt_state": template.opt_state}
         restored = checkpointer.restore(int(checkpoint.name), model=model_like)
     state = TrainState(restored.state, restored.model["params"], restored.model["opt_state"])
-    labels, logits = predict(trainer, state, test)
+    return predict(trainer, state, test)
 
-    loaded = load(checkpoint)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: dlrm(test, nnx.Rngs(0))))
 
-    def model(params, activations, dense):
-        return nnx.merge(graphdef, nnx.State(params))(dense["dense"], activations)
-
-    serve = ServingFunction(
-        loaded.embedding,
-        model,
-        nnx.restore_int_paths(loaded.params["params"]),
-        dense_inputs={"dense": test.dense.shape[1]},
-        weighted=["history"],
-        max_batch_size=128,
-    ).warm_up(progress=True)
+def serve_and_compare(bundle, test, logits):
+    """Serves the test set from the bundle alone; raises unless it gives the trainer's `logits`."""
+    serve = ServingModel(bundle, max_batch_size=128).warm_up(progress=True)
     compiled = serve.compile_count
     served, start = [], time.perf_counter()
     sizes = np.random.default_rng(0).integers(1, 300, len(test))  # requests of any size
@@ -156,10 +166,10 @@ def serve_and_compare(trainer, sets, checkpoint):
         f"served {len(served):,} held-out examples on {jaxembed.backend()} in {seconds:.2f} s, "
         f"0 compilations after warm-up; largest difference to the trainer: {difference:.1e}"
     )
-    return labels, logits, serve, loaded.embedding
+    return serve
 
 
-def show_one(source, test, serve):
+def show_one(test, serve):
     """One request as a client would write it, with its answer."""
     example = test.select(np.arange(len(test) - 1, len(test)))
     batch = example.take(np.arange(1), 1, example.capacities(1))

@@ -17,7 +17,8 @@ from jaxembed.quantized_table import QuantizedTable
 if TYPE_CHECKING:
     from jaxembed.bag import Bag, BagOperands
 
-_TARGET = "jaxembed_embedding_bags"
+#: Name of the kernel as an XLA FFI target; a program exported with it needs it registered.
+TARGET = "jaxembed_embedding_bags"
 _LAYOUTS = {"dense": 0, "ragged": 1, "sparse": 2}
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
 _ROW_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -27,18 +28,19 @@ _CODE_TYPES = {"int8": 3, "int4": 4, "codes8": 5, "codes4": 6}
 @functools.cache
 def _load() -> str | None:
     """Registers the kernel; returns why it cannot be, or None."""
-    path = _library()
+    path = library()
     if path is None:
         return "the kernel was not built when jaxembed was installed"
     try:
         handler = ctypes.CDLL(str(path)).JaxembedEmbeddingBags
     except (OSError, AttributeError) as e:
         return f"{path} cannot be loaded ({e})"
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
     return None
 
 
-def _library() -> pathlib.Path | None:
+def library() -> pathlib.Path | None:
+    """The file that the kernel is in, or None."""
     here = pathlib.Path(__file__).parent / "native"
     # An editable install keeps the sources here and the built library in site-packages.
     for folder in (here, *(pathlib.Path(p) / "jaxembed" / "native" for p in sys.path if p)):
@@ -118,7 +120,7 @@ def _call(bags, operands):
         shape = (bag.num_bags, bag.sequence_length, dim) if bag.sequence_length else (bag.num_bags, dim)
         results.append(jax.ShapeDtypeStruct(shape, _output_type(op.table)))
     results.append(jax.ShapeDtypeStruct((len(bags),), jnp.int32))
-    call = jax.ffi.ffi_call(_TARGET, results, vmap_method="sequential")
+    call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
     *outputs, counts = call(*flat, meta=np.asarray(meta, np.int64))
     outputs = [out.astype(op.table.dtype) for out, op in zip(outputs, operands, strict=True)]
     return outputs, counts

@@ -137,7 +137,7 @@ class ServingFunction:
         Args:
           progress: show a bar on stderr, or call this with the number of rungs done and of all.
         """
-        report = _print_progress if progress is True else progress
+        report = print_progress if progress is True else progress
         for done, rung in enumerate(self._ladder):
             if report:
                 report(done, len(self._ladder))
@@ -289,7 +289,8 @@ def _pad(array: np.ndarray, batch: int) -> np.ndarray:
     return padded
 
 
-def _print_progress(done: int, total: int) -> None:
+def print_progress(done: int, total: int) -> None:
+    """A bar on stderr."""
     filled = 30 * done // total
     end = "\n" if done == total else ""
     sys.stderr.write(f"\rcompiling [{'#' * filled}{' ' * (30 - filled)}] {done}/{total}{end}")

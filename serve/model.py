@@ -1,7 +1,7 @@
 """ServingModel: a bundle, ready to answer requests, without any of the code that trained it."""
 
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ from jaxembed.checkpoint.vocabularies import load_vocabularies
 from .compile_cache import compile_cache
 from .embedding import EmbeddingForServing
 from .exported import ExportedModel
-from .exporting import activation_specs
+from .exporting import PLATFORMS, activation_specs
+from .exporting_whole import export_whole
 from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
-from .function import ServingFunction
+from .function import ServingFunction, print_progress
 from .signature import FeatureSignature, Signature
 
 
@@ -65,9 +66,11 @@ class ServingModel:
         load_vocabularies(bundle.feature_config)
         self._directory, self._step, self._metadata = bundle.directory, bundle.step, bundle.metadata
         self._compile_cache = compile_cache
-        exported = None if bundle.exported is None else ExportedModel.from_bytes(bundle.exported)
+        self._exported = exported = (
+            None if bundle.exported is None else ExportedModel.from_bytes(bundle.exported)
+        )
         weighted, limits = _limits(exported, weighted, max_ids_per_row)
-        features = served_features(bundle.feature_config, limits, weighted)
+        self._features = features = served_features(bundle.feature_config, limits, weighted)
         self._signature = _signature(features, exported)
         self._embedding = EmbeddingForServing(bundle.feature_config, bundle.tables)
         options: dict[str, Any] = {"weighted": weighted, "max_ids_per_row": limits}
@@ -145,9 +148,13 @@ class ServingModel:
         Args:
           progress: show a bar on stderr, or call this with the number of shapes done and of all.
         """
+        report = print_progress if progress is True else progress
+        functions = [self._open(function) for function in self._functions()]
+        done, total = 0, sum(len(function.rungs) for function in functions)
         with compile_cache(self._compile_cache):
-            for function in self._functions():
-                self._open(function).warm_up(progress)
+            for function in functions:
+                function.warm_up(report and _shifted(report, done, total))
+                done += len(function.rungs)
         return self
 
     def __call__(self, inputs: Any, weights: Any = None, dense: Mapping[str, Any] | None = None) -> Any:
@@ -161,6 +168,48 @@ class ServingModel:
     def lookup(self, inputs: Any, weights: Any = None) -> Any:
         """The activations alone, structured as the feature configuration: [B, D], or [B, L, D] for sequences."""
         return self._open(self._lookup)(inputs, weights)
+
+    def export(self, batch_size: int | None = None, platforms: Sequence[str] = PLATFORMS) -> bytes:
+        """Lookup and model as one StableHLO program, for processes that have JAX but not jaxembed.
+
+            f = jax.jit(jax.export.deserialize(bytearray(artefact)).call)
+            outputs = f(tables, params, inputs, weights, dense)
+
+        All arguments are dicts: `tables` by name, [V, D] arrays, or dicts of arrays by name for quantized
+        tables, as the bundle's safetensors files hold them; `params` by name, likewise; `inputs` by path of
+        the feature, {"values": int32 [N] rows of its table, "row_splits": int32 [B + 1]}, N at least 1
+        (what is beyond the last split is padding) and B at least 1; `weights` by path of
+        the features that are weighted, float32 [N]; `dense` by name, float32 [B, ...]. Ids are not preprocessed, and
+        one outside [0, V) gives zeros.
+
+        Args:
+          batch_size: None exports plain JAX for any B, which compiles once per shape. Else B, on CPU, with a call of
+            the native kernel, which the process must have registered: `jax.ffi.register_ffi_target(
+            "jaxembed_embedding_bags", jax.ffi.pycapsule(library.JaxembedEmbeddingBags), platform="cpu")`.
+          platforms: that it can be compiled for; only "cpu" with the kernel.
+
+        Returns:
+          A serialized `jax.export.Exported`.
+
+        Raises:
+          ValueError: if the kernel is not available, or the model was exported for other batch sizes.
+        """
+        function, exported = self._open(self._function), self._exported
+        if exported is not None and exported.batch_sizes is not None and batch_size not in exported.batch_sizes:
+            raise ValueError(
+                f"the model was exported for batch sizes {exported.batch_sizes}; pass one of them as batch_size, got "
+                f"{batch_size}."
+            )
+        names = [] if exported is None else [spec.name for spec in exported.params]
+        return export_whole(
+            self._embedding,
+            self._features,
+            exported,
+            dict(zip(names, function.params or (), strict=True)),
+            {} if exported is None else {spec.name: spec.shape for spec in exported.dense},
+            batch_size,
+            platforms if batch_size is None else ("cpu",),
+        )
 
     def close(self) -> None:
         """Releases tables and programs, once the calls under way have returned; later ones are errors."""
@@ -181,6 +230,16 @@ class ServingModel:
         if function is None:
             raise ValueError(f"the ServingModel of {self._directory} is closed; open it again.")
         return function
+
+
+def _shifted(report: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+    """Reports the shapes of one function among those of all, each number once."""
+
+    def shifted(done: int, of: int) -> None:
+        if done < of or before + of == total:
+            report(before + done, total)
+
+    return shifted
 
 
 def _limits(
