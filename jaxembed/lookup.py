@@ -43,7 +43,8 @@ def serving_embedding_lookup(
 
     Args:
       inputs: any structure of dicts, lists, tuples and namedtuples with a dense array of ids (any
-        rank), a RaggedTensor or a SparseTensor at each leaf; a subset of `feature_config`.
+        rank), a RaggedTensor or a SparseTensor at each leaf; a subset of `feature_config`. A dense 64-bit
+        array that goes through a `jax.jit` of the caller is wrapped to 32 bits by JAX, unseen: use int32.
       weights: None, or a structure like `inputs` with a RaggedTensor, a SparseTensor or None each.
       tables: dict of TableConfig (or table name) to [V, D] array or QuantizedTable.
       feature_config: a structure of FeatureConfig.
