@@ -21,7 +21,7 @@ import numpy as np
 from timing import interleave
 
 from jaxembed import FeatureConfig, RaggedTensor, TableConfig
-from jaxembed.checkpoint import convert_to_bundle
+from jaxembed.checkpoint import convert_to_bundle, is_bundle
 from jaxembed.optimizers import SGD
 from jaxembed.serve import EmbeddingForServing, ServingFunction, ServingModel, export_model
 from jaxembed.train import Checkpointer, ShardedEmbedding
@@ -48,14 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each batch size")
+    parser.add_argument("--bundle", type=pathlib.Path, help="folder to make the bundle in, or to take it from")
+    parser.add_argument("--only-make", action="store_true", help="make the bundle and time nothing")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = make_bundle(pathlib.Path(folder))
-        starts = [start(bundle, pathlib.Path(folder) / "cache") for _ in range(2)]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.bundle or pathlib.Path(scratch) / "bundle"
+        if not is_bundle(folder):
+            make_bundle(pathlib.Path(scratch) / "checkpoint", folder)
+        if options.only_make:
+            return 0
+        starts = [start(folder, pathlib.Path(scratch) / "cache") for _ in range(2)]
         print("start of a new process, seconds    import    open and verify    compile    programs")
         for name, (imported, opened, compiled, count) in zip(("first", "second"), starts, strict=True):
-            print(f"  {name:<31} {imported:>8.2f} {opened:>18.2f} {compiled:>10.2f} {count:>11.0f}")
-        calls(bundle, options.seconds)
+            print(f"  {name:<31} {imported:>8.2f} {opened:>18.2f} {compiled:>10.2f} {count:>11.0f}", flush=True)
+        calls(folder, options.seconds)
     return 0
 
 
@@ -75,14 +81,13 @@ def make_params() -> dict[str, np.ndarray]:
     }
 
 
-def make_bundle(folder: pathlib.Path) -> pathlib.Path:
-    """A checkpoint of fresh tables, converted."""
+def make_bundle(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
+    """Converts a checkpoint of fresh tables."""
     embedding = ShardedEmbedding(CONFIG, SGD(0.1), jax.make_mesh((1,), ("d",)))
     params = make_params()
-    with Checkpointer(folder / "checkpoint", embedding, asynchronous=False) as checkpointer:
+    with Checkpointer(checkpoint, embedding, asynchronous=False) as checkpointer:
         checkpointer.save(embedding.init(jax.random.key(0)), model=params)
-    exported = export_model(forward, params, CONFIG, max_ids_per_row=LIMIT)
-    return convert_to_bundle(folder / "checkpoint", folder / "bundle", exported=exported).path
+    convert_to_bundle(checkpoint, folder, exported=export_model(forward, params, CONFIG, max_ids_per_row=LIMIT))
 
 
 def start(bundle: pathlib.Path, cache: pathlib.Path) -> list[float]:
