@@ -35,13 +35,16 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def header_of(tensors: Mapping[str, tuple[Any, tuple[int, ...]]]) -> bytes:
+def header_of(
+    tensors: Mapping[str, tuple[Any, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The beginning of a file of these tensors (type and shape by name), to be followed by their bytes in order.
 
     Raises:
       ValueError: if the format has no such type.
     """
-    entries, offset = {}, 0
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name, (dtype, shape) in tensors.items():
         if np.dtype(dtype) not in _NAMES:
             raise ValueError(f"safetensors cannot hold {np.dtype(dtype).name}, the type of {name!r}.")
@@ -71,6 +74,15 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
       CheckpointError: if it is no such file, or a symbolic link.
     """
+    return map_file(file)[0]
+
+
+def map_file(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """As `map_tensors`, and what the file says of itself.
+
+    Raises:
+      CheckpointError: as `map_tensors`.
+    """
     descriptor, size = open_regular(file)
     try:
         start = os.pread(descriptor, 64, 0)
@@ -80,23 +92,26 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
             raise CheckpointError(f"{file} is no safetensors file, or is truncated: {size} bytes.")
         header = os.pread(descriptor, length, 8)
         try:
-            tensors = _parse(strict_json(header), size - 8 - length)
+            entries = strict_json(header)
+            tensors = _parse(entries, size - 8 - length)
+            metadata = {str(key): str(value) for key, value in (entries.get("__metadata__") or {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
             raise CheckpointError(f"{file} is no safetensors file, or is damaged: {e}") from e
         mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
-    return {
+    arrays = {
         name: np.frombuffer(mapped, dtype, math.prod(shape), 8 + length + offset).reshape(shape)
         for name, (dtype, shape, offset) in tensors.items()
     }
+    return arrays, metadata
 
 
 def _parse(header: Any, data_size: int) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
     tensors, used = {}, 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    # Other programs need not list them in order.
+    for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
         shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
         if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 2**62 for n in numbers):

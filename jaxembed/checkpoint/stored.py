@@ -20,7 +20,7 @@ class StoredArray:
 
     Attributes:
       what: how errors name it.
-      source: a tensorstore, or a numpy array.
+      source: a tensorstore, a numpy array, or anything with a shape and a dtype whose slices are numpy arrays.
       digests: what it must be, or None to take it as it is.
     """
 
@@ -106,9 +106,8 @@ class StoredArray:
         return out
 
     def _start(self, start: int, stop: int) -> Any:
-        if isinstance(self.source, np.ndarray):
-            return self.source[start:stop] if self.source.ndim else self.source
-        return self.source[start:stop].read() if self.shape else self.source.read()
+        part = self.source[start:stop] if self.shape else self.source
+        return part if isinstance(part, np.ndarray) else part.read()
 
     def _finish(self, start: int, pending: Any) -> tuple[int, np.ndarray]:
         try:

@@ -1,46 +1,126 @@
-"""Converts a checkpoint into another form.
+"""Converts tables and slots from one form into another; forms that are not given are guessed, and shown.
 
 jaxembed convert runs/movielens/checkpoints --to serving bundles --quantize int8
+jaxembed convert dlrm.pt --from torchrec checkpoints --feature-config features.json
 """
 
 import argparse
+import dataclasses
+import json
 import pathlib
+import tempfile
 
 from jaxembed.checkpoint import convert_to_bundle
+from jaxembed.checkpoint.files import read_regular
+from jaxembed.config import COMBINERS
+from jaxembed.convert import FORMATS, convert
+from jaxembed.convert.conversion import DTYPES, report_json, report_lines
+from jaxembed.convert.formats import guess_source, guess_target
+from jaxembed.convert.interface import path_of
+from jaxembed.convert.keys import keys_from_json
+from jaxembed.serialization import feature_config_from_json
+
+SERVING = "serving"
+MAX_JSON = 64 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds those of `jaxembed convert`."""
-    parser.add_argument("checkpoint")
-    parser.add_argument("--to", choices=["serving"], required=True)
-    parser.add_argument("out", help="folder of the versions")
-    parser.add_argument("--step", type=int, help="default: the latest whole one")
-    parser.add_argument("--version", type=int, help="default: the step")
+    about = "; ".join(f"{name}: {form.about}" for name, form in FORMATS.items())
+    parser.add_argument("source", help="file or folder")
+    parser.add_argument("--from", dest="source_format", choices=[*FORMATS], help=about)
     parser.add_argument(
+        "--to",
+        dest="target_format",
+        choices=[SERVING, *FORMATS],
+        help="default: as the suffix of `out` says, else jaxembed",
+    )
+    parser.add_argument(
+        "out", help="new file or folder; of a checkpoint its steps' folder, of bundles their versions'"
+    )
+    parser.add_argument(
+        "--step", type=int, help="of a checkpoint: default the latest whole one; of others: what it becomes"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="read what there is, write nothing")
+    parser.add_argument("--json", action="store_true", help="report as JSON")
+    parser.add_argument("--no-progress", action="store_true", help="no bar, even on a terminal")
+    foreign = parser.add_argument_group("between frameworks")
+    foreign.add_argument(
+        "--feature-config", metavar="FILE", help="JSON that jaxembed serialized, for the tables"
+    )
+    foreign.add_argument(
+        "--keys", metavar="FILE", help='JSON {"name in the file": "table" or ["table", "slot"]}; else guessed'
+    )
+    foreign.add_argument("--dtype", choices=DTYPES, help="round the tables to it")
+    foreign.add_argument("--combiner", choices=COMBINERS, help="where no feature configuration is known")
+    serving = parser.add_argument_group("to serving")
+    serving.add_argument("--version", type=int, help="default: the step")
+    serving.add_argument(
         "--quantize",
         choices=["bfloat16", "int8", "int4"],
         help="tables without a quantization_config; those with one become what training looked up",
     )
-    parser.add_argument(
+    serving.add_argument(
         "--delta-from", type=int, metavar="VERSION", help="write only the rows that changed since"
     )
-    parser.add_argument("--model-key", help="keep this part of the dense model only, such as params")
-    parser.add_argument(
+    serving.add_argument("--model-key", help="keep this part of the dense model only, such as params")
+    serving.add_argument(
         "--exported", type=pathlib.Path, metavar="FILE", help="what jaxembed.serve.export_model returned"
     )
-    parser.add_argument("--dry-run", action="store_true")
 
 
 def run(options: argparse.Namespace) -> int:
     """Converts, and prints what was written, by table."""
+    source_format = options.source_format or guess_source(path_of(options.source))
+    target_format = options.target_format or guess_target(path_of(options.out))
+    if target_format != SERVING:
+        for name in ("version", "quantize", "delta_from", "model_key", "exported"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for --to serving, not --to {target_format}.")
+        return _convert(options, source_format, target_format, options.out)
+    foreign = (options.feature_config, options.keys, options.dtype, options.combiner)
+    if source_format == "jaxembed" and not any(foreign):
+        return _to_serving(options, options.source)
+    if options.dry_run:
+        return _convert(options, source_format, "jaxembed", options.out)
+    out = path_of(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".importing-", dir=out) as scratch:
+        _convert(options, source_format, "jaxembed", scratch)
+        return _to_serving(options, scratch)
 
+
+def _convert(options: argparse.Namespace, source_format: str, target_format: str, out: str) -> int:
+    config, keys = options.feature_config, options.keys
+    report = convert(
+        options.source,
+        out,
+        source_format=source_format,
+        target_format=target_format,
+        step=options.step,
+        feature_config=config and feature_config_from_json(_read(config).decode(errors="replace")),
+        keys=keys and keys_from_json(_read(keys)),
+        dtype=options.dtype,
+        combiner=options.combiner,
+        progress=False if options.no_progress or options.json else None,
+        dry_run=options.dry_run,
+    )
+    print(report_json(report) if options.json else "\n".join(report_lines(report, options.dry_run)))
+    return 0
+
+
+def _read(file: str) -> bytes:
+    return read_regular(pathlib.Path(file), MAX_JSON)
+
+
+def _to_serving(options: argparse.Namespace, checkpoint: str) -> int:
     def select(model):
         if not isinstance(model, dict) or options.model_key not in model:
             raise ValueError(f"the dense model has no part {options.model_key!r}, it has {sorted(model)}.")
         return model[options.model_key]
 
     report = convert_to_bundle(
-        options.checkpoint,
+        checkpoint,
         options.out,
         step=options.step,
         version=options.version,
@@ -50,6 +130,10 @@ def run(options: argparse.Namespace) -> int:
         exported=options.exported and options.exported.read_bytes(),
         dry_run=options.dry_run,
     )
+    if options.json:
+        tables = [dataclasses.asdict(table) for table in report.tables]
+        print(json.dumps({"path": str(report.path), "tables": tables}))
+        return 0
     print(f"{'would write' if options.dry_run else 'wrote'} {report.path}")
     for table in report.tables:
         error = f", max error {table.max_error:.3g}, mean {table.mean_error:.3g}" if table.max_error else ""

@@ -1,0 +1,20 @@
+"""Types of values: what becomes of bytes of another order, and which types a format cannot hold."""
+
+import numpy as np
+
+from jaxembed.convert.interface import Contents
+
+
+def native(dtype: np.dtype) -> np.dtype:
+    """The same type in this machine's byte order."""
+    return dtype.newbyteorder("=")
+
+
+def refuse_types(contents: Contents, form: str, names: tuple[str, ...]) -> None:
+    """Raises ValueError if an array is of one of the types `names`, which `form` cannot hold."""
+    for stream in contents.streams:
+        if stream.dtype.name in names:
+            raise ValueError(
+                f"{form} cannot hold {stream.dtype.name}, the type of table {stream.table!r}; convert it with "
+                "--dtype float32, or to safetensors."
+            )

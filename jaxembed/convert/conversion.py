@@ -1,0 +1,254 @@
+"""Converts tables and slots from one format into another, by blocks of rows."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxembed import structure
+from jaxembed.checkpoint.files import sync_folder
+from jaxembed.config import FeatureConfig, TableConfig
+from jaxembed.convert import formats
+from jaxembed.convert.interface import ArrayReport, Contents, Options, Place, Source, Stream, path_of
+from jaxembed.convert.progress import progress_bar
+from jaxembed.features import feature_tables
+
+DTYPES = ("float32", "float16", "bfloat16")
+COMBINER = "mean"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion wrote, or would write.
+
+    Attributes:
+      path: the new file or folder.
+      source_format: it was read as.
+      target_format: it was written as.
+      arrays: tables, then slots.
+      feature_config: that goes with them.
+      notes: what was guessed, derived or left out.
+    """
+
+    path: pathlib.Path
+    source_format: str
+    target_format: str
+    arrays: tuple[ArrayReport, ...]
+    feature_config: Any
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+    step: int | None = None,
+    feature_config: Any = None,
+    keys: Mapping[str, Place] | None = None,
+    dtype: str | None = None,
+    combiner: str | None = None,
+    progress: bool | None = False,
+    dry_run: bool = False,
+) -> ConversionReport:
+    """Writes the tables and slots of `source` as `out`; no table is in memory as a whole.
+
+    Args:
+      source: a file or folder of one of `formats.FORMATS`.
+      out: a new file or folder; of a checkpoint the directory of its steps.
+      source_format: a name of `formats.FORMATS`; None takes what it looks like.
+      target_format: likewise; None takes what the suffix of `out` says, else "jaxembed".
+      step: of a checkpoint, which one to read, default the latest; of other formats, the step that it becomes.
+      feature_config: of the tables. None takes that of the source, else one feature for each table.
+      keys: (table, slot or None) of the arrays by their names in the foreign file; None guesses, and says so.
+      dtype: to round tables to; None keeps their type.
+      combiner: of the features that are made up for a source without a feature configuration.
+      progress: whether to draw a bar; None on a terminal.
+      dry_run: write nothing, and report what would be written, without digests.
+
+    Raises:
+      FileNotFoundError: if there is nothing at `source`.
+      ValueError: if it cannot be read as that format, does not fit the feature configuration, or `out` is there.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}.")
+    path, target = path_of(source), path_of(out)
+    source_format = source_format or formats.guess_source(path)
+    target_format = target_format or formats.guess_target(target)
+    options = Options(step, keys)
+    writer = formats.load(target_format)
+    found = open_source(path, source_format, options)
+    if source_format != "jaxembed" and step is not None:
+        found = dataclasses.replace(found, step=step)
+    config, notes = _fit(found, source_format, feature_config, combiner, dtype)
+    place = target / str(found.step) if target_format == "jaxembed" else target
+    if os.path.lexists(place):
+        raise ValueError(f"{place} exists; pass another path or remove it.")
+    tables = feature_tables(config)
+    arrays = [(name, None, found.tables[name]) for name in tables]
+    arrays += [(n, slot, array) for n in tables for slot, array in sorted(found.slots.get(n, {}).items())]
+    with progress_bar(
+        sum(array.num_bytes for _, _, array in arrays), False if dry_run else progress
+    ) as advance:
+        streams = [
+            Stream(name, slot, array, tables[name].dtype if slot is None else array.dtype, advance)
+            for name, slot, array in arrays
+        ]
+        if not dry_run:
+            contents = Contents(
+                tuple(streams[: len(tables)]),
+                tuple(streams[len(tables) :]),
+                found.step,
+                config,
+                found.metadata,
+                options,
+            )
+            with _published(place) as scratch:
+                notes += writer.write(scratch, contents)
+    reports = tuple(stream.report() for stream in streams)
+    return ConversionReport(place, source_format, target_format, reports, config, tuple(notes))
+
+
+def open_source(
+    path: str | pathlib.Path, source_format: str | None = None, options: Options | None = None
+) -> Source:
+    """Opens a file or folder of any format, to be read by blocks of rows.
+
+    Raises:
+      FileNotFoundError: if there is nothing at `path`.
+      ValueError: if it cannot be read as that format.
+    """
+    path = path_of(path)
+    name = source_format or formats.guess_source(path)
+    reader = formats.load(name)
+    if not hasattr(reader, "read"):
+        raise ValueError(f"jaxembed writes {name}, and does not read it.")
+    return reader.read(path, options or Options())
+
+
+def plain_feature_config(source: Source, combiner: str) -> dict[str, FeatureConfig]:
+    """One feature for each table, of its name."""
+    return {
+        name: FeatureConfig(
+            TableConfig(array.shape[0], array.shape[1], name=name, combiner=combiner, dtype=array.dtype)
+        )
+        for name, array in source.tables.items()
+    }
+
+
+def _fit(
+    source: Source, source_format: str, given: Any, combiner: str | None, dtype: str | None
+) -> tuple[Any, list[str]]:
+    """The feature configuration of what is written, and notes."""
+    notes = list(source.notes)
+    config = given if given is not None else source.feature_config
+    if config is None:
+        combiner = combiner or getattr(formats.load(source_format), "COMBINER", COMBINER)
+        config = plain_feature_config(source, combiner)
+        notes.append(
+            f"no feature configuration given: one feature for each table, of its name, combiner {combiner!r}, "
+            "no optimizer"
+        )
+    elif combiner is not None:
+        raise ValueError("combiner is for a source without a feature configuration; this one has one.")
+    tables = feature_tables(config)
+    for name, table in tables.items():
+        if name not in source.tables:
+            raise ValueError(
+                f"the feature configuration names table {name!r}; there are {sorted(source.tables)}."
+            )
+        shape = source.tables[name].shape
+        if shape != (table.vocabulary_size, table.dim):
+            raise ValueError(
+                f"table {name!r} must be [{table.vocabulary_size}, {table.dim}] by its feature configuration, "
+                f"got {list(shape)}."
+            )
+        found = source.tables[name].dtype
+        if dtype is None and given is not None and found != table.dtype:
+            raise ValueError(
+                f"table {name!r} must be {table.dtype.name} by its feature configuration, got {found.name}; "
+                f"pass dtype={table.dtype.name!r} (--dtype) to round it, or change the configuration."
+            )
+    left_out = sorted(source.tables.keys() - tables.keys())
+    if left_out:
+        notes.append(f"left out, not in the feature configuration: {', '.join(left_out)}")
+    types = {name: np.dtype(dtype or array.dtype) for name, array in source.tables.items()}
+    return _with_types(config, types), notes
+
+
+def _with_types(config: Any, types: Mapping[str, np.dtype]) -> Any:
+    for name, dtype in types.items():
+        if dtype.itemsize > 4 or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"table {name!r} is {dtype.name}, which JAX does not train by default; round it with dtype='float32' "
+                "(--dtype float32)."
+            )
+
+    def change(_, feature: FeatureConfig) -> FeatureConfig:
+        table = feature.table
+        if table.dtype == types[table.name]:
+            return feature
+        return dataclasses.replace(feature, table=dataclasses.replace(table, dtype=types[table.name]))
+
+    return structure.map_leaves(change, config)
+
+
+@contextlib.contextmanager
+def _published(place: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to, which is renamed once it is whole."""
+    is_new = not place.parent.exists()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder = place.parent / f".writing-{place.name}-{os.getpid()}"
+    folder.mkdir()
+    try:
+        scratch = folder / place.name
+        yield scratch
+        _sync(scratch)
+        os.rename(scratch, place)
+        sync_folder(place.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_new and not place.exists():
+            with contextlib.suppress(OSError):
+                place.parent.rmdir()
+
+
+def _sync(path: pathlib.Path) -> None:
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        sync_folder(file)
+
+
+def report_lines(report: ConversionReport, dry_run: bool) -> list[str]:
+    """The report as text."""
+    lines = [f"read as {report.source_format}, {'to be ' if dry_run else ''}written as {report.target_format}"]
+    lines += [f"  {note}" for note in report.notes]
+    lines.append(f"{'would write' if dry_run else 'wrote'} {report.path}")
+    for array in report.arrays:
+        slot = "" if array.slot is None else f" slot {array.slot}"
+        error = f", max error {array.max_error:.3g}" if array.max_error else ""
+        digest = f", xxh3-128 {array.digest}" if array.digest else ""
+        lines.append(
+            f"  {array.table}{slot}: {array.shape[0]:,} rows, {list(array.shape)} {array.dtype}, "
+            f"{array.num_bytes:,} bytes{error}{digest}"
+        )
+    total = sum(array.num_bytes for array in report.arrays)
+    tables = sum(array.slot is None for array in report.arrays)
+    lines.append(f"{tables} tables, {len(report.arrays) - tables} slots, {total:,} bytes")
+    return lines
+
+
+def report_json(report: ConversionReport) -> str:
+    """The report as JSON."""
+    fields = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
+    fields.pop("feature_config")
+    fields["path"] = str(report.path)
+    fields["arrays"] = [dataclasses.asdict(array) for array in report.arrays]
+    return json.dumps(fields)

@@ -1,0 +1,190 @@
+"""What a format's reader gives and what its writer takes: tables and slots as blocks of rows.
+
+A format is a module of this package with
+
+    matches(path) -> bool                  whether `path` looks like one, from names and first bytes alone
+    read(path, options) -> Source          opens it; nothing is read but what says which arrays there are
+    write(out, contents) -> list[str]      writes a new file or folder `out`; what there is to say of it
+
+and, where it is not so, `FOLDER = False` for formats that are one file, `COMBINER` for what its tables mean.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from jaxembed.checkpoint.digests import num_rows
+from jaxembed.checkpoint.stored import StoredArray
+
+#: A table's name, and a slot's or None.
+Place = tuple[str, str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a reader or writer may be told.
+
+    Attributes:
+      step: which step to read, of formats that have several.
+      keys: where the arrays belong, by the names they have in the file; None guesses.
+    """
+
+    step: int | None = None
+    keys: Mapping[str, Place] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a reader found; nothing is read until asked.
+
+    Attributes:
+      tables: by name, [V, D].
+      slots: by table and slot name, [V, D] or [V].
+      step: number of training steps taken, 0 if the format does not say.
+      feature_config: if the format has one, else None.
+      metadata: JSON-able.
+      notes: what the user should see, such as a mapping of keys that was guessed.
+    """
+
+    tables: dict[str, StoredArray]
+    slots: dict[str, dict[str, StoredArray]] = dataclasses.field(default_factory=dict)
+    step: int = 0
+    feature_config: Any = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowSource:
+    """A `StoredArray.source` whose rows a function reads.
+
+    Attributes:
+      shape: of the whole.
+      dtype: of the values.
+      read_rows: called with (start, stop), 0 <= start <= stop <= rows; returns them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read_rows: Callable[[int, int], np.ndarray]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.read_rows(start, stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayReport:
+    """One array that was converted.
+
+    Attributes:
+      table: its name.
+      slot: of the slot, None for the table itself.
+      shape: of the array.
+      dtype: as written.
+      num_bytes: of its values, as written.
+      digest: xxh3-128 of its values as written, row by row, in hexadecimal; None in a dry run.
+      max_error: largest absolute change of a value by the change of type; 0 without one.
+    """
+
+    table: str
+    slot: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+    digest: str | None
+    max_error: float
+
+
+class Stream:
+    """One array on its way to a writer, which takes its rows from the first to the last, once.
+
+    Args:
+      table: its name.
+      slot: of the slot, None for the table itself.
+      array: to be read.
+      dtype: to write it as.
+      advance: called with the number of bytes that were read.
+    """
+
+    def __init__(
+        self,
+        table: str,
+        slot: str | None,
+        array: StoredArray,
+        dtype: np.dtype,
+        advance: Callable[[int], Any] = lambda num_bytes: None,
+    ):
+        self.table, self.slot, self.shape, self.dtype = table, slot, array.shape, np.dtype(dtype)
+        self._array, self._advance = array, advance
+        self._digest, self._max_error, self._done = xxhash.xxh3_128(), 0.0, 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its values, as written."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows) in order, contiguous and of type `dtype`."""
+        for start, rows in self._array.blocks():
+            cast = np.ascontiguousarray(rows, self.dtype)
+            if rows.dtype != self.dtype:
+                self._max_error = max(self._max_error, _max_error(rows, cast))
+            self._digest.update(cast.reshape(-1).view(np.uint8).data)
+            self._done += rows.shape[0]
+            self._advance(rows.nbytes)
+            yield start, cast
+
+    def report(self) -> ArrayReport:
+        """Of what has been written; of a stream not yet read to its end, without a digest."""
+        whole = self._done == num_rows(self.shape)
+        digest = self._digest.hexdigest() if whole else None
+        return ArrayReport(
+            self.table, self.slot, self.shape, self.dtype.name, self.num_bytes, digest, self._max_error
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a writer takes.
+
+    Attributes:
+      tables: in the order of their names.
+      slots: in the order of their tables' names.
+      step: number of training steps taken.
+      feature_config: of all the tables.
+      metadata: JSON-able.
+      options: see there.
+    """
+
+    tables: tuple[Stream, ...]
+    slots: tuple[Stream, ...]
+    step: int
+    feature_config: Any
+    metadata: dict[str, Any]
+    options: Options
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Tables, then slots."""
+        return (*self.tables, *self.slots)
+
+
+def stored(what: str, shape: Any, dtype: Any, read_rows: Callable[[int, int], np.ndarray]) -> StoredArray:
+    """An array whose rows a function reads."""
+    return StoredArray(what, RowSource(tuple(int(n) for n in shape), np.dtype(dtype), read_rows))
+
+
+def path_of(path: str | pathlib.Path) -> pathlib.Path:
+    """Absolute, with ~ for the user's home."""
+    return pathlib.Path(path).expanduser().absolute()
+
+
+def _max_error(rows: np.ndarray, cast: np.ndarray) -> float:
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap = np.abs(rows.astype(np.float64) - cast.astype(np.float64))
+    return float(np.nanmax(gap, initial=0.0))

@@ -1,0 +1,110 @@
+"""One .npz file: arrays `tables/NAME`, `slots/NAME/SLOT`, and `feature_config.json` beside them in the archive."""
+
+import mmap
+import os
+import pathlib
+import threading
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+
+from jaxembed.checkpoint.files import open_regular, refuse_pointer
+from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.convert.arrays import native, refuse_types
+from jaxembed.convert.interface import Contents, Options, Source, stored
+from jaxembed.convert.keys import own_key, place_arrays
+from jaxembed.convert.npy import MAX_SIDECAR, guess_place, header
+from jaxembed.convert.sidecar import SIDECAR, read_sidecar, sidecar_of
+
+FOLDER = False
+
+
+class _Mapped(mmap.mmap):
+    """A file that needs no closing, as zipfile reads it."""
+
+    def seekable(self) -> bool:
+        return True
+
+
+def matches(path: pathlib.Path) -> bool:
+    """Whether it is a .npz file."""
+    return path.suffix == ".npz" and path.is_file()
+
+
+def read(path: pathlib.Path, options: Options) -> Source:
+    """Opens the archive; rows are read, and unpacked if need be, as they are asked for."""
+    descriptor, size = open_regular(path)
+    try:
+        refuse_pointer(path, os.pread(descriptor, 64, 0))
+        stream = _Mapped(descriptor, size, access=mmap.ACCESS_READ)
+        archive = zipfile.ZipFile(stream)
+        members = {i.filename: i for i in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise ValueError("it has two members of one name")
+        arrays = {
+            name.removesuffix(".npy"): _open(path, archive, info)
+            for name, info in members.items()
+            if name.endswith(".npy")
+        }
+        known = {}
+        if SIDECAR in members:
+            if members[SIDECAR].file_size > MAX_SIDECAR:
+                raise ValueError(f"{SIDECAR} is too large")
+            known = read_sidecar(path, archive.read(SIDECAR))
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, RuntimeError) as e:
+        raise ValueError(f"{path} is no .npz file, or is damaged: {str(e)[:300]}.") from e
+    finally:
+        os.close(descriptor)
+    tables, slots, notes = place_arrays(path, arrays, options, guess_place)
+    return Source(tables, slots, notes=notes, **known)
+
+
+def write(out: pathlib.Path, contents: Contents) -> list[str]:
+    """Writes them uncompressed, so that others can map them."""
+    refuse_types(contents, ".npz", ("bfloat16",))
+    with zipfile.ZipFile(out, "x", zipfile.ZIP_STORED) as archive:
+        for stream in contents.streams:
+            name = f"{own_key((stream.table, stream.slot))}.npy"
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(header(stream.dtype, stream.shape))
+                for _, rows in stream.blocks():
+                    member.write(rows.reshape(-1).view(np.uint8).data)
+        archive.writestr(SIDECAR, sidecar_of(contents))
+    return []
+
+
+def _open(path: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> StoredArray:
+    what = f"{path}: {info.filename}"
+    member = archive.open(info)
+    version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"{info.filename} has .npy version {version}")
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = reader(member)
+    first, row = member.tell(), int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+    if (
+        dtype.hasobject
+        or min((*shape, 1)) < 0
+        or info.file_size - first != int(np.prod(shape, dtype=object)) * dtype.itemsize
+    ):
+        raise ValueError(f"{info.filename} is not of the size that its header says, or holds objects")
+    lock = threading.Lock()
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        with lock:
+            try:
+                member.seek(first if fortran else first + start * row)
+                data = member.read() if fortran else member.read((stop - start) * row)
+            except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as e:
+                raise ValueError(f"{what} is damaged: {e}.") from e
+        values: Any = np.frombuffer(data, dtype)
+        rows = (
+            values.reshape(shape, order="F")[start:stop]
+            if fortran
+            else values.reshape(stop - start, *shape[1:])
+        )
+        return np.ascontiguousarray(rows, native(dtype))
+
+    return stored(what, shape, native(dtype), read_rows)

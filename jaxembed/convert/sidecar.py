@@ -1,0 +1,41 @@
+"""The feature configuration, step and metadata beside arrays of a format that has no place for them."""
+
+import json
+from typing import Any
+
+from jaxembed.convert.interface import Contents
+from jaxembed.serialization import feature_config_from_json, feature_config_to_json, strict_json
+
+SIDECAR = "feature_config.json"
+FORMAT = "jaxembed-arrays"
+
+
+def sidecar_of(contents: Contents) -> bytes:
+    """What `read_sidecar` reads."""
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "step": contents.step,
+            "metadata": contents.metadata,
+            "feature_config": feature_config_to_json(contents.feature_config),
+        }
+    ).encode()
+
+
+def read_sidecar(where: Any, content: bytes | str) -> dict[str, Any]:
+    """Step, metadata and feature configuration, as arguments of `Source`.
+
+    Raises:
+      ValueError: if it is not what `sidecar_of` writes.
+    """
+    try:
+        data = strict_json(content)
+        if data["format"] != FORMAT:
+            raise ValueError(f"its format is {data['format']!r:.40}")
+        step, metadata = data["step"], data["metadata"]
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not isinstance(metadata, dict):
+            raise ValueError(f"its step is {step!r:.40} and its metadata {type(metadata).__name__}")
+        config = feature_config_from_json(data["feature_config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{where} is not what jaxembed writes beside arrays: {str(e)[:300]}") from e
+    return {"step": step, "metadata": metadata, "feature_config": config}

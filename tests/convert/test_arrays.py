@@ -1,0 +1,285 @@
+"""Checkpoints from plain arrays and into them: the same bytes, a checkpoint like any other, and clear refusals."""
+
+import io
+import json
+import shutil
+import tracemalloc
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxembed import FeatureConfig, TableConfig, serve
+from jaxembed.checkpoint import layout, read_checkpoint, whole_steps
+from jaxembed.cli import main
+from jaxembed.convert import convert
+from jaxembed.convert.interface import Stream, stored
+from jaxembed.convert.keys import keys_from_json
+from jaxembed.optimizers import Adagrad
+from jaxembed.serialization import feature_config_to_json
+from jaxembed.train import Checkpointer, ShardedEmbedding
+
+CONFIG = {
+    "x": FeatureConfig(TableConfig(40_000, 16, name="../items")),
+    "y": [FeatureConfig(TableConfig(100, 4, name="b.c/d", combiner="sum"))],
+}
+FORMATS = {"npy": "arrays", "npz": "arrays.npz", "safetensors": "arrays.safetensors"}
+
+
+def embedding(config=CONFIG, devices=2):
+    return ShardedEmbedding(config, Adagrad(0.1), jax.make_mesh((devices,), ("d",)))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    own = embedding()
+    state = own.init(jax.random.key(0))
+    tables, slots, _ = own.to_canonical(state)
+    slots["../items"]["accumulators"] = slots["../items"]["accumulators"].at[39_999, 3].set(7.0)
+    with Checkpointer(directory, own) as checkpointer:
+        checkpointer.save(own.from_canonical(tables, slots, 5), metadata={"auc": 0.5})
+    return directory
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_there_and_back(checkpoint, tmp_path, form):
+    there = convert(checkpoint, tmp_path / FORMATS[form], target_format=form)
+    back = convert(there.path, tmp_path / "back")
+    assert (there.target_format, back.source_format, back.path.name) == (form, form, "5")
+    assert [a.digest for a in there.arrays] == [a.digest for a in back.arrays]
+    before, after = read_checkpoint(checkpoint, slots=True), read_checkpoint(back.path, slots=True)
+    assert (after.step, after.feature_config, after.metadata) == (5, CONFIG, {"auc": 0.5})
+    jax.tree.map(np.testing.assert_array_equal, (after.tables, after.slots), (before.tables, before.slots))
+    manifests = [layout.read_manifest(p) for p in (checkpoint / "5", back.path)]
+    assert manifests[0] == manifests[1]
+
+
+def test_an_imported_checkpoint_is_one_like_any_other(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "a.safetensors")
+    directory = convert(tmp_path / "a.safetensors", tmp_path / "back").path.parent
+    own = embedding(devices=8)
+    with Checkpointer(directory, own) as checkpointer:
+        restored = checkpointer.restore()
+        assert restored.step == 5
+        expected = read_checkpoint(checkpoint, slots=True)
+        tables, slots, _ = own.to_canonical(restored.state)
+        jax.tree.map(np.testing.assert_array_equal, (tables, slots), (expected.tables, expected.slots))
+        checkpointer.save(own.from_canonical(tables, slots, 6))
+    assert whole_steps(directory) == [5, 6]
+    assert serve.load(directory, 5).step == 5
+    # Orbax by itself, too.
+    found = ocp.StandardCheckpointer().restore(directory / "5" / "tables")
+    np.testing.assert_array_equal(found[layout.encode_name("../items")], expected.tables["../items"])
+
+
+def test_official_readers_read_it(checkpoint, tmp_path):
+    table = read_checkpoint(checkpoint).tables["b.c/d"]
+    convert(checkpoint, tmp_path / "a.safetensors")
+    convert(checkpoint, tmp_path / "a.npz")
+    convert(checkpoint, tmp_path / "a", target_format="npy")
+    name = "tables/b%2Ec%2Fd"
+    np.testing.assert_array_equal(load_file(tmp_path / "a.safetensors")[name], table)
+    with np.load(tmp_path / "a.npz") as arrays:
+        np.testing.assert_array_equal(arrays[name], table)
+        assert arrays["slots/%2E%2E%2Fitems/accumulators"][39_999, 3] == 7
+    np.testing.assert_array_equal(np.load(tmp_path / "a" / f"{name}.npy", mmap_mode="r"), table)
+
+
+def test_arrays_of_others(tmp_path, capsys):
+    """Any order of bytes and axes, packed or not; what is no table is left out, and said."""
+    rng = np.random.default_rng(0)
+    table, biased = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(7, 3)).astype(np.float32)
+    arrays = {"emb.weight": np.asfortranarray(table), "other": biased.astype(">f4"), "bias": biased[0]}
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    np.savez(tmp_path / "b.npz", **arrays)
+    (tmp_path / "c").mkdir()
+    for name, array in arrays.items():
+        np.save(tmp_path / "c" / f"{name}.npy", array)
+    save_file(
+        {k: np.ascontiguousarray(v, v.dtype.newbyteorder("=")) for k, v in arrays.items()},
+        tmp_path / "d.safetensors",
+    )
+    for source in ("a.npz", "b.npz", "c", "d.safetensors"):
+        out = tmp_path / f"out-{source}"
+        assert main(["convert", str(tmp_path / source), str(out), "--step", "3", "--to", "jaxembed"]) == 0
+        said = capsys.readouterr().out
+        assert "emb.weight -> table 'emb.weight' (guessed)" in said
+        assert "left out: bias" in said
+        assert "no feature configuration given: one feature for each table" in said
+        read = read_checkpoint(out)
+        assert (read.step, sorted(read.feature_config)) == (3, ["emb.weight", "other"])
+        np.testing.assert_array_equal(read.tables["emb.weight"], table)
+        np.testing.assert_array_equal(read.tables["other"], biased)
+
+
+def test_keys_configuration_and_serving(tmp_path, capsys):
+    table = np.arange(60, dtype=np.float64).reshape(20, 3) / 7
+    np.savez(tmp_path / "a.npz", w=table, sums=np.ones((20, 3), np.float32))
+    config = {"f": FeatureConfig(TableConfig(20, 3, name="t", combiner="sum", dtype=jnp.bfloat16))}
+    (tmp_path / "config.json").write_text(feature_config_to_json(config))
+    (tmp_path / "keys.json").write_text(json.dumps({"w": "t", "sums": ["t", "accumulators"]}))
+    common = ["convert", str(tmp_path / "a.npz"), "--feature-config", str(tmp_path / "config.json")]
+    common += ["--keys", str(tmp_path / "keys.json")]
+    assert main([*common, str(tmp_path / "out")]) == 1
+    assert (
+        "must be bfloat16 by its feature configuration, got float64; pass dtype='bfloat16'"
+        in capsys.readouterr().err
+    )
+    assert main([*common, str(tmp_path / "out"), "--dtype", "bfloat16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    rounded = table.astype(jnp.bfloat16)
+    assert report["arrays"][0]["max_error"] == np.abs(table - rounded.astype(np.float64)).max() > 0
+    read = read_checkpoint(tmp_path / "out", slots=True)
+    assert (read.feature_config, read.slots["t"]["accumulators"].sum()) == (config, 60)
+    np.testing.assert_array_equal(read.tables["t"], rounded)
+    assert main([*common, str(tmp_path / "bundle"), "--dtype", "bfloat16", "--to", "serving"]) == 0
+    np.testing.assert_array_equal(read_checkpoint(tmp_path / "bundle").tables["t"], rounded)
+    assert [p.name for p in (tmp_path / "bundle").iterdir()] == ["0"]
+
+
+def test_dry_run_writes_nothing(checkpoint, tmp_path):
+    for form, name in (*FORMATS.items(), ("jaxembed", "out")):
+        report = convert(checkpoint, tmp_path / name, target_format=form, dry_run=True)
+        assert next((a.table, a.slot, a.num_bytes, a.digest) for a in report.arrays) == (
+            "../items",
+            None,
+            2_560_000,
+            None,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_a_few_blocks(tmp_path):
+    shape = (1 << 20, 32)
+    mapped = np.lib.format.open_memmap(tmp_path / "t.npy", "w+", np.float32, shape)
+    mapped[::4096] = 1
+    del mapped
+    tracemalloc.start()
+    convert(tmp_path / "t.npy", tmp_path / "out", target_format="safetensors")
+    convert(tmp_path / "out", tmp_path / "ckpt", source_format="safetensors", target_format="jaxembed")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20 < shape[0] * shape[1] * 4
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    def read_rows(start, stop):
+        if start > 100_000:
+            raise ValueError("the source is gone")
+        return np.zeros((stop - start, 16), np.float32)
+
+    broken = Stream("t", None, stored("t", (300_000, 16), np.float32, read_rows), np.dtype(np.float32))
+    with pytest.raises(ValueError, match="the source is gone"):
+        list(broken.blocks())
+    np.savez_compressed(tmp_path / "a.npz", t=np.random.default_rng(0).normal(size=(300_000, 8)))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (tmp_path / "a.npz").write_bytes(data)
+    for form, name in (*FORMATS.items(), ("jaxembed", "out")):
+        with pytest.raises(ValueError, match=r"a.npz: t.npy is damaged"):
+            convert(tmp_path / "a.npz", tmp_path / name, target_format=form, dtype="float32")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def npz(**members):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return out.getvalue()
+
+
+def npy(array, **changes):
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=True)
+    data = out.getvalue()
+    for old, new in changes.get("replace", ()):
+        data = data.replace(old, new)
+    return data
+
+
+GOOD = np.ones((3, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npz", b"no archive", "is no .npz file, or is damaged"),
+        ("a.npz", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("a.npz", npz(t=npy(np.array([{}], object))), "holds objects"),
+        ("a.npz", npz(t=npy(GOOD, replace=[(b"(3, 2)", b"(9, 2)")])), "not of the size that its header says"),
+        ("a.npz", npz(t=b"garbage"), "is no .npz file, or is damaged"),
+        ("a.npz", npz(t=npy(GOOD[0])), r"no table that jaxembed recognizes.*It has t float32\[2\]"),
+        ("a.npy", npy(np.array([{}], object)), "is no .npy file of numbers"),
+        ("a.npy", npy(GOOD, replace=[(b"(3, 2)", b"(9, 2)")]), "is no .npy file of numbers"),
+        ("a.npy", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("a.safetensors", b"\xff" * 64, "is no safetensors file"),
+        ("a.npy", npy(GOOD.astype(np.int32)), "no table that jaxembed recognizes"),
+        (
+            "a.npy",
+            npy(GOOD.astype(np.float64)),
+            "float64, which JAX does not train by default.*--dtype float32",
+        ),
+        ("a.txt", b"hello", "looks like none of .*say which one it is with --from"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / name, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_bad_requests_are_refused(checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "a.npz", t=GOOD, s=GOOD)
+    config = {"f": FeatureConfig(TableConfig(3, 2, name="t"))}
+
+    def refused(message, source="a.npz", out="out", error=ValueError, **arguments):
+        with pytest.raises(error, match=message):
+            convert(tmp_path / source, tmp_path / out, **arguments)
+
+    refused("is an empty folder", "empty")
+    refused("nothing is at", "none", error=FileNotFoundError)
+    refused("unknown format 'onnx'", target_format="onnx")
+    refused("dtype must be one of", dtype="int8")
+    refused("has no array 'w'; it has s, t", keys={"w": ("t", None)})
+    refused("is slot 'x' of table 'u', but there is no such table", keys={"t": ("t", None), "s": ("u", "x")})
+    refused(
+        r"names table 'u'; there are \['s', 't'\]",
+        feature_config={"f": FeatureConfig(TableConfig(3, 2, name="u"))},
+    )
+    refused(
+        r"must be \[4, 2\] by its feature", feature_config={"f": FeatureConfig(TableConfig(4, 2, name="t"))}
+    )
+    refused("combiner is for a source without", feature_config=config, combiner="sum")
+    refused("exists; pass another path", out="a.npz")
+    (tmp_path / "out" / "0").mkdir(parents=True)
+    refused("exists; pass another path")
+    shutil.rmtree(tmp_path / "out")
+    report = convert(tmp_path / "a.npz", tmp_path / "out", feature_config=config)
+    assert "left out, not in the feature configuration: s" in report.notes
+    with pytest.raises(ValueError, match="cannot hold bfloat16"):
+        convert(checkpoint, tmp_path / "b.npz", dtype="bfloat16")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
+    refused("must be a regular file", "link.npz", "out2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must be a JSON object, got list"),
+        ('{"a": 1}', r'must be "table" or \["table", "slot"\], got 1'),
+        ('{"a": ["t"]}', "must be"),
+        ('{"a": "t", "b": "t"}', "has table 't' twice"),
+        ('{"a": "t", "a": "u"}', "is there twice"),
+    ],
+)
+def test_bad_keys_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        keys_from_json(text)
