@@ -94,7 +94,11 @@ def convert(
         raise ValueError(f"{place} exists; pass another path or remove it.")
     tables = feature_tables(config)
     arrays = [(name, None, found.tables[name]) for name in tables]
-    arrays += [(n, slot, array) for n in tables for slot, array in sorted(found.slots.get(n, {}).items())]
+    slots = found.slots
+    if slots and not getattr(writer, "SLOTS", True):
+        notes.append(f"left out: slots, which {target_format} has no place for")
+        slots = {}
+    arrays += [(n, slot, array) for n in tables for slot, array in sorted(slots.get(n, {}).items())]
     with progress_bar(
         sum(array.num_bytes for _, _, array in arrays), False if dry_run else progress
     ) as advance:

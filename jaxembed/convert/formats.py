@@ -19,6 +19,7 @@ class Format(NamedTuple):
 FORMATS = {
     "jaxembed": Format("canonical", "a canonical checkpoint"),
     "npz": Format("npz", "one .npz file of arrays", (".npz",)),
+    "torchrec": Format("torchrec", "a TorchRec state dict, .pt or .safetensors", (".pt", ".pth"), "torch"),
     "safetensors": Format("safetensors", "one safetensors file", (".safetensors",)),
     "npy": Format("npy", "a folder of .npy files"),
 }

@@ -6,7 +6,8 @@ A format is a module of this package with
     read(path, options) -> Source          opens it; nothing is read but what says which arrays there are
     write(out, contents) -> list[str]      writes a new file or folder `out`; what there is to say of it
 
-and, where it is not so, `FOLDER = False` for formats that are one file, `COMBINER` for what its tables mean.
+and may have COMBINER, what its tables are combined by where no feature configuration says so (default "mean"),
+and SLOTS, whether it writes slots (default True).
 """
 
 import dataclasses

@@ -55,6 +55,11 @@ def own_place(key: str) -> Place | None:
     return None
 
 
+def key_for(options: Options, place: Place) -> str | None:
+    """The name that the user gives an array in the file that is written, or None."""
+    return next((key for key, given in (options.keys or {}).items() if given == place), None)
+
+
 def place_arrays(
     where: Any,
     arrays: Mapping[str, StoredArray],

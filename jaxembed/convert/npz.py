@@ -18,8 +18,6 @@ from jaxembed.convert.keys import own_key, place_arrays
 from jaxembed.convert.npy import MAX_SIDECAR, guess_place, header
 from jaxembed.convert.sidecar import SIDECAR, read_sidecar, sidecar_of
 
-FOLDER = False
-
 
 class _Mapped(mmap.mmap):
     """A file that needs no closing, as zipfile reads it."""

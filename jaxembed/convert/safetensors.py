@@ -10,7 +10,6 @@ from jaxembed.convert.keys import own_key, place_arrays
 from jaxembed.convert.npy import guess_place
 from jaxembed.convert.sidecar import read_sidecar, sidecar_of
 
-FOLDER = False
 METADATA = "jaxembed"
 
 

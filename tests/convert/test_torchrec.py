@@ -1,0 +1,190 @@
+"""TorchRec's state dicts, with TorchRec itself where it is installed and with modules of its names otherwise."""
+
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxembed import RaggedTensor, serve
+from jaxembed.checkpoint import read_checkpoint
+from jaxembed.convert import convert, open_source
+from jaxembed.convert.interface import Options
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.parity
+
+SHAPES = {"films": (1000, 16), "users": (300, 8)}
+
+
+def values(name, dtype=torch.float32):
+    rows, dim = SHAPES[name]
+    return torch.arange(rows * dim).reshape(rows, dim).to(dtype) / 64
+
+
+def names_of_torchrec():
+    """A module with the keys of an EmbeddingBagCollection."""
+    bags = {name: torch.nn.EmbeddingBag(*shape, mode="sum") for name, shape in SHAPES.items()}
+    return torch.nn.ModuleDict({"embedding_bags": torch.nn.ModuleDict(bags)})
+
+
+def collection():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torchrec = pytest.importorskip("torchrec")
+        tables = [
+            torchrec.EmbeddingBagConfig(
+                name=name, num_embeddings=rows, embedding_dim=dim, feature_names=[f"{name}_ids"]
+            )
+            for name, (rows, dim) in SHAPES.items()
+        ]
+        return torchrec, torchrec.EmbeddingBagCollection(tables=tables)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_with_torchrec_itself(tmp_path, suffix):
+    """Its collection to a checkpoint and back to a collection; its lookup is ours."""
+    torchrec, ours = collection()
+    file = tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        torch.save(ours.state_dict(), file)
+    else:
+        pytest.importorskip("safetensors.torch").save_file(ours.state_dict(), file)
+    report = convert(file, tmp_path / "ckpt")
+    assert report.source_format == "torchrec"
+    assert "embedding_bags.films.weight -> table 'films' (guessed)" in report.notes
+    loaded = serve.load(tmp_path / "ckpt")
+    ids = {"films": [[1, 2, 999], [], [7]], "users": [[3], [299, 299], []]}
+    found = loaded.embedding({name: RaggedTensor.from_lists(bags) for name, bags in ids.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bags = torchrec.KeyedJaggedTensor(
+            keys=[f"{name}_ids" for name in SHAPES],
+            values=torch.tensor([i for name in SHAPES for bag in ids[name] for i in bag]),
+            lengths=torch.tensor([len(bag) for name in SHAPES for bag in ids[name]]),
+        )
+        expected = ours(bags).to_dict()
+    for name in SHAPES:
+        np.testing.assert_allclose(found[name], expected[f"{name}_ids"].detach().numpy(), rtol=1e-6, atol=1e-6)
+
+    back = convert(tmp_path / "ckpt", tmp_path / f"back{suffix}", target_format="torchrec").path
+    _, theirs = collection()
+    state = torch.load(back, weights_only=True) if suffix == ".pt" else _load_safetensors(back)
+    theirs.load_state_dict(state)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], tensor)
+
+
+def _load_safetensors(file):
+    return pytest.importorskip("safetensors.torch").load_file(file)
+
+
+def test_with_modules_of_its_names(tmp_path):
+    module = names_of_torchrec()
+    torch.save(
+        {"epoch": 3, "model": {f"net.{k}": v for k, v in module.state_dict().items()}}, tmp_path / "m.pt"
+    )
+    report = convert(tmp_path / "m.pt", tmp_path / "ckpt")
+    assert "model.net.embedding_bags.users.weight -> table 'users' (guessed)" in report.notes
+    assert "combiner 'sum'" in report.notes[-1]
+    keys = {f"net.embedding_bags.{name}.weight": (name, None) for name in SHAPES}
+    convert(tmp_path / "ckpt", tmp_path / "back.pt", keys=keys)
+    again = names_of_torchrec()
+    torch.nn.ModuleDict({"net": again}).load_state_dict(torch.load(tmp_path / "back.pt", weights_only=True))
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_types_keys_and_optimizer_state(tmp_path):
+    """Transposed and bfloat16 tensors; Adagrad's sums, Adam's moments; row-wise sums are left out, and said."""
+    state = {
+        "embedding_bags.films.weight": values("films").t().contiguous().t(),
+        "embedding_bags.users.weight": values("users", torch.bfloat16),
+        "over.weight": torch.ones(3),
+    }
+    optimizer = {
+        "state": {
+            "embedding_bags.films.weight": {
+                "films.momentum1": values("films") + 1,
+                "films.exp_avg_sq": values("films") + 2,
+            },
+            "embedding_bags.users.weight": {"users.momentum1": torch.ones(SHAPES["users"][0])},
+        }
+    }
+    torch.save({"model": state, "optimizer": optimizer}, tmp_path / "m.pt")
+    report = convert(tmp_path / "m.pt", tmp_path / "ckpt")
+    assert any(note.startswith("left out: ") and "users.momentum1" in note for note in report.notes)
+    read = read_checkpoint(tmp_path / "ckpt", slots=True)
+    np.testing.assert_array_equal(read.tables["films"], values("films").numpy())
+    assert read.tables["users"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        read.tables["users"].astype(np.float32), values("users", torch.bfloat16).float()
+    )
+    np.testing.assert_array_equal(read.slots["films"]["momenta"], values("films").numpy() + 1)
+    np.testing.assert_array_equal(read.slots["films"]["velocities"], values("films").numpy() + 2)
+    back = convert(tmp_path / "ckpt", tmp_path / "back.pt")
+    assert "left out: slots, which torchrec has no place for" in back.notes
+    assert torch.equal(
+        torch.load(tmp_path / "back.pt", weights_only=True)["embedding_bags.users.weight"],
+        values("users", torch.bfloat16),
+    )
+    adagrad = {
+        "embedding_bags.films.weight": values("films"),
+        "o.embedding_bags.films.weight.films.momentum1": values("films"),
+    }
+    torch.save(adagrad, tmp_path / "a.pt")
+    assert list(open_source(tmp_path / "a.pt").slots["films"]) == ["accumulators"]
+    named = open_source(
+        tmp_path / "a.pt", options=Options(keys={"embedding_bags.films.weight": ("other", None)})
+    )
+    assert list(named.tables) == ["other"]
+
+
+class Evil:
+    def __reduce__(self):
+        return (pathlib.Path.touch, (pathlib.Path("touched"),))
+
+
+def test_bad_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    torch.save({"w": torch.ones(2, 3)}, tmp_path / "plain.pt")
+    whole = (tmp_path / "plain.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    for name, message in (
+        ("evil", "is no torch checkpoint of plain tensors"),
+        ("text", "is no torch checkpoint of plain tensors"),
+        ("cut", "is no torch checkpoint of plain tensors"),
+        ("lfs", "is a Git LFS pointer"),
+        (
+            "plain",
+            r"no table that jaxembed recognizes; say which array is which table with keys. It has w float32\[2, 3\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / f"{name}.pt", tmp_path / "out")
+    assert not (tmp_path / "touched").exists()
+    assert not (tmp_path / "out").exists()
+    np.savez(tmp_path / "a.npz", **{"a.b": np.ones((2, 3), np.float32)})
+    with pytest.raises(ValueError, match=r"cannot be a module of torch, for its '.'; give it a key"):
+        convert(tmp_path / "a.npz", tmp_path / "out.pt")
+
+
+def test_without_torch_the_extra_is_named(tmp_path):
+    (tmp_path / "m.pt").write_bytes(b"PK")
+    program = f"""
+import sys
+sys.modules["torch"] = None
+from jaxembed.convert import convert
+try:
+    convert({str(tmp_path / "m.pt")!r}, {str(tmp_path / "out")!r})
+except ValueError as e:
+    print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "needs the package 'torch'; install it with pip install 'jaxembed[torch]'" in done.stdout
