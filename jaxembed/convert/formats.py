@@ -21,6 +21,9 @@ FORMATS = {
     "npz": Format("npz", "one .npz file of arrays", (".npz",)),
     "torchrec": Format("torchrec", "a TorchRec state dict, .pt or .safetensors", (".pt", ".pth"), "torch"),
     "safetensors": Format("safetensors", "one safetensors file", (".safetensors",)),
+    "tensorflow": Format(
+        "tensorflow", "a TPUEmbedding's object checkpoint of TensorFlow, stacked or not", (), "tensorflow"
+    ),
     "npy": Format("npy", "a folder of .npy files"),
 }
 

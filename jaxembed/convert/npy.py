@@ -13,9 +13,9 @@ from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import native, refuse_types
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import is_table, own_key, own_place, place_arrays
-from jaxembed.convert.sidecar import SIDECAR, read_sidecar, sidecar_of
+from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
 
-MAX_SIDECAR, MAX_FILES = 64 << 20, 100_000
+MAX_FILES = 100_000
 
 
 def matches(path: pathlib.Path) -> bool:

@@ -15,8 +15,8 @@ from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import native, refuse_types
 from jaxembed.convert.interface import Contents, Options, Source, stored
 from jaxembed.convert.keys import own_key, place_arrays
-from jaxembed.convert.npy import MAX_SIDECAR, guess_place, header
-from jaxembed.convert.sidecar import SIDECAR, read_sidecar, sidecar_of
+from jaxembed.convert.npy import guess_place, header
+from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
 
 
 class _Mapped(mmap.mmap):

@@ -7,6 +7,7 @@ from jaxembed.convert.interface import Contents
 from jaxembed.serialization import feature_config_from_json, feature_config_to_json, strict_json
 
 SIDECAR = "feature_config.json"
+MAX_SIDECAR = 64 << 20
 FORMAT = "jaxembed-arrays"
 
 

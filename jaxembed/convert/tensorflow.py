@@ -1,0 +1,263 @@
+"""Object checkpoints of TensorFlow's TPUEmbedding and TPUEmbeddingForServing, stacked by SparseCore or not.
+
+An embedding object tracks `_variables`: {table: {"parameters": [V, D], slot: [V, D]}}. Of SparseCore they are
+by stack instead, and `_sparse_core_table_layouts` says where in a stack a table is.
+
+References:
+  `tf.tpu.experimental.embedding.TPUEmbeddingForServing`; tensorflow/core/protobuf/trackable_object_graph.proto.
+"""
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxembed.checkpoint.files import read_regular, write_file
+from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.checkpoint.writing import regrouped
+from jaxembed.convert.arrays import refuse_types
+from jaxembed.convert.formats import needed
+from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
+from jaxembed.convert.keys import is_table, place_arrays
+from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
+from jaxembed.sparsecore_layout import StackedTable, check_stack, from_tensorflow
+
+PARAMETERS, VARIABLES = "parameters", "_variables"
+LAYOUTS = "_sparse_core_table_layouts"
+GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+VALUE = "VARIABLE_VALUE"
+NAME = "ckpt"
+#: What a writer hands to TensorFlow at once.
+PART_BYTES = 128 << 20
+
+
+def matches(path: pathlib.Path) -> bool:
+    """Whether it is the prefix of a checkpoint, or a folder with one."""
+    if path.is_dir():
+        return next(path.glob("*.index"), None) is not None
+    return path.suffix == ".index" or pathlib.Path(f"{path}.index").is_file()
+
+
+def read(path: pathlib.Path, options: Options) -> Source:
+    """Opens it; a tensor is read when the first of its rows is asked for, and let go after the last."""
+    tensors = _Tensors(_prefix(path))
+    by_key = {key: tensors.stored(key) for key in tensors.shapes if tensors.is_number(key)}
+    places = _places(tensors)
+    layouts = _layouts(tensors)
+    arrays: dict[str, StoredArray] = dict(by_key)
+    for stack, members in layouts.items():
+        found = {key: place for key, place in places.items() if place[0] == stack}
+        if not found:
+            raise ValueError(f"{path} has a layout of the stack {stack!r}, but no such stack.")
+        for key, (_, slot) in found.items():
+            places.pop(key)
+            arrays.pop(key, None)
+            for member in members:
+                name = f"{key}#{member.name}"
+                arrays[name] = _unstacked(by_key[key], member)
+                places[name] = (member.name, slot)
+
+    def guess(key: str, array: StoredArray) -> Place | None:
+        # A checkpoint without such an object, of any program, may still hold tables.
+        return places.get(key) if places else ((key, None) if is_table(array) else None)
+
+    tables, slots, notes = place_arrays(path, arrays, options, guess)
+    sidecar = tensors.prefix.parent / SIDECAR
+    known = read_sidecar(sidecar, read_regular(sidecar, MAX_SIDECAR)) if sidecar.exists() else {}
+    return Source(tables, slots, notes=notes, **known)
+
+
+def write(out: pathlib.Path, contents: Contents) -> list[str]:
+    """Writes a folder with a checkpoint that `tf.train.Checkpoint(embedding=...)` restores."""
+    tf: Any = needed("tensorflow", "tensorflow")
+    refuse_types(contents, "a TPUEmbedding of TensorFlow", ("bfloat16", "float16"))
+    out.mkdir()
+    parts = []
+
+    def save(names: list[str], slices: list[str], tensors: list[Any]) -> None:
+        parts.append(str(out.parent / "parts" / f"part-{len(parts)}"))
+        tf.raw_ops.SaveV2(prefix=parts[-1], tensor_names=names, shape_and_slices=slices, tensors=tensors)
+
+    with tf.device("/cpu:0"):
+        for stream in contents.streams:
+            row_bytes = max(stream.num_bytes // stream.shape[0], 1)
+            for start, rows in regrouped(stream.blocks(), max(PART_BYTES // row_bytes, 1)):
+                save([_key(stream)], [_slice(stream.shape, start, rows.shape[0])], [tf.constant(rows)])
+        counter = f"save_counter/.ATTRIBUTES/{VALUE}"
+        save([GRAPH, counter], ["", ""], [tf.constant(_graph(contents, counter)), tf.constant(1, tf.int64)])
+        tf.raw_ops.MergeV2Checkpoints(
+            checkpoint_prefixes=parts, destination_prefix=str(out / NAME), delete_old_dirs=False
+        )
+    state = f'model_checkpoint_path: "{NAME}"\nall_model_checkpoint_paths: "{NAME}"\n'
+    write_file(out / "checkpoint", [state.encode()])
+    write_file(out / SIDECAR, [sidecar_of(contents)])
+    return [f"restore it with tf.train.Checkpoint(embedding=...).restore({NAME!r} in that folder)"]
+
+
+class _Tensors:
+    """The tensors of a checkpoint; the last one that was read stays until the next one is."""
+
+    def __init__(self, prefix: pathlib.Path):
+        self.prefix = prefix
+        self._tf: Any = needed("tensorflow", "tensorflow")
+        try:
+            self._reader = self._tf.train.load_checkpoint(str(prefix))
+            self.shapes = dict(sorted(self._reader.get_variable_to_shape_map().items()))
+            self._dtypes = self._reader.get_variable_to_dtype_map()
+        except (self._tf.errors.OpError, ValueError, RuntimeError, TypeError) as e:
+            raise ValueError(f"{prefix} is no TensorFlow checkpoint, or is damaged: {str(e)[:300]}") from e
+        self._last: tuple[str, Any] = ("", None)
+
+    def is_number(self, key: str) -> bool:
+        return self._dtypes[key].is_floating or self._dtypes[key].is_integer
+
+    def get(self, key: str) -> Any:
+        if self._last[0] != key:
+            self._last = ("", None)
+            try:
+                self._last = (key, self._reader.get_tensor(key))
+            except (self._tf.errors.OpError, ValueError, RuntimeError) as e:
+                raise ValueError(f"{self.prefix}: {key} cannot be read, or is damaged: {str(e)[:300]}") from e
+        return self._last[1]
+
+    def stored(self, key: str) -> StoredArray:
+        shape, dtype = self.shapes[key], self._dtypes[key].as_numpy_dtype
+
+        def read_rows(start: int, stop: int) -> np.ndarray:
+            rows = np.array(self.get(key)[start:stop])
+            if stop == shape[0]:
+                self._last = ("", None)
+            return rows
+
+        return stored(f"{self.prefix}: {key}", shape, dtype, read_rows)
+
+    def message(self, key: str, message: Any) -> Any:
+        """The protocol buffer in a string tensor."""
+        content = self.get(key)
+        try:
+            message.ParseFromString(content)
+        except Exception as e:  # protobuf's DecodeError, and TypeError of what is no bytes
+            raise ValueError(f"{self.prefix}: {key} is damaged: {str(e)[:200]}") from e
+        return message
+
+
+def _prefix(path: pathlib.Path) -> pathlib.Path:
+    if not path.is_dir():
+        return path.with_suffix("") if path.suffix == ".index" else path
+    names = sorted(p.name.removesuffix(".index") for p in path.glob("*.index"))
+    if len(names) == 1:
+        return path / names[0]
+    tf: Any = needed("tensorflow", "tensorflow")
+    latest = pathlib.Path(tf.train.latest_checkpoint(str(path)) or "")
+    if latest.name in names and latest.parent == path:
+        return latest
+    raise ValueError(f"{path} has the checkpoints {names}; name one of them, such as {path / names[-1]}.")
+
+
+def _places(tensors: _Tensors) -> dict[str, Place]:
+    """The table, or stack, and slot of each key, by the graph of objects."""
+    if GRAPH not in tensors.shapes:
+        return {}
+    from tensorflow.core.protobuf import trackable_object_graph_pb2  # type: ignore[import-not-found]
+
+    nodes = tensors.message(GRAPH, trackable_object_graph_pb2.TrackableObjectGraph()).nodes
+    places: dict[str, Place] = {}
+
+    def children(node: Any) -> Iterator[tuple[str, Any]]:
+        for child in node.children:
+            if not 0 <= child.node_id < len(nodes):
+                raise ValueError(f"{tensors.prefix}: its graph of objects is damaged.")
+            yield child.local_name, nodes[child.node_id]
+
+    for node in nodes:
+        for name, variables in children(node):
+            if name == VARIABLES:
+                for table, of_table in children(variables):
+                    for slot, variable in children(of_table):
+                        for value in variable.attributes:
+                            if value.name == VALUE and value.checkpoint_key in tensors.shapes:
+                                places[value.checkpoint_key] = (table, None if slot == PARAMETERS else slot)
+    return places
+
+
+def _layouts(tensors: _Tensors) -> dict[str, list[StackedTable]]:
+    """The tables of each stack of SparseCore."""
+    keys = [key for key in tensors.shapes if LAYOUTS in key]
+    if not keys:
+        return {}
+    from tensorflow.core.tpu.kernels import sparse_core_layout_pb2  # type: ignore[import-not-found]
+
+    stacks: dict[str, list[StackedTable]] = {}
+    for key in keys:
+        for layout in tensors.message(key, sparse_core_layout_pb2.SparseCoreTableLayouts()).tables:
+            table = from_tensorflow(layout)
+            stacks.setdefault(table.stack, []).append(table)
+    for tables in stacks.values():
+        check_stack(tables)
+    return stacks
+
+
+def _unstacked(stack: StoredArray, table: StackedTable) -> StoredArray:
+    if stack.shape not in (table.stack_shape, table.stack_shape[:1]):
+        raise ValueError(
+            f"{stack.what} must be {list(table.stack_shape)} by its layout, got {list(stack.shape)}."
+        )
+    shape = table.shape[: len(stack.shape)]
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        return table.read_rows(_Whole(stack), start, stop)
+
+    return stored(f"{stack.what}, table {table.name!r}", shape, stack.dtype, read_rows)
+
+
+class _Whole:
+    """A stack as `StackedTable.read_rows` takes it."""
+
+    def __init__(self, stack: StoredArray):
+        self.shape, self.dtype, self._source = stack.shape, stack.dtype, stack.source
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self._source[rows]
+
+
+def _key(stream: Stream) -> str:
+    name = stream.table if stream.slot is None else f"{stream.table}/{stream.slot}"
+    return f"embedding/{name.replace('.', '..').replace('/', '.S')}/.ATTRIBUTES/{VALUE}"
+
+
+def _slice(shape: tuple[int, ...], start: int, count: int) -> str:
+    """A part as TensorFlow writes it: the whole shape, then first and length of each axis, "-" for all."""
+    if count == shape[0]:
+        return ""
+    return f"{' '.join(map(str, shape))} {':'.join([f'{start},{count}', *['-'] * (len(shape) - 1)])}"
+
+
+def _graph(contents: Contents, counter: str) -> bytes:
+    """What TensorFlow stores about a Checkpoint(embedding=TPUEmbeddingForServing)."""
+    from tensorflow.core.protobuf import trackable_object_graph_pb2  # type: ignore[import-not-found]
+
+    graph = trackable_object_graph_pb2.TrackableObjectGraph()
+
+    def node(children: Mapping[str, int], key: str = "", name: str = "") -> int:
+        made = graph.nodes.add()
+        for child, i in children.items():
+            made.children.add(node_id=i, local_name=child)
+        if key:
+            made.attributes.add(name=VALUE, full_name=name, checkpoint_key=key)
+        made.has_checkpoint_values.value = bool(key or children)
+        return len(graph.nodes) - 1
+
+    # The root must come first: its children are added once they have numbers.
+    node({})
+    variables: dict[str, dict[str, int]] = {}
+    embedding: dict[str, int] = {}
+    for stream in contents.streams:
+        name = stream.table if stream.slot is None else f"{stream.table}/{stream.slot}"
+        embedding[name] = node({}, _key(stream), name)
+        variables.setdefault(stream.table, {})[stream.slot or PARAMETERS] = embedding[name]
+    embedding[VARIABLES] = node({table: node(children) for table, children in variables.items()})
+    for child, i in {"embedding": node(embedding), "save_counter": node({}, counter, "save_counter")}.items():
+        graph.nodes[0].children.add(node_id=i, local_name=child)
+    graph.nodes[0].has_checkpoint_values.value = True
+    return graph.SerializeToString()

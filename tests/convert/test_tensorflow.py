@@ -1,0 +1,214 @@
+"""Object checkpoints of TensorFlow, written and restored by TensorFlow itself."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxembed import FeatureConfig, RaggedTensor, TableConfig, optimizers, serve
+from jaxembed.checkpoint import read_checkpoint
+from jaxembed.convert import convert
+from jaxembed.convert import tensorflow as ours
+from jaxembed.train import Checkpointer, ShardedEmbedding
+
+pytestmark = pytest.mark.parity
+tf = pytest.importorskip("tensorflow")
+
+SHAPES = {"films/a.b": (400, 6), "users": (70, 8)}
+IDS = {"x": [[1, 2, 399], [], [7]], "y": [[3], [69, 69], [0]]}
+
+
+def theirs():
+    api = tf.tpu.experimental.embedding
+    films = api.TableConfig(400, 6, name="films/a.b", combiner="sum", optimizer=api.Adagrad(0.1))
+    users = api.TableConfig(70, 8, name="users", optimizer=api.Adam(0.1))
+    config = {"x": api.FeatureConfig(table=films), "y": api.FeatureConfig(table=users)}
+    embedding = api.TPUEmbeddingForServing(feature_config=config, optimizer=api.SGD(0.1))
+    embedding.build()
+    return embedding
+
+
+def config():
+    films = TableConfig(400, 6, name="films/a.b", combiner="sum", optimizer=optimizers.Adagrad(0.1))
+    users = TableConfig(70, 8, name="users", optimizer=optimizers.Adam(0.1))
+    return {"x": FeatureConfig(films), "y": FeatureConfig(users)}
+
+
+def lookups(embedding):
+    found = embedding({name: tf.ragged.constant(bags, tf.int64) for name, bags in IDS.items()})
+    return {name: activations.numpy() for name, activations in found.items()}
+
+
+def fill(embedding):
+    """Each variable has values of its own."""
+    flat = [(table, name) for table in sorted(SHAPES) for name in sorted(embedding._variables[table])]
+    for i, (table, name) in enumerate(flat):
+        rows, dim = SHAPES[table]
+        values = np.arange(rows * dim, dtype=np.float32).reshape(rows, dim) / 64 + 1000 * i
+        embedding._variables[table][name].assign(values)
+
+
+def arrays(embedding):
+    return {
+        table: {name: variable.numpy() for name, variable in embedding._variables[table].items()}
+        for table in SHAPES
+    }
+
+
+def ours_of(path):
+    read = read_checkpoint(path, slots=True)
+    return {table: {"parameters": read.tables[table], **read.slots.get(table, {})} for table in read.tables}
+
+
+def test_there_and_back(tmp_path):
+    """Theirs to a checkpoint that trains and serves, and back to theirs: tables, slots and lookups."""
+    embedding = theirs()
+    fill(embedding)
+    prefix = tf.train.Checkpoint(model=tf.Module(), embedding=embedding).save(str(tmp_path / "tf" / "model"))
+    report = convert(prefix, tmp_path / "ckpt", feature_config=config())
+    assert (report.source_format, len(report.arrays)) == ("tensorflow", 5)
+    jax.tree.map(np.testing.assert_array_equal, ours_of(tmp_path / "ckpt"), arrays(embedding))
+    own = ShardedEmbedding(config(), optimizers.SGD(0.1), jax.make_mesh((2,), ("d",)))
+    with Checkpointer(tmp_path / "ckpt", own) as checkpointer:
+        tables, slots, _ = own.to_canonical(checkpointer.restore().state)
+    np.testing.assert_array_equal(slots["users"]["velocities"], arrays(embedding)["users"]["velocities"])
+    np.testing.assert_array_equal(tables["films/a.b"], arrays(embedding)["films/a.b"]["parameters"])
+
+    found = serve.load(tmp_path / "ckpt").embedding(
+        {name: RaggedTensor.from_lists(bags) for name, bags in IDS.items()}
+    )
+    expected = lookups(embedding)
+    for name, activations in found.items():
+        np.testing.assert_allclose(activations, expected[name], rtol=1e-6, atol=1e-6)
+
+    convert(tmp_path / "ckpt", tmp_path / "back", target_format="tensorflow")
+    again = theirs()
+    status = tf.train.Checkpoint(embedding=again).restore(tf.train.latest_checkpoint(str(tmp_path / "back")))
+    status.assert_existing_objects_matched()
+    status.assert_consumed()
+    jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(embedding))
+    jax.tree.map(np.testing.assert_array_equal, lookups(again), expected)
+    third = convert(tmp_path / "back", tmp_path / "third")
+    assert [a.digest for a in third.arrays] == [a.digest for a in report.arrays]
+    assert third.feature_config == config()
+
+
+def test_tensors_are_written_in_parts(tmp_path, monkeypatch):
+    """Parts of a tensor are one tensor to TensorFlow."""
+    monkeypatch.setattr(ours, "PART_BYTES", 1000)
+    rng = np.random.default_rng(0)
+    tables = {"films/a.b": rng.normal(size=(400, 6)), "users": rng.normal(size=(70, 8))}
+    np.savez(tmp_path / "a.npz", **{name: table.astype(np.float32) for name, table in tables.items()})
+    convert(tmp_path / "a.npz", tmp_path / "tf", target_format="tensorflow")
+    assert len(list((tmp_path / "tf").glob("ckpt.data-*"))) > 10
+    again = theirs()
+    tf.train.Checkpoint(embedding=again).restore(str(tmp_path / "tf" / "ckpt")).expect_partial()
+    for name, table in tables.items():
+        np.testing.assert_array_equal(again._variables[name]["parameters"].numpy(), table.astype(np.float32))
+    convert(tmp_path / "tf", tmp_path / "ckpt")
+    np.testing.assert_array_equal(
+        read_checkpoint(tmp_path / "ckpt").tables["users"], tables["users"].astype(np.float32)
+    )
+
+
+def stacked_checkpoint(directory):
+    """As TPUEmbeddingV2 on SparseCores saves one; it cannot be built without them."""
+    from tensorflow.core.tpu.kernels import sparse_core_layout_pb2
+    from tensorflow.python.tpu import (
+        _pywrap_sparse_core_layout,
+        tpu_embedding_v3_checkpoint_adapter,
+        tpu_embedding_v3_utils,
+    )
+
+    stacker = _pywrap_sparse_core_layout.SparseCoreLayoutStacker(
+        num_partitions=4, sparse_cores_per_partition=4, disable_table_stacking=False
+    )
+    for name, (rows, dim) in SHAPES.items():
+        stacker.AddTable(name, rows, dim, "group", output_samples=8, num_features=1)
+    layouts = sparse_core_layout_pb2.SparseCoreTableLayouts()
+    layouts.ParseFromString(stacker.GetLayouts().SerializeToString())
+    assert len({layout.stacked_table_name for layout in layouts.tables}) == 1
+    assert any(layout.sparse_core_shard_rotation for layout in layouts.tables)
+    stack = layouts.tables[0].stacked_table_name
+    rows = layouts.tables[0].total_rows_per_sparse_core_shard * layouts.tables[0].num_sparse_cores
+    width = layouts.tables[0].unsharded_padded_shape[1]
+    values = {
+        kind: {n: np.arange(r * d, dtype=np.float32).reshape(r, d) + offset for n, (r, d) in SHAPES.items()}
+        for kind, offset in (("parameters", 0.25), ("accumulators", 0.5))
+    }
+    variables = {
+        kind: tf.Variable(
+            tpu_embedding_v3_checkpoint_adapter._shard_from_cpu_to_sc(
+                [values[kind][layout.table_name] for layout in layouts.tables],
+                f"{rows} {width} 0,{rows}:0,{width}",
+                list(layouts.tables),
+            )
+        )
+        for kind in values
+    }
+    embedding = tf.train.Checkpoint()
+    embedding._track_trackable(
+        tpu_embedding_v3_utils.SparseCoreLayoutsTrackable(tf.constant(layouts.SerializeToString())),
+        tpu_embedding_v3_utils.SPARSECORE_LAYOUTS_CHECKPOINT_KEY,
+    )
+    embedding._track_trackable(variables["parameters"], stack)
+    embedding._track_trackable(variables["accumulators"], f"{stack}/accumulators")
+    embedding._variables = {stack: variables}
+    return tf.train.Checkpoint(embedding=embedding).save(str(directory / "model")), values
+
+
+def test_stacked_by_sparsecore(tmp_path):
+    prefix, values = stacked_checkpoint(tmp_path / "tf")
+    # TensorFlow takes it for one of its own.
+    again = theirs_for_serving(prefix)
+    for name, table in values["parameters"].items():
+        np.testing.assert_array_equal(again._variables[name]["parameters"].numpy(), table)
+    convert(prefix, tmp_path / "ckpt")
+    read = read_checkpoint(tmp_path / "ckpt", slots=True)
+    for name in SHAPES:
+        np.testing.assert_array_equal(read.tables[name], values["parameters"][name])
+        np.testing.assert_array_equal(read.slots[name]["accumulators"], values["accumulators"][name])
+
+
+def theirs_for_serving(prefix):
+    api = tf.tpu.experimental.embedding
+    tables = {name: api.TableConfig(*shape, name=name) for name, shape in SHAPES.items()}
+    embedding = api.TPUEmbeddingForServing(
+        feature_config={name: api.FeatureConfig(table=table) for name, table in tables.items()},
+        optimizer=api.SGD(0.1),
+    )
+    tf.train.Checkpoint(embedding=embedding).restore(prefix).expect_partial()
+    embedding.build()
+    return embedding
+
+
+def test_bad_checkpoints_are_refused(tmp_path):
+    embedding = theirs()
+    prefix = tf.train.Checkpoint(embedding=embedding).save(str(tmp_path / "tf" / "model"))
+    data = tmp_path / "tf" / "model-1.data-00000-of-00001"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model-1: embedding/.* cannot be read, or is damaged"):
+        convert(prefix, tmp_path / "out")
+    index = tmp_path / "tf" / "model-1.index"
+    index.write_bytes(index.read_bytes()[:40])
+    with pytest.raises(ValueError, match="is no TensorFlow checkpoint, or is damaged"):
+        convert(tmp_path / "tf", tmp_path / "out")
+    (tmp_path / "tf" / "other.index").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has the checkpoints|is no TensorFlow checkpoint"):
+        convert(tmp_path / "tf", tmp_path / "out")
+    np.savez(tmp_path / "a.npz", t=np.ones((2, 3), np.float16))
+    with pytest.raises(ValueError, match=r"a TPUEmbedding of TensorFlow cannot hold float16.*--dtype float32"):
+        convert(tmp_path / "a.npz", tmp_path / "out", target_format="tensorflow")
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_program_s_variables(tmp_path):
+    """Variables of no TPUEmbedding are tables by their shapes, or by keys."""
+    model = tf.Module()
+    model.w = tf.Variable(np.ones((4, 3), np.float32))
+    model.bias = tf.Variable(np.ones(3, np.float32))
+    prefix = tf.train.Checkpoint(model=model).save(str(tmp_path / "tf" / "model"))
+    report = convert(prefix, tmp_path / "out", keys={"model/w/.ATTRIBUTES/VARIABLE_VALUE": ("w", None)})
+    assert any(note.startswith("left out: ") and "model/bias" in note for note in report.notes)
+    assert read_checkpoint(tmp_path / "out").tables["w"].sum() == 12
