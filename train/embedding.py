@@ -22,10 +22,11 @@ from .engines.canonical import CanonicalTables
 from .engines.initial import draws_by_row, initial_rows, table_key
 from .engines.placement import stack_tables
 from .engines.planner import ShardingPlan
+from .engines.sparsecore_packing import SparseCorePacking
+from .engines.sparsecore_stacks import sparse_cores, split_tables, stack_on_sparsecores
 from .engines.step import StepProgram
 
 EXCHANGES = ("auto", "all_gather", "all_to_all")
-ENGINES = ("auto", "xla")
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +68,8 @@ class ShardedEmbedding:
         `plan_tables` chose; None and tables that it leaves out take "mod".
       exchange: how rows travel: "all_gather" (`engines.gathering`), "all_to_all" (`engines.routing`), or
         "auto", the one that moves fewer bytes.
-      engine: "xla" or "auto".
+      engine: "xla"; "sparsecore" (v5p, v6e and later, with jax-tpu-embedding installed), which leaves tables
+        that SparseCores cannot hold to "xla", and says so; or "auto", the latter where the mesh has them.
       capacity: entries that a shard has room for in each stack, of all its features together. None takes
         what the batches need, in steps of a sixteenth, and never less than before.
 
@@ -92,12 +94,11 @@ class ShardedEmbedding:
     ):
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}.")
-        if engine not in ENGINES:
-            raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}.")
         self.feature_config = feature_config
         self.mesh = Mesh(mesh.devices, mesh.axis_names)
         self.axes = _mesh_axes(mesh, axis)
         self.num_shards = math.prod(self.mesh.shape[axis] for axis in self.axes)
+        cores = sparse_cores(engine, self.mesh.devices.flat[0])
         self.tables = feature_tables(feature_config)
         if isinstance(plan, ShardingPlan):
             if plan.num_shards != self.num_shards:
@@ -114,8 +115,9 @@ class ShardedEmbedding:
             )
         shardings = {name: plan.get(name, "mod") for name in self.tables}
         self.stacks = {
-            stack.name: stack for stack in stack_tables(self.tables, optimizer, shardings, self.num_shards)
+            stack.name: stack for stack in _stack(self.tables, optimizer, shardings, self.num_shards, cores)
         }
+        self._sparsecore = SparseCorePacking()
         self._program = StepProgram(self.stacks, self.mesh, self.axes, exchange)
         self._canonical = CanonicalTables(
             self.stacks, list(self.tables), self.mesh, self.axes, self._program.shardings()
@@ -291,7 +293,7 @@ class ShardedEmbedding:
 
     def _pack(self, plan: packing.Plan) -> Any:
         local = range(self.num_shards // jax.process_count())
-        return packing.pack_on_host(plan, self.stacks, local, self._room)
+        return packing.pack_on_host(plan, self.stacks, local, self._room, self._sparsecore)
 
     def _plan(self, batch: Any, weights: Any) -> packing.Plan:
         batch = preprocess(batch, self.feature_config)
@@ -302,7 +304,7 @@ class ShardedEmbedding:
             batch, weights = self.shard_batch(batch, weights)
         if weights is None:
             return batch, None
-        if not isinstance(weights, ShardedWeights) or set(weights.values) != set(batch.positions):
+        if not isinstance(weights, ShardedWeights) or set(weights.values) != set(batch.entries):
             raise ValueError(
                 f"weights of a ShardedBatch must be what shard_batch returned with it, got {type(weights).__name__}."
             )
@@ -329,8 +331,21 @@ class ShardedEmbedding:
         for stack in self.stacks.values():
             if stack.optimizer.slot_variable_creation_fn is not None:
                 for p in stack.placements:
-                    slots[p.table.name] = stack.optimizer.init_slots((p.table.vocabulary_size, stack.dim))
+                    slots[p.table.name] = stack.optimizer.init_slots((p.table.vocabulary_size, p.table.dim))
         return self._canonical.to_stacks(tables, slots)
+
+
+def _stack(tables, optimizer: Optimizer | None, shardings: dict[str, str], num_shards: int, cores: int):
+    """The stacks of both engines."""
+    if not cores:
+        return stack_tables(tables, optimizer, shardings, num_shards)
+    refused = split_tables(tables, optimizer, shardings)
+    left = {name: table for name, table in tables.items() if name in refused}
+    held = {name: table for name, table in tables.items() if name not in refused}
+    return (
+        *stack_on_sparsecores(held, optimizer, num_shards, cores),
+        *stack_tables(left, optimizer, shardings, num_shards),
+    )
 
 
 def _mesh_axes(mesh: Mesh, axis: str | tuple[str, ...] | None) -> tuple[str, ...]:

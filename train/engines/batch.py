@@ -1,9 +1,10 @@
 """What the devices get of a batch: for each stack, positions to look up and where their rows go.
 
-On each of the n shards, a feature of B rows has B' = ceil(B / n) of them and S_f = B' * inner segments,
-inner being the number of output rows a batch row gives: 1 where bags are combined, L in a sequence, the
-product of the inner dimensions otherwise. The segments of a stack's features follow each other. An entry
-says that the row at a position, times its weight, is added to a segment:
+On each of the n shards, a feature of B rows has B' = ceil(B / n) of them (a multiple of the SparseCores of a
+shard, where these look it up) and S_f = B' * inner segments, inner being the number of output rows a batch row
+gives: 1 where bags are combined, L in a sequence, the product of the inner dimensions otherwise. The segments of
+a stack's features follow each other. An entry says that the row at a position, times its weight, is added to a
+segment:
 
     out[segments[i]] += weights[i] stack[positions[i]]
 
@@ -109,14 +110,21 @@ class ShardedBatch:
     Attributes:
       positions: int32 [n, N] by stack.
       segments: int32 [n, N] by stack, ascending.
+      sparsecore: by stack, of those that SparseCores look up; these have no positions and segments.
       bad_ids: int32 [n, F], ids outside [0, V) by feature; they have no entry.
       layout: static.
     """
 
     positions: dict[str, Any]
     segments: dict[str, Any]
+    sparsecore: dict[str, Any]
     bad_ids: Any
     layout: BatchLayout = dataclasses.field(metadata={"static": True})
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """What each stack's engine reads: positions and segments, or `sparsecore.SparseCoreIds`."""
+        return {name: (self.positions[name], self.segments[name]) for name in self.positions} | self.sparsecore
 
 
 @jax.tree_util.register_dataclass

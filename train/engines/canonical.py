@@ -49,9 +49,10 @@ class CanonicalTables:
         tables, slots = {}, {}
         for name, (stack, p) in self._places.items():
             vocabulary = p.table.vocabulary_size
-            tables[name] = leaf((vocabulary, stack.dim), stack.dtype)
+            shape = (vocabulary, p.table.dim)
+            tables[name] = leaf(shape, stack.dtype)
             slots[name] = {
-                slot: leaf((vocabulary, *stack.slot_trailing(slot)), jnp.float32)
+                slot: leaf(stack.optimizer.slot_shape(slot, shape), jnp.float32)
                 for slot in stack.optimizer.slot_names
             }
         return tables, slots
@@ -90,7 +91,11 @@ class CanonicalTables:
             members = [p.table.name for p in stack.placements]
             by_stack[name] = stack_of_tables(stack, {member: tables[member] for member in members})
             slots_by_stack[name] = {
-                slot: stack_of_tables(stack, {member: slots[member][slot] for member in members})
+                slot: stack_of_tables(
+                    stack,
+                    {member: slots[member][slot] for member in members},
+                    stack.optimizer.slot_initial_values[slot],
+                )
                 for slot in stack.optimizer.slot_names
             }
         return by_stack, slots_by_stack
@@ -121,21 +126,26 @@ def canonical_sharding(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]
 
 def table_of_stack(stack: Stack, placement: TablePlacement, array: jax.Array) -> jax.Array:
     """The [V, ...] array of one table from that of its stack (rows or slots)."""
-    n, p, vocabulary = stack.num_shards, placement, placement.table.vocabulary_size
+    n, p, vocabulary = stack.num_blocks, placement, placement.table.vocabulary_size
     if stack.kind != "row":
         return lax.slice_in_dim(array, p.first_row, p.first_row + vocabulary)
+    array = stack.rows_of(array)
     trailing = array.shape[1:]
-    rows = array.reshape(n, stack.num_rows, *trailing)[:, p.first_row : p.first_row + p.rows]
+    rows = array.reshape(n, -1, *trailing)[:, p.first_row : p.first_row + p.rows]
     if p.sharding == "table":
         return rows[p.shift]
     if p.sharding == "mod":
         rows = jnp.roll(rows, -p.shift, axis=0).swapaxes(0, 1)
-    return rows.reshape(n * p.rows, *trailing)[:vocabulary]
+    rows = rows.reshape(n * p.rows, *trailing)[:vocabulary]
+    return rows[:, : p.table.dim] if stack.cores else rows
 
 
-def stack_of_tables(stack: Stack, tables: Mapping[str, jax.Array]) -> jax.Array:
-    """The array of a stack from the [V, ...] arrays of its tables; rows of no id are zero."""
-    n = stack.num_shards
+def stack_of_tables(stack: Stack, tables: Mapping[str, jax.Array], padding: float = 0) -> jax.Array:
+    """The array of a stack from the [V, ...] arrays of its tables; rows of no id are zero.
+
+    Columns of padding are `padding`: a zero would be divided by where an optimizer's slot starts from more.
+    """
+    n = stack.num_blocks
     some = next(iter(tables.values()))
     if stack.kind != "row":
         return jnp.concatenate([tables[p.table.name] for p in stack.placements])
@@ -143,6 +153,9 @@ def stack_of_tables(stack: Stack, tables: Mapping[str, jax.Array]) -> jax.Array:
     everywhere, whole = [], {}
     for p in stack.placements:
         rows = tables[p.table.name]
+        if stack.cores:
+            rows = jnp.pad(rows, ((0, 0), (0, stack.dim - p.table.dim)), constant_values=padding)
+            trailing = rows.shape[1:]
         if p.sharding == "table":
             whole.setdefault(p.shift, []).append(rows)
             continue
@@ -157,6 +170,9 @@ def stack_of_tables(stack: Stack, tables: Mapping[str, jax.Array]) -> jax.Array:
         everywhere.append(
             jnp.stack([_pad_rows(jnp.concatenate(whole.get(shard, empty)), size) for shard in range(n)])
         )
+    if stack.cores:
+        size = stack.num_rows // stack.cores - sum(rows.shape[1] for rows in everywhere)
+        everywhere.append(jnp.zeros((n, size, *trailing), some.dtype))
     return jnp.concatenate(everywhere, axis=1).reshape(stack.shape(trailing))
 
 

@@ -35,6 +35,14 @@ def initial_rows(stack: Stack, key: jax.Array, shard: Any) -> jax.Array:
       key: of all tables.
       shard: index of the shard.
     """
+    if stack.cores:
+        blocks = [_initial_block(stack, key, shard * stack.cores + core) for core in range(stack.cores)]
+        return jnp.concatenate(blocks)
+    return _initial_block(stack, key, shard)
+
+
+def _initial_block(stack: Stack, key: jax.Array, shard: Any) -> jax.Array:
+    """The rows of a shard, or of a SparseCore."""
     columns = stack.dim // stack.num_shards if stack.kind == "column" else stack.dim
     pieces = []
     for p in stack.placements:
@@ -44,13 +52,13 @@ def initial_rows(stack: Stack, key: jax.Array, shard: Any) -> jax.Array:
         draw, own_key = p.table.initializer, table_key(key, p.table)
         assert draw is not None
 
-        def row(id, draw=draw, own_key=own_key):
-            values = draw(jax.random.fold_in(own_key, id), (stack.dim,), stack.dtype)
-            return (
-                lax.dynamic_slice(values, (shard * columns,), (columns,)) if stack.kind == "column" else values
-            )
+        def row(id, p=p, draw=draw, own_key=own_key):
+            values = draw(jax.random.fold_in(own_key, id), (p.table.dim,), stack.dtype)
+            if stack.kind == "column":
+                return lax.dynamic_slice(values, (shard * columns,), (columns,))
+            return jnp.pad(values, (0, stack.dim - p.table.dim))
 
-        ids = stack.ids_on_shard(p, shard)
+        ids = stack.ids_on_block(p, shard)
         rows = lax.map(row, ids, batch_size=min(_ROWS_AT_A_TIME, p.rows))
         # Rows of no id stay zero, and a table on one shard leaves nothing on the others.
         pieces.append(jnp.where((ids < p.table.vocabulary_size)[:, None], rows, 0).astype(stack.dtype))
@@ -59,7 +67,9 @@ def initial_rows(stack: Stack, key: jax.Array, shard: Any) -> jax.Array:
 
 def _lay_out(stack: Stack, pieces: list[jax.Array], shard: Any) -> jax.Array:
     if all(p.sharding != "table" for p in stack.placements):
-        return jnp.concatenate(pieces)
+        whole = jnp.concatenate(pieces)
+        missing = stack.num_rows // max(stack.cores, 1) - whole.shape[0]
+        return jnp.pad(whole, ((0, missing), (0, 0)))
     out = jnp.zeros((stack.num_rows, stack.dim), stack.dtype)
     for p, piece in zip(stack.placements, pieces, strict=True):
         # Tables on one shard each overlap those on others: only its own shard writes a table.

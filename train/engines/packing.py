@@ -1,5 +1,6 @@
 """Lays a batch out over the shards: on the host where its arrays are there, else inside the trace."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from jaxembed.lookup import Lookup, plan_lookup
 
 from .batch import BatchLayout, FeatureLayout, ShardedBatch, Skeleton, inner_size
 from .placement import Stack, TablePlacement
+from .sparsecore import SparseCoreIds
+from .sparsecore_packing import Part, SparseCorePacking, slots_of
 
 
 class Entries(NamedTuple):
@@ -66,12 +69,14 @@ def plan_batch(
         num_rows = lookup.bag.num_bags if lookup.bag.layout == "ragged" else (item.ids.shape or (1,))[0]
         inner = inner_size(lookup.bag, item.ids)
         num_shards, shape = stack.num_shards // num_hosts, lookup.output_shape
-        size = -(-num_rows // num_shards) * inner
+        cores = max(stack.cores, 1)
+        size = -(-num_rows // (num_shards * cores)) * cores * inner
         if num_hosts > 1:
-            if num_rows % num_shards:
+            if num_rows % (num_shards * cores):
+                what = f"{num_shards * cores} {'SparseCores' if stack.cores else 'shards'}"
                 raise ValueError(
                     f"Feature {item.path!r} has {num_rows} rows on this host; with several hosts they must be a "
-                    f"multiple of its {num_shards} shards: drop or pad the last batch."
+                    f"multiple of its {what}: drop or pad the last batch."
                 )
             shape = (shape[0] * num_hosts, *shape[1:])
         features.append(
@@ -93,7 +98,7 @@ def plan_batch(
 
 
 def pack_on_host(
-    plan: Plan, stacks: Mapping[str, Stack], shards: range, capacity: Any
+    plan: Plan, stacks: Mapping[str, Stack], shards: range, capacity: Any, sparsecore: SparseCorePacking
 ) -> tuple[ShardedBatch, dict[str, np.ndarray] | None]:
     """The entries of some shards, as numpy arrays whose first axis is `shards`.
 
@@ -102,6 +107,7 @@ def pack_on_host(
       stacks: by name.
       shards: which shards; the inputs hold the rows of just these.
       capacity: called as `capacity(stack name, number of entries) -> N`, at least that number.
+      sparsecore: packs the stacks that lie on SparseCores.
 
     Returns:
       The batch, and float32 [len(shards), N] weights by stack, or None where no feature has any.
@@ -122,19 +128,35 @@ def pack_on_host(
                 else np.asarray(given).astype(np.float32)[entries.source]
             )
         parts[feature.stack].append((feature, entries, weights))
-    positions, segments, values = {}, {}, {}
+    positions, segments, values, on_sparsecores = {}, {}, {}, {}
     for name, stack in stacks.items():
         if not parts[name]:
             continue
-        positions[name], segments[name], values[name] = _join(
+        ids = None
+        if stack.cores:
+            of_stack = [Part(f, e.positions, e.segments, weights) for f, e, weights in parts[name]]
+            ids = on_sparsecores[name] = sparsecore.pack(stack, of_stack, len(shards))
+            if not weighted:
+                continue
+        joined = _join(
             parts[name],
             stack,
             plan.layout.num_segments(name),
             len(shards),
             lambda n, name=name: capacity(name, n),
         )
-    batch = ShardedBatch(positions, segments, bad_ids, plan.layout)
+        values[name] = joined[2]
+        if ids is None:
+            positions[name], segments[name] = joined[:2]
+        else:
+            on_sparsecores[name] = _with_slots(ids, stack, plan.layout, *joined[:2])
+    batch = ShardedBatch(positions, segments, on_sparsecores, bad_ids, plan.layout)
     return batch, values if weighted else None
+
+
+def _with_slots(ids: SparseCoreIds, stack: Stack, layout: BatchLayout, positions, segments) -> SparseCoreIds:
+    slots = slots_of(ids, stack, layout.of_stack(stack.name), positions, segments)
+    return dataclasses.replace(ids, segments=segments, slots=slots)
 
 
 def feature_entries(feature: FeatureLayout, lookup: Lookup, stack: Stack, num_shards: int) -> Entries:
@@ -260,6 +282,7 @@ def pack_in_trace(plan: Plan, stacks: Mapping[str, Stack], num_shards: int) -> S
     return ShardedBatch(
         {name: jnp.concatenate(parts, axis=1) for name, parts in positions.items() if parts},
         {name: jnp.concatenate(parts, axis=1) for name, parts in segments.items() if parts},
+        {},
         jnp.stack(bad_ids, axis=1),
         plan.layout,
     )

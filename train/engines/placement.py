@@ -9,11 +9,15 @@ is row p % R of shard p // R. With `rows` = ceil(V / n) and `first_row` the rows
     div    id i is on shard i // rows,       at row first_row + i % rows
     table  id i is on shard `shift`,         at row first_row + i
 
+A stack of the `sparsecore` engine is a "mod" one over the C SparseCores of every shard: R / C rows each, so
+that n counts SparseCores in the formula above, and in `rows`. `engines.sparsecore_stacks` says how it is padded.
+
 "mod" spreads neighbouring ids, which are often of similar frequency, over all shards. A "column" stack is
 [R, D] sharded over D, a "replicated" one is [R, D] on every shard; their positions are first_row + i.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,7 +31,11 @@ Kind = Literal["row", "column", "replicated"]
 SHARDINGS = ("mod", "div", "table", "column", "replicated")
 
 #: Positions are int32, and one more value marks padding.
-_MAX_POSITIONS = 2**31 - 1
+MAX_POSITIONS = 2**31 - 1
+
+#: Tables of the `sparsecore` engine are kept as lines of 128 values, which lie on a TPU one after the other, as
+#: SparseCores read rows of any width. As [R, D] they would be laid out anew in every step, unless D is 128.
+LINE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Stack:
       optimizer: of its tables.
       quantization: of its tables.
       placements: one a table.
+      cores: C, SparseCores a shard, each with R / C of its rows; 0 on the `xla` engine.
     """
 
     name: str
@@ -74,6 +83,12 @@ class Stack:
     optimizer: Optimizer
     quantization: QuantizationConfig | None
     placements: tuple[TablePlacement, ...]
+    cores: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """How many pieces ids are spread over: the shards, or all of their SparseCores."""
+        return self.num_shards * max(self.cores, 1)
 
     @property
     def num_positions(self) -> int:
@@ -82,7 +97,17 @@ class Stack:
 
     def shape(self, trailing: tuple[int, ...]) -> tuple[int, ...]:
         """Global shape of an array of this stack whose rows have the shape `trailing`."""
+        if self.cores:
+            return (self.num_positions * math.prod(trailing) // LINE, LINE)
         return (self.num_positions, *trailing)
+
+    def rows_of(self, array: Any) -> Any:
+        """A shard's piece of a table or slot as its rows [R, ...]."""
+        return array.reshape(-1, self.dim) if self.cores else array
+
+    def array_of(self, rows: Any) -> Any:
+        """The inverse of `rows_of`."""
+        return rows.reshape(-1, LINE) if self.cores else rows
 
     def slot_trailing(self, name: str) -> tuple[int, ...]:
         """Shape of one row of the slot `name`."""
@@ -90,10 +115,11 @@ class Stack:
 
     def position(self, placement: TablePlacement, ids: Any) -> Any:
         """Positions of ids in [0, V): int32, numpy or JAX as `ids` are."""
-        n, p = self.num_shards, placement
+        n, p = self.num_blocks, placement
         if p.sharding == "mod":
-            shard, row = (ids + p.shift) % n, ids // n
-        elif p.sharding == "div":
+            block, row = (ids + p.shift) % n, ids // n
+            return (block * (self.num_positions // n) + p.first_row + row).astype(np.int32)
+        if p.sharding == "div":
             shard, row = ids // p.rows, ids % p.rows
         elif p.sharding == "table":
             shard, row = p.shift, ids
@@ -101,9 +127,12 @@ class Stack:
             shard, row = 0, ids
         return (shard * self.num_rows + p.first_row + row).astype(np.int32)
 
-    def ids_on_shard(self, placement: TablePlacement, shard: Any) -> Any:
-        """Which id each of the `rows` rows of a placement is on a shard; rows of no id give V or more."""
-        n, p = self.num_shards, placement
+    def ids_on_block(self, placement: TablePlacement, shard: Any) -> Any:
+        """Which id each of the `rows` rows of a placement is on a shard, or a SparseCore of `num_blocks`.
+
+        Rows of no id give V or more.
+        """
+        n, p = self.num_blocks, placement
         row = jnp.arange(p.rows, dtype=jnp.int32)
         if p.sharding == "mod":
             return row * n + (shard - p.shift) % n
@@ -144,12 +173,7 @@ def stack_tables(
     """
     groups: dict[tuple, list[TableConfig]] = {}
     for name, table in tables.items():
-        own = table.optimizer if table.optimizer is not None else optimizer
-        if not isinstance(own, Optimizer):
-            raise ValueError(
-                f"table {name!r} needs an optimizer, got {own!r}; pass one to ShardedEmbedding or set "
-                "TableConfig.optimizer, such as jaxembed.optimizers.Adagrad(0.05)."
-            )
+        own = optimizer_of(table, optimizer)
         sharding = shardings[name]
         _check_sharding(table, own, sharding, num_shards)
         kind = sharding if sharding in ("column", "replicated") else "row"
@@ -174,6 +198,21 @@ def stack_tables(
     return tuple(stacks)
 
 
+def optimizer_of(table: TableConfig, default: Optimizer | None) -> Optimizer:
+    """The optimizer of a table.
+
+    Raises:
+      ValueError: if it has none.
+    """
+    own = table.optimizer if table.optimizer is not None else default
+    if not isinstance(own, Optimizer):
+        raise ValueError(
+            f"table {table.name!r} needs an optimizer, got {own!r}; pass one to ShardedEmbedding or set "
+            "TableConfig.optimizer, such as jaxembed.optimizers.Adagrad(0.05)."
+        )
+    return own
+
+
 def _check_sharding(table: TableConfig, optimizer: Optimizer, sharding: str, num_shards: int) -> None:
     if sharding not in SHARDINGS:
         raise ValueError(f"sharding of table {table.name!r} must be one of {SHARDINGS}, got {sharding!r}.")
@@ -191,7 +230,7 @@ def _check_sharding(table: TableConfig, optimizer: Optimizer, sharding: str, num
 
 def _place(tables: list[TableConfig], shardings: Mapping[str, str], n: int, kind: str):
     """Splits the tables of one group into stacks whose positions fit int32."""
-    limit = _MAX_POSITIONS // (n if kind == "row" else 1)
+    limit = MAX_POSITIONS // (n if kind == "row" else 1)
     done, placements, shared = [], [], 0
     whole = np.zeros(n, np.int64)
     # Tables on one shard each come last, so that those on all shards start at one row everywhere.

@@ -52,15 +52,18 @@ def add_segments(sums: jax.Array, values: jax.Array, segments: jax.Array, is_sor
 
 
 def split_features(layout: BatchLayout, sums: dict[str, jax.Array]) -> list[jax.Array]:
-    """The [S_f, D] sums of each feature of the batch, in their tables' types."""
+    """The [S_f, D] sums of each feature of the batch, in their tables' types; a stack may be wider than D."""
     return [
-        sums[f.stack][f.first_segment : f.first_segment + f.num_segments].astype(f.feature.table.dtype)
+        sums[f.stack][f.first_segment : f.first_segment + f.num_segments, : f.feature.table.dim].astype(
+            f.feature.table.dtype
+        )
         for f in layout.features
     ]
 
 
-def join_features(layout: BatchLayout, gradients: list[jax.Array], stack: str) -> jax.Array:
-    """From [S_f, D] a feature of the batch, the float32 [S, D] of a stack."""
-    return jnp.concatenate(
+def join_features(layout: BatchLayout, gradients: list[jax.Array], stack: str, width: int) -> jax.Array:
+    """From [S_f, D] a feature of the batch, the float32 [S, width] of a stack."""
+    whole = jnp.concatenate(
         [g.astype(jnp.float32) for f, g in zip(layout.features, gradients, strict=True) if f.stack == stack]
     )
+    return jnp.pad(whole, ((0, 0), (0, width - whole.shape[1]))) if width > whole.shape[1] else whole

@@ -1,6 +1,5 @@
 """Lookups and updates of all stacks as programs over the mesh."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from . import xla
 from .batch import BatchLayout, FeatureLayout, ShardedBatch
 from .placement import Stack
-from .segments import join_features, scale, split_features
+from .segments import join_features, split_features
+from .sparsecore import SparseCoreEngine, SparseCoreIds
 from .traffic import cheaper_exchange, exchanged_bytes, pair_window
 
 
@@ -75,7 +75,9 @@ class StepProgram:
 
         def body(key):
             shard = lax.axis_index(self.axes)
-            tables = {name: initial_rows(stack, key, shard) for name, stack in self.stacks.items()}
+            tables = {
+                name: stack.array_of(initial_rows(stack, key, shard)) for name, stack in self.stacks.items()
+            }
             return tables, {
                 name: _initial_slots(self.stacks[name], table.shape) for name, table in tables.items()
             }
@@ -100,55 +102,47 @@ class StepProgram:
         return total
 
     def _look_up(self, tables: dict[str, jax.Array], batch: ShardedBatch, weights: Any) -> list[jax.Array]:
-        outputs = self._activations(batch.layout, tables, weights, batch.positions, batch.segments)
+        outputs = self._activations(batch.layout, tables, weights, batch.entries)
         return [_to_output(f, out) for f, out in zip(batch.layout.features, outputs, strict=True)]
 
-    def _activations(self, layout: BatchLayout, tables, weights, positions, segments) -> list[jax.Array]:
+    def _activations(self, layout: BatchLayout, tables, weights, entries) -> list[jax.Array]:
         """[n S_f, D] by feature; differentiable with respect to tables and weights."""
         specs = self.specs()[0]
-        exchanges = {name: self.exchange_of(layout, name, positions[name].shape[1]) for name in positions}
-        tables = {name: tables[name] for name in positions}
-        specs = {name: specs[name] for name in positions}
+        engines = {name: self._engine(layout, name, entries[name]) for name in entries}
+        tables = {name: tables[name] for name in entries}
+        specs = {name: specs[name] for name in entries}
         on_shards = PartitionSpec(self.axes)
 
-        def forward(tables, weights, positions, segments):
+        def forward(tables, weights, entries):
             sums = {}
-            for name, ex in exchanges.items():
-                sums[name] = _sums(ex, layout, tables[name], *_local(name, positions, segments, weights))
+            for name, engine in engines.items():
+                table = self.stacks[name].rows_of(tables[name])
+                sums[name] = engine.look_up(table, *_local(name, entries, weights))
             return split_features(layout, sums)
 
-        def backward_tables(weights, positions, segments, gradients):
+        def backward_tables(weights, entries, gradients):
             found = {}
-            for name, ex in exchanges.items():
-                args = _local(name, positions, segments, weights)
-                _, scales = _scaled(layout, name, *args[1:])
-                gradient = _times(join_features(layout, gradients, name), scales)
-                shape = (ex.stack.num_rows, ex.stack.dim)
-                if ex.stack.kind == "column":
-                    shape = (shape[0], shape[1] // ex.stack.num_shards)
-                found[name] = xla.sum_gradients(ex, shape, *args, gradient)[0].astype(ex.stack.dtype)
+            for name, engine in engines.items():
+                stack = self.stacks[name]
+                gradient = join_features(layout, gradients, name, stack.dim)
+                columns = stack.dim // stack.num_shards if stack.kind == "column" else stack.dim
+                shape = (stack.num_rows, columns)
+                rows = engine.table_gradient(shape, *_local(name, entries, weights), gradient)
+                found[name] = stack.array_of(rows.astype(stack.dtype))
             return found
 
-        def backward_weights(tables, weights, positions, segments, gradients):
+        def backward_weights(tables, weights, entries, gradients):
             found = {}
-            for name, ex in exchanges.items():
-                position, segment, weight = _local(name, positions, segments, weights)
-                gradient = join_features(layout, gradients, name)
-                vjp, scales = _scaled(layout, name, segment, weight)
-                direct = _one_to_one(ex, position.shape[0])
-                found[name] = xla.weight_gradients(
-                    direct, tables[name], position, segment, _times(gradient, scales)
-                )
-                if scales is not None:
-                    sums = xla.look_up(ex, tables[name], position, segment, weight)
-                    found[name] += vjp(jnp.sum(gradient * sums, axis=1))[0]
-                found[name] = found[name][None]
+            for name, engine in engines.items():
+                stack = self.stacks[name]
+                gradient = join_features(layout, gradients, name, stack.dim)
+                table = stack.rows_of(tables[name])
+                found[name] = engine.weight_gradient(table, *_local(name, entries, weights), gradient)[None]
             return found
 
         @jax.custom_vjp
-        def call(tables, weights, positions, segments):
-            in_specs = (specs, on_shards, on_shards, on_shards)
-            return self._shard_map(forward, in_specs, on_shards)(tables, weights, positions, segments)
+        def call(tables, weights, entries):
+            return self._shard_map(forward, (specs, on_shards, on_shards), on_shards)(tables, weights, entries)
 
         def call_forward(*primals):
             wanted = [
@@ -159,23 +153,19 @@ class StepProgram:
             return call(*values), (values, [() if yes else None for yes in wanted])
 
         def call_backward(residuals, gradients):
-            (tables, weights, positions, segments), wanted = residuals
+            (tables, weights, entries), wanted = residuals
             gradients = [_instantiate(g) for g in gradients]
-            found: list[Any] = [None] * 4
+            found: list[Any] = [None] * 3
             if wanted[0] is not None:
-                in_specs = (on_shards,) * 4
-                found[0] = self._shard_map(backward_tables, in_specs, specs)(
-                    weights, positions, segments, gradients
-                )
+                backward = self._shard_map(backward_tables, (on_shards,) * 3, specs)
+                found[0] = backward(weights, entries, gradients)
             if wanted[1] is not None:
-                in_specs = (specs, *(on_shards,) * 4)
-                found[1] = self._shard_map(backward_weights, in_specs, on_shards)(
-                    tables, weights, positions, segments, gradients
-                )
+                backward = self._shard_map(backward_weights, (specs, *(on_shards,) * 3), on_shards)
+                found[1] = backward(tables, weights, entries, gradients)
             return tuple(found)
 
         call.defvjp(call_forward, call_backward, symbolic_zeros=True)
-        return call(tables, weights, positions, segments)
+        return call(tables, weights, entries)
 
     def _update(self, tables, slots, batch: ShardedBatch, weights: Any, gradients: list[Any], step: jax.Array):
         layout = batch.layout
@@ -185,57 +175,38 @@ class StepProgram:
         ]
         on_shards = PartitionSpec(self.axes)
         specs = jax.tree.map(lambda spec: spec, self.specs())
+        engines = {name: self._engine(layout, name, entries) for name, entries in batch.entries.items()}
 
-        def body(tables, slots, positions, segments, weights, gradients, step):
+        def body(tables, slots, entries, weights, gradients, step):
             tables, slots = dict(tables), dict(slots)
-            for name in positions:
-                ex = self.exchange_of(layout, name, positions[name].shape[1])
-                args = _local(name, positions, segments, weights)
-                _, scales = _scaled(layout, name, *args[1:])
-                gradient = _times(join_features(layout, gradients, name), scales)
-                tables[name], slots[name] = xla.update(ex, tables[name], slots[name], *args, gradient, step)
+            for name, engine in engines.items():
+                stack = self.stacks[name]
+                gradient = join_features(layout, gradients, name, stack.dim)
+                state = jax.tree.map(stack.rows_of, (tables[name], slots[name]))
+                state = engine.update(*state, *_local(name, entries, weights), gradient, step)
+                tables[name], slots[name] = jax.tree.map(stack.array_of, state)
             return tables, slots
 
-        in_specs = (*specs, *(on_shards,) * 4, PartitionSpec())
-        return self._shard_map(body, in_specs, specs)(
-            tables, slots, batch.positions, batch.segments, weights, gradients, step
-        )
+        in_specs = (*specs, *(on_shards,) * 3, PartitionSpec())
+        return self._shard_map(body, in_specs, specs)(tables, slots, batch.entries, weights, gradients, step)
+
+    def _engine(self, layout: BatchLayout, name: str, entries: Any) -> xla.XlaEngine | SparseCoreEngine:
+        """Of a stack, for entries [n, N]."""
+        features = layout.of_stack(name)
+        if isinstance(entries, SparseCoreIds):
+            exchange = self.exchange_of(layout, name, entries.embedding_ids.shape[-1])
+            return SparseCoreEngine(exchange, features)
+        return xla.XlaEngine(self.exchange_of(layout, name, entries[0].shape[-1]), features)
 
     def _shard_map(self, body, in_specs, out_specs):
         # Replication is not tracked: scalars are the same on all shards by construction.
         return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _sums(ex: xla.StackExchange, layout: BatchLayout, table, positions, segments, weights) -> jax.Array:
-    sums = xla.look_up(ex, table, positions, segments, weights)
-    return _times(sums, scale(layout.of_stack(ex.stack.name), segments, weights))
-
-
-def _scaled(layout: BatchLayout, stack: str, segments, weights):
-    """The scale of each segment (or None), and its derivative with respect to the weights."""
-    features = layout.of_stack(stack)
-    if weights is None:
-        return None, scale(features, segments, None)
-    scales = scale(features, segments, weights)
-    if scales is None:
-        return None, None
-    return jax.vjp(lambda weights: scale(features, segments, weights), weights)[1], scales
-
-
-def _one_to_one(ex: xla.StackExchange, capacity: int) -> xla.StackExchange:
-    if ex.stack.kind != "row":
-        return ex
-    window = pair_window(capacity, ex.stack.num_shards)
-    return dataclasses.replace(ex, exchange="all_to_all", window=window)
-
-
-def _local(name: str, positions, segments, weights):
-    """This shard's entries of one stack."""
-    return positions[name][0], segments[name][0], None if weights is None else weights[name][0]
-
-
-def _times(values: jax.Array, scales: jax.Array | None) -> jax.Array:
-    return values if scales is None else values * scales[:, None]
+def _local(name: str, entries, weights):
+    """This shard's entries of one stack, and their weights."""
+    mine = jax.tree.map(lambda x: x[0], entries[name])
+    return mine, None if weights is None else weights[name][0]
 
 
 def _initial_slots(stack: Stack, shape: tuple[int, ...]) -> dict[str, jax.Array]:

@@ -11,8 +11,10 @@ from jaxembed.buckets import simulate_quantization
 from jaxembed.optimizers import sparse_update, update_unique
 
 from . import gathering, routing
+from .batch import FeatureLayout
 from .placement import Stack
-from .segments import add_segments
+from .segments import add_segments, scale
+from .traffic import pair_window
 
 Axes = tuple[str, ...]
 
@@ -34,6 +36,65 @@ class StackExchange:
     axes: Axes
     num_segments: int
     window: int
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaEngine:
+    """Looks one stack up on one shard, and updates it.
+
+    Entries are positions and segments, int32 [N] each; weights are float32 [N], or None.
+
+    Args:
+      exchange: how.
+      features: of the stack.
+    """
+
+    exchange: StackExchange
+    features: tuple[FeatureLayout, ...]
+
+    def look_up(self, table: jax.Array, entries: Any, weights: Any) -> jax.Array:
+        """The sums of a shard's segments times the combiner's scale, float32 [S, D]."""
+        sums = look_up(self.exchange, table, *entries, weights)
+        return _times(sums, scale(self.features, entries[1], weights))
+
+    def update(
+        self,
+        table: jax.Array,
+        slots: dict[str, jax.Array],
+        entries: Any,
+        weights: Any,
+        gradients: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """One optimizer step, from the float32 [S, D] gradients of what `look_up` returned."""
+        gradients = _times(gradients, scale(self.features, entries[1], weights))
+        return update(self.exchange, table, slots, *entries, weights, gradients, step)
+
+    def table_gradient(
+        self, shape: tuple[int, ...], entries: Any, weights: Any, gradients: jax.Array
+    ) -> jax.Array:
+        """The gradient of a shard's whole piece, float32 [R, D]."""
+        gradients = _times(gradients, scale(self.features, entries[1], weights))
+        return sum_gradients(self.exchange, shape, *entries, weights, gradients)[0]
+
+    def weight_gradient(self, table: jax.Array, entries: Any, weights: Any, gradients: jax.Array) -> jax.Array:
+        """The gradient of each entry's weight, float32 [N]."""
+        positions, segments = entries
+        scales = scale(self.features, segments, weights)
+        direct = one_to_one(self.exchange, positions.shape[0])
+        found = weight_gradients(direct, table, positions, segments, _times(gradients, scales))
+        if scales is None:
+            return found
+        sums = look_up(self.exchange, table, positions, segments, weights)
+        _, transpose = jax.vjp(lambda weights: scale(self.features, segments, weights), weights)
+        return found + transpose(jnp.sum(gradients * sums, axis=1))[0]
+
+
+def one_to_one(ex: StackExchange, capacity: int) -> StackExchange:
+    """The exchange in which every entry is a segment of its own: only all_to_all moves no more than that."""
+    if ex.stack.kind != "row":
+        return ex
+    return dataclasses.replace(ex, exchange="all_to_all", window=pair_window(capacity, ex.stack.num_shards))
 
 
 def look_up(
@@ -174,6 +235,10 @@ def _owned(ex, positions, segments, weights):
     return gathering.gather_entries(
         positions, segments, weights, ex.stack.num_rows, ex.num_segments, ex.axes, ex.stack.kind == "row"
     )
+
+
+def _times(values: jax.Array, scales: jax.Array | None) -> jax.Array:
+    return values if scales is None else values * scales[:, None]
 
 
 def _where(touched: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
