@@ -259,5 +259,5 @@ def _bags(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _room(count: int) -> int:
     """The next of numbers in steps of 8, later of an eighth to a sixteenth."""
-    step = max(8, 1 << (max(count, 1).bit_length() - 4))
+    step = 1 << max(count.bit_length() - 4, 3)
     return -(-count // step) * step
