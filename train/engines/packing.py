@@ -133,8 +133,8 @@ def pack_on_host(
         if not parts[name]:
             continue
         ids = None
-        if stack.cores:
-            of_stack = [Part(f, e.positions, e.segments, weights) for f, e, weights in parts[name]]
+        if stack.cores and plan.layout.num_segments(name):
+            of_stack = [Part(f, e.positions, e.segments) for f, e, _ in parts[name]]
             ids = on_sparsecores[name] = sparsecore.pack(stack, of_stack, len(shards))
             if not weighted:
                 continue

@@ -34,7 +34,7 @@ class SparseCoreIds:
       row_pointers: int32 [n, C P], where each partition ends.
       embedding_ids: int32 [n, M], row on its SparseCore.
       sample_ids: int32 [n, M], sample of this SparseCore (`sparsecore_order`).
-      gains: float32 [n, M], what a row is multiplied with, the combiner's divisor included.
+      gains: float32 [n, M], what a row is multiplied with where all weights are 1: the combiner's divisor.
       segments: int32 [n, N] of the batch's entries, ascending, where there are weights.
       slots: int32 [n, N], which of the M places each of those is in; several may share one.
       max_ids: of a partition.

@@ -19,13 +19,11 @@ class Part(NamedTuple):
       feature: which.
       positions: [N] in the stack.
       segments: [N] ascending, in [0, shards S_f).
-      weights: float32 [N], or None.
     """
 
     feature: FeatureLayout
     positions: np.ndarray
     segments: np.ndarray
-    weights: np.ndarray | None
 
 
 class Limits(NamedTuple):
@@ -60,37 +58,20 @@ class SparseCorePacking:
           parts: one a feature, in the order of their segments.
           num_shards: of this host.
         """
-        samples, positions, gains = _by_sample(stack, parts, num_shards)
+        counts, positions, gains = _by_sample(stack, parts, num_shards)
         limits = self._limits.get(stack.name, Limits())
-        needed = agree(Limits(_most_ids(stack, samples, positions, num_shards, parts)))
-        out, found = None, limits
-        if needed.max_ids <= limits.max_ids:
-            out, found = _preprocess(stack, samples, positions, gains, num_shards, limits)
-            found = agree(found)
-        else:
-            # As many as there can be of each; what it takes is known after.
-            most = _room(needed.max_ids)
-            widest = Limits(most, most, most * stack.num_blocks)
-            _, found = _preprocess(stack, samples, positions, gains, num_shards, widest)
-            found = agree(found)._replace(max_ids=needed.max_ids)
-            out = None
-        if out is None or any(a > b for a, b in zip(found, limits, strict=True)):
-            limits = Limits(*(max(_room(a), b) if a > b else b for a, b in zip(found, limits, strict=True)))
+        most = agree(Limits(_most_ids(stack, counts, positions, num_shards))).max_ids
+        fits = most <= limits.max_ids
+        # Where it does not fit, as many as there can be of each first: how many there are is known after.
+        tried = limits if fits else Limits(_room(most), _room(most), _room(most) * stack.num_blocks)
+        out, needed = _preprocess(stack, counts, positions, gains, num_shards, tried)
+        needed = agree(needed)._replace(max_ids=most)
+        if any(a > b for a, b in zip(needed, limits, strict=True)):
+            limits = Limits(*(max(_room(a), b) if a > b else b for a, b in zip(needed, limits, strict=True)))
             self._limits[stack.name] = limits
-            out, _ = _preprocess(stack, samples, positions, gains, num_shards, limits)
-        row_pointers, embedding_ids, sample_ids, out_gains = (
-            np.asarray(x).reshape(num_shards, -1) for x in out
-        )
-        return SparseCoreIds(
-            row_pointers,
-            embedding_ids,
-            sample_ids,
-            out_gains,
-            None,
-            None,
-            limits.max_ids,
-            limits.max_unique_ids,
-        )
+            out, _ = _preprocess(stack, counts, positions, gains, num_shards, limits)
+        arrays = [np.asarray(x).reshape(num_shards, -1) for x in out]
+        return SparseCoreIds(*arrays, None, None, limits.max_ids, limits.max_unique_ids)
 
 
 def slots_of(
@@ -146,46 +127,33 @@ def agree(limits: Limits) -> Limits:
 
 def _by_sample(stack: Stack, parts: list[Part], num_shards: int):
     """How many entries each sample of this host has, and their positions and gains, in the order of samples."""
-    counts, positions, gains = [], [], []
-    divided = [_divided(part) for part in parts]
-    total = sum(part.feature.num_segments for part in parts)
-    # A share of a feature's segments after the other: of every SparseCore, of every feature.
-    shares = [
-        (
-            np.bincount(part.segments, minlength=num_shards * part.feature.num_segments),
-            part.feature.num_segments // stack.cores,
+    cores = num_shards * stack.cores
+    by_feature = []
+    for part in parts:
+        size = part.feature.num_segments // stack.cores
+        edges = np.arange(1, cores) * size
+        entries = np.searchsorted(part.segments, edges)
+        counts = np.bincount(part.segments, minlength=cores * size)
+        shares = (
+            np.split(counts, edges),
+            np.split(part.positions, entries),
+            np.split(_divided(part), entries),
         )
-        for part in parts
-    ]
-    edges = [
-        np.searchsorted(part.segments, np.arange(num_shards * stack.cores + 1) * size)
-        for part, (_, size) in zip(parts, shares, strict=True)
-    ]
-    for block in range(num_shards * stack.cores):
-        for part, gain, (count, size), edge in zip(parts, divided, shares, edges, strict=True):
-            counts.append(count[block * size : (block + 1) * size])
-            positions.append(part.positions[edge[block] : edge[block + 1]])
-            gains.append(gain[edge[block] : edge[block + 1]])
-    counts = np.concatenate(counts) if total else np.zeros(0, np.int64)
-    return counts, np.concatenate(positions), np.concatenate(gains)
+        by_feature.append(shares)
+    # The shares of a SparseCore follow each other by feature.
+    return tuple(np.concatenate([f[i][core] for core in range(cores) for f in by_feature]) for i in range(3))
 
 
 def _divided(part: Part) -> np.ndarray:
-    """The weights over the combiner's divisor, float32 [N]; 1 / 0 = 0."""
-    weights = np.ones(part.segments.size, np.float32) if part.weights is None else part.weights
+    """One over the combiner's divisor, float32 [N], for weights of 1."""
     combiner = part.feature.bag.combiner
-    if not part.feature.is_combined or combiner == "sum" or not weights.size:
-        return weights
-    wide = weights.astype(np.float64)
-    total = np.bincount(part.segments, wide if combiner == "mean" else wide * wide)
-    divisor = total if combiner == "mean" else np.sqrt(total)
-    inverse = np.divide(1, divisor, out=np.zeros_like(divisor), where=divisor != 0)
-    return (wide * inverse[part.segments]).astype(np.float32)
+    if not part.feature.is_combined or combiner == "sum":
+        return np.ones(part.segments.size, np.float32)
+    count = np.bincount(part.segments).astype(np.float64)
+    return (1 / (count if combiner == "mean" else np.sqrt(count))[part.segments]).astype(np.float32)
 
 
-def _most_ids(
-    stack: Stack, counts: np.ndarray, positions: np.ndarray, num_shards: int, parts: list[Part]
-) -> int:
+def _most_ids(stack: Stack, counts: np.ndarray, positions: np.ndarray, num_shards: int) -> int:
     """Of one SparseCore for another, at least 1."""
     cores = num_shards * stack.cores
     per_core = counts.reshape(cores, -1).sum(axis=1)
