@@ -1,7 +1,9 @@
 """Saves training with Orbax and resumes it from the latest whole step, on the same mesh or another."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -66,16 +68,18 @@ class Checkpointer:
         self.directory = pathlib.Path(directory).expanduser().absolute()
         self._embedding = embedding
         self._feature_config = feature_config_to_json(embedding.feature_config)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=max_to_keep,
-                save_interval_steps=save_interval_steps,
-                enable_async_checkpointing=asynchronous,
-                todelete_subdir=layout.DELETING,
-                create=True,
-            ),
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep,
+            save_interval_steps=save_interval_steps,
+            enable_async_checkpointing=asynchronous,
+            todelete_subdir=layout.DELETING,
+            create=True,
+            # Else, after a save that fails, threads wait for its folders until they time out, and the
+            # process cannot end before.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
+        self._manager = self._open_manager()
+        self._is_swept = False
 
     def save(
         self,
@@ -101,6 +105,9 @@ class Checkpointer:
         step = int(state.step)
         if not force and not self._manager.should_save(step):
             return False
+        if not self._is_swept and jax.process_index() == 0:
+            layout.remove_unfinished(self.directory)
+        self._is_swept = True
         tables, slots, _ = self._embedding.to_canonical(state)
         slots = {name: value for name, value in slots.items() if value}
         leaves = (
@@ -130,7 +137,8 @@ class Checkpointer:
             items[layout.DATA] = ocp.args.JsonSave(layout.seal({"state": data}))
             manifest["digests"][layout.DATA] = True
         items[layout.MANIFEST] = ocp.args.JsonSave(layout.seal(manifest))
-        return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
+        with self._afresh_after_errors():
+            return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
     def latest_step(self) -> int | None:
         """The last whole step, or None."""
@@ -182,7 +190,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Blocks until the saves under way are on disk; raises what went wrong in them."""
-        self._manager.wait_until_finished()
+        with self._afresh_after_errors():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then releases the threads."""
@@ -193,6 +202,20 @@ class Checkpointer:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.directory, options=self._options)
+
+    @contextlib.contextmanager
+    def _afresh_after_errors(self) -> Iterator[None]:
+        """A manager raises the error of a save that failed again in the next ones: another takes its place."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager, self._is_swept = self._open_manager(), False
+            raise
 
     def _check_tables(self, opened: OpenedCheckpoint, may_grow: bool) -> bool:
         """Whether any table has more rows than the checkpoint."""

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
@@ -46,6 +45,7 @@ from jaxembed.checkpoint.digests import digest_arrays, digest_bytes
 from jaxembed.checkpoint.files import sync_folder, write_file
 from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
 from jaxembed.checkpoint.safetensors_file import header_of
+from jaxembed.checkpoint.scratch import scratch_folder
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.checkpoint.vocabularies import copy_vocabularies
 from jaxembed.config import TableConfig
@@ -114,9 +114,8 @@ def convert_to_bundle(
     if dry_run:
         reports = [plan_report(n, array, configs[n], quantize) for n, array in opened.tables.items()]
         return BundleReport(target, tuple(reports))
-    scratch = target.parent / f".writing-{number}-{os.getpid()}"
-    try:
-        (scratch / "tables").mkdir(parents=True)
+    with scratch_folder(target.parent, str(number)) as scratch:
+        (scratch / "tables").mkdir()
         reports, manifest = _write_arrays(scratch, opened, configs, quantize, base, select_model)
         if exported is not None:
             manifest["exported"] = _write_exported(scratch, exported, manifest, base)
@@ -125,8 +124,6 @@ def convert_to_bundle(
         sync_folder(scratch)
         os.rename(scratch, target)
         sync_folder(target.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return BundleReport(target, tuple(reports))
 
 

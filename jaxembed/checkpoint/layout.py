@@ -15,6 +15,8 @@ first, so a directory named by a number is whole.
 
 import json
 import pathlib
+import shutil
+import time
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -25,7 +27,7 @@ from jaxembed.serialization import strict_json
 FORMAT = "jaxembed-checkpoint"
 VERSION = 1
 MANIFEST, TABLES, SLOTS, MODEL, DATA = "manifest", "tables", "slots", "model", "data"
-DELETING = ".deleting"
+DELETING, UNFINISHED = ".deleting", ".orbax-checkpoint-tmp"
 # Digests of 7 TB of tables.
 MAX_JSON = 256 << 20
 
@@ -41,6 +43,20 @@ def whole_steps(directory: str | pathlib.Path) -> list[int]:
 def latest_step(directory: str | pathlib.Path) -> int | None:
     """The last of `whole_steps`, or None."""
     return max(whole_steps(directory), default=None)
+
+
+def remove_unfinished(directory: pathlib.Path, seconds: float = 10.0) -> None:
+    """Removes what is left of steps that were being written or deleted; for the only writer.
+
+    Files may still come from the threads of a save that failed: it is tried again for some seconds.
+    """
+    until = time.monotonic() + seconds
+    for path in [*directory.glob(f"*{UNFINISHED}*"), *(directory / DELETING).glob("*")]:
+        if path.is_dir() and path.name.split(".")[0].isdecimal():
+            shutil.rmtree(path, ignore_errors=True)
+            while path.exists() and time.monotonic() < until:
+                time.sleep(0.1)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:

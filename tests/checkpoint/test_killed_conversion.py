@@ -1,0 +1,87 @@
+"""kill -9 in the middle of conversions: every version that has a number is whole, and what is left makes way."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxembed import FeatureConfig, TableConfig
+from jaxembed.checkpoint import convert_to_bundle, open_bundle, scratch
+from jaxembed.optimizers import SGD
+from jaxembed.train import Checkpointer, ShardedEmbedding
+
+PROGRAM = """
+import sys
+from jaxembed.checkpoint import convert_to_bundle
+for version in range(100_000):
+    delta = version - 1 if version % 2 else None
+    convert_to_bundle(sys.argv[1], sys.argv[2], version=version, delta_from=delta, exported=b"model")
+    print(version, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    config = {
+        "x": FeatureConfig(TableConfig(50_000, 16, name="a")),
+        "y": FeatureConfig(TableConfig(9, 4, name="b")),
+    }
+    own = ShardedEmbedding(config, SGD(0.1), jax.make_mesh((1,), ("d",)))
+    with Checkpointer(directory, own) as checkpointer:
+        checkpointer.save(own.init(jax.random.key(0)), model={"w": np.arange(3.0)})
+    return directory
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_every_version_is_whole(checkpoint, tmp_path, monkeypatch, count):
+    rng = np.random.default_rng(0)
+    for round in range(count):
+        out = tmp_path / str(round)
+        child = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(checkpoint), str(out)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": ""},
+        )
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.strip() == "1":
+                break
+        time.sleep(rng.uniform(0, 0.1))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        versions = sorted(int(path.name) for path in out.iterdir() if path.name.isdecimal())
+        assert versions[:2] == [0, 1]
+        for version in versions:
+            bundle = open_bundle(out, version)
+            bundle.verify()
+            assert bundle.exported == b"model"
+        monkeypatch.setattr(scratch, "GRACE_SECONDS", -1)
+        convert_to_bundle(checkpoint, out, version=10**6)
+        assert all(path.name.isdecimal() for path in out.iterdir())
+
+
+def test_a_folder_in_use_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "GRACE_SECONDS", -1)
+    with scratch.scratch_folder(tmp_path, "1") as first:
+        with scratch.scratch_folder(tmp_path, "2") as second:
+            assert first.is_dir()
+            assert second.is_dir()
+        assert [path for path in tmp_path.iterdir()] == [first]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_young_folder_stays(tmp_path):
+    """It may be of a process that has not locked it yet."""
+    (tmp_path / ".writing-1-1").mkdir()
+    os.utime(tmp_path / ".writing-1-1")
+    with scratch.scratch_folder(tmp_path, "2"):
+        assert pathlib.Path(tmp_path / ".writing-1-1").is_dir()
