@@ -24,6 +24,12 @@ FORMATS = {
     "tensorflow": Format(
         "tensorflow", "a TPUEmbedding's object checkpoint of TensorFlow, stacked or not", (), "tensorflow"
     ),
+    "saved-model": Format(
+        "saved_model",
+        "a SavedModel for TensorFlow Serving that looks features up (written only)",
+        (),
+        "tensorflow",
+    ),
     "npy": Format("npy", "a folder of .npy files"),
 }
 
