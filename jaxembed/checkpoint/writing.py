@@ -7,7 +7,7 @@ import collections
 import json
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,20 +51,14 @@ def write_step(
 
     started = time.time_ns()
     slots = {name: arrays for name, arrays in slots.items() if arrays}
-    digests: dict[str, Any] = {layout.TABLES: {}, layout.SLOTS: {}}
-    for name, parts in tables.items():
-        key = layout.encode_name(name)
-        digests[layout.TABLES][name] = _write_array(directory / layout.TABLES, key, name, parts).to_json()
-    for name, arrays in slots.items():
-        digests[layout.SLOTS][name] = {
-            slot: _write_array(
-                directory / layout.SLOTS,
-                f"{layout.encode_name(name)}.{layout.encode_name(slot)}",
-                f"{name} {slot}",
-                parts,
-            ).to_json()
-            for slot, parts in arrays.items()
-        }
+    table_paths = {(name,): parts for name, parts in tables.items()}
+    slot_paths = {(name, slot): parts for name, arrays in slots.items() for slot, parts in arrays.items()}
+    found = write_arrays(directory / layout.TABLES, table_paths, layout.encode_name)
+    digests: dict[str, Any] = {layout.TABLES: {n: d.to_json() for (n,), d in found.items()}, layout.SLOTS: {}}
+    if slots:
+        found = write_arrays(directory / layout.SLOTS, slot_paths, layout.encode_name)
+        for (name, slot), digest in found.items():
+            digests[layout.SLOTS].setdefault(name, {})[slot] = digest.to_json()
     manifest = {
         "format": layout.FORMAT,
         "version": layout.VERSION,
@@ -73,12 +67,6 @@ def write_step(
         "metadata": metadata,
         "digests": digests,
     }
-    _write_json(
-        directory / layout.TABLES / "_METADATA", _tree({(name,): parts[0] for name, parts in tables.items()})
-    )
-    if slots:
-        shapes = {(name, slot): parts[0] for name, arrays in slots.items() for slot, parts in arrays.items()}
-        _write_json(directory / layout.SLOTS / "_METADATA", _tree(shapes))
     (directory / layout.MANIFEST).mkdir()
     _write_json(directory / layout.MANIFEST / "metadata", layout.seal(manifest))
     array_handler, json_handler = ocp.PyTreeCheckpointHandler.typestr(), ocp.JsonCheckpointHandler.typestr()
@@ -94,6 +82,27 @@ def write_step(
             "custom_metadata": {},
         },
     )
+
+
+def write_arrays(
+    part: pathlib.Path, arrays: Mapping[tuple[str, ...], ArrayParts], encode: Callable[[str], str] = str
+) -> dict[tuple[str, ...], Digests]:
+    """Writes nested dicts of arrays as Orbax does, by blocks of rows.
+
+    Args:
+      part: the folder; created.
+      arrays: by path in the dicts.
+      encode: makes the keys of the names in a path.
+
+    Raises:
+      ValueError: if the blocks of an array are not all of its rows in order.
+    """
+    digests = {
+        path: _write_array(part, ".".join(map(encode, path)), " ".join(path), parts)
+        for path, parts in arrays.items()
+    }
+    _write_json(part / "_METADATA", _tree({tuple(map(encode, path)): a[0] for path, a in arrays.items()}))
+    return digests
 
 
 def regrouped(blocks: Blocks, rows: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -156,8 +165,7 @@ def _write_array(part: pathlib.Path, key: str, what: str, parts: ArrayParts) -> 
 def _tree(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> dict[str, Any]:
     """What Orbax stores about nested dicts of arrays."""
     entries = {}
-    for path, shape in shapes.items():
-        keys = tuple(layout.encode_name(name) for name in path)
+    for keys, shape in shapes.items():
         entries[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],
             "value_metadata": {

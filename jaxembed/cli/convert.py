@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     foreign.add_argument("--dtype", choices=DTYPES, help="round the tables to it")
     foreign.add_argument("--combiner", choices=COMBINERS, help="where no feature configuration is known")
+    foreign.add_argument(
+        "--layout",
+        metavar="FILE",
+        help="of jax-tpu-embedding: its EmbeddingSpecProto, serialized; of keras-rs: a weights file of the model to fill",
+    )
     serving = parser.add_argument_group("to serving")
     serving.add_argument("--version", type=int, help="default: the step")
     serving.add_argument(
@@ -78,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for --to serving, not --to {target_format}.")
         return _convert(options, source_format, target_format, options.out)
-    foreign = (options.feature_config, options.keys, options.dtype, options.combiner)
+    foreign = (options.feature_config, options.keys, options.dtype, options.combiner, options.layout)
     if source_format == "jaxembed" and not any(foreign):
         return _to_serving(options, options.source)
     if options.dry_run:
@@ -102,6 +107,7 @@ def _convert(options: argparse.Namespace, source_format: str, target_format: str
         keys=keys and keys_from_json(_read(keys)),
         dtype=options.dtype,
         combiner=options.combiner,
+        layout=options.layout,
         progress=False if options.no_progress or options.json else None,
         dry_run=options.dry_run,
     )

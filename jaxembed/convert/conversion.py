@@ -56,6 +56,7 @@ def convert(
     keys: Mapping[str, Place] | None = None,
     dtype: str | None = None,
     combiner: str | None = None,
+    layout: str | pathlib.Path | None = None,
     progress: bool | None = False,
     dry_run: bool = False,
 ) -> ConversionReport:
@@ -71,6 +72,7 @@ def convert(
       keys: (table, slot or None) of the arrays by their names in the foreign file; None guesses, and says so.
       dtype: to round tables to; None keeps their type.
       combiner: of the features that are made up for a source without a feature configuration.
+      layout: see `Options`.
       progress: whether to draw a bar; None on a terminal.
       dry_run: write nothing, and report what would be written, without digests.
 
@@ -83,7 +85,7 @@ def convert(
     path, target = path_of(source), path_of(out)
     source_format = source_format or formats.guess_source(path)
     target_format = target_format or formats.guess_target(target)
-    options = Options(step, keys)
+    options = Options(step, keys, None if layout is None else path_of(layout))
     writer = formats.load(target_format)
     found = open_source(path, source_format, options)
     if source_format != "jaxembed" and step is not None:

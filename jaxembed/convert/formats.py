@@ -18,6 +18,10 @@ class Format(NamedTuple):
 #: In the order in which a path is compared with them.
 FORMATS = {
     "jaxembed": Format("canonical", "a canonical checkpoint"),
+    "jax-tpu-embedding": Format(
+        "jax_tpu_embedding", "embedding variables of jax-tpu-embedding, saved by Orbax", (), "sparsecore"
+    ),
+    "keras-rs": Format("keras_rs", "a keras-rs model's weights file", (".h5",), "keras"),
     "npz": Format("npz", "one .npz file of arrays", (".npz",)),
     "torchrec": Format("torchrec", "a TorchRec state dict, .pt or .safetensors", (".pt", ".pth"), "torch"),
     "safetensors": Format("safetensors", "one safetensors file", (".safetensors",)),

@@ -32,10 +32,13 @@ class Options:
     Attributes:
       step: which step to read, of formats that have several.
       keys: where the arrays belong, by the names they have in the file; None guesses.
+      layout: a file that the format needs besides: of jax-tpu-embedding its EmbeddingSpecProto, of keras-rs,
+        to write, a weights file of the model.
     """
 
     step: int | None = None
     keys: Mapping[str, Place] | None = None
+    layout: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,166 @@
+"""Embedding variables of jax-tpu-embedding: {stack: EmbeddingVariables(table, slot)}, as Orbax saves them.
+
+Where a table is in its stack only the EmbeddingSpecProto says, which `create_proto_from_feature_specs` of
+jax-tpu-embedding makes: a file `embedding_spec.pb` beside the arrays, or the one that is given as layout.
+
+    FOLDER/
+      embedding_spec.pb   the proto, serialized
+      variables/          Orbax arrays; the folder itself may be those instead
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxembed.checkpoint.files import read_regular, write_file
+from jaxembed.checkpoint.stored import StoredArray, open_array
+from jaxembed.checkpoint.writing import write_arrays
+from jaxembed.convert.arrays import refuse_types
+from jaxembed.convert.formats import needed
+from jaxembed.convert.interface import Contents, Options, Place, Source, stored
+from jaxembed.convert.keys import place_arrays
+from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
+from jaxembed.serialization import strict_json
+from jaxembed.sparsecore_layout import StackedTable, from_jax_tpu_embedding
+
+SPEC, VARIABLES = "embedding_spec.pb", "variables"
+TABLE, SLOT = "table", "slot"
+MAX_JSON = 64 << 20
+#: TensorFlow's names of slots by theirs.
+SLOTS_OF_TENSORFLOW = {
+    "accumulator": "accumulators",
+    "momentum": "momenta",
+    "velocity": "velocities",
+    "linear": "linears",
+}
+
+
+def matches(path: pathlib.Path) -> bool:
+    """Whether it is a folder with such a proto, or one of Orbax."""
+    return (path / SPEC).is_file() or (path / "_METADATA").is_file()
+
+
+def read(path: pathlib.Path, options: Options) -> Source:
+    """Opens it; a stack is in memory from the first of a table's rows that is asked for to the last."""
+    folder = path / VARIABLES if (path / VARIABLES).is_dir() else path
+    keys = _keys(folder)
+    arrays: dict[str, StoredArray] = {}
+    places: dict[str, Place] = {}
+    for stack, members in _stacks(path, options).items():
+        found = {key: names for key, names in keys.items() if names[0] == stack}
+        if (stack, TABLE) not in found.values():
+            raise ValueError(
+                f"{folder} has no table of stack {stack!r}, which the layout names; it has {sorted(keys)}."
+            )
+        for key, names in found.items():
+            whole = _Stack(open_array(folder, key, f"{folder}: {key}"))
+            for member in members:
+                name = f"{key}#{member.name}"
+                arrays[name] = whole.member(member)
+                if names[1:] == (TABLE,):
+                    places[name] = (member.name, None)
+                elif len(names) == 3 and names[1] == SLOT and names[2] in SLOTS_OF_TENSORFLOW:
+                    places[name] = (member.name, SLOTS_OF_TENSORFLOW[names[2]])
+    tables, slots, notes = place_arrays(path, arrays, options, lambda key, _: places.get(key))
+    sidecar = path / SIDECAR
+    known = read_sidecar(sidecar, read_regular(sidecar, MAX_SIDECAR)) if sidecar.exists() else {}
+    return Source(tables, slots, notes=notes, **known)
+
+
+def write(out: pathlib.Path, contents: Contents) -> list[str]:
+    """Writes stacks as the layout says; padding is zeros. They are put together in a file, not in memory."""
+    refuse_types(contents, "jax-tpu-embedding", ("bfloat16", "float16"))
+    stacks = _stacks(None, contents.options)
+    members = {member.name: member for stack in stacks.values() for member in stack}
+    theirs = {ours: name for name, ours in SLOTS_OF_TENSORFLOW.items()}
+    wholes: dict[tuple[str, ...], Any] = {}
+    for stream in contents.streams:
+        member = members.get(stream.table)
+        if member is None:
+            raise ValueError(f"the layout has no table {stream.table!r}, only {sorted(members)}.")
+        path = (
+            (member.stack, TABLE) if stream.slot is None else (member.stack, SLOT, theirs.get(stream.slot, ""))
+        )
+        if not path[-1]:
+            raise ValueError(f"jax-tpu-embedding has no slot {stream.slot!r}; it has {sorted(theirs)}.")
+        if stream.shape != member.shape:
+            raise ValueError(
+                f"table {stream.table!r} must be {list(member.shape)} by the layout, got {list(stream.shape)}."
+            )
+        if path not in wholes:
+            file = out.parent / f"stack-{len(wholes)}"
+            wholes[path] = np.memmap(file, np.float32, "w+", shape=member.stack_shape)
+        for start, rows in stream.blocks():
+            member.write_rows(wholes[path], start, rows)
+    missing = members.keys() - {stream.table for stream in contents.tables}
+    if missing:
+        raise ValueError(f"the layout has the tables {sorted(missing)}, which are not to be written.")
+    out.mkdir()
+    arrays = {path: (whole.shape, whole.dtype, [(0, whole)]) for path, whole in wholes.items()}
+    write_arrays(out / VARIABLES, arrays)
+    assert contents.options.layout is not None
+    write_file(out / SPEC, [read_regular(contents.options.layout, MAX_JSON)])
+    write_file(out / SIDECAR, [sidecar_of(contents)])
+    return [f"table {name!r} -> stack {member.stack!r}" for name, member in members.items()]
+
+
+class _Stack:
+    """A stack, read as a whole when a row of it is asked for, and let go after a table's last one."""
+
+    def __init__(self, array: StoredArray):
+        self._array, self._rows = array, None
+        # With pmap there is an axis of devices before the rows.
+        self._shape = (-1, *array.shape[-1:]) if len(array.shape) == 3 else array.shape
+
+    def member(self, table: StackedTable) -> StoredArray:
+        """One table of it."""
+        what = f"{self._array.what}, table {table.name!r}"
+        size = int(np.prod(self._array.shape, dtype=np.int64))
+        if size != int(np.prod(table.stack_shape, dtype=np.int64)) or self._array.shape[-1] != table.width:
+            raise ValueError(
+                f"{what} must be of a stack {list(table.stack_shape)}, got {list(self._array.shape)}."
+            )
+
+        def read_rows(start: int, stop: int) -> np.ndarray:
+            if self._rows is None:
+                self._rows = self._array.read().reshape(self._shape)
+            rows = table.read_rows(self._rows, start, stop)
+            if stop == table.shape[0]:
+                self._rows = None
+            return rows
+
+        return stored(what, table.shape, self._array.dtype, read_rows)
+
+
+def _keys(folder: pathlib.Path) -> dict[str, tuple[str, ...]]:
+    """The keys of Orbax's arrays, with the names they are made of."""
+    try:
+        tree = strict_json(read_regular(folder / "_METADATA", MAX_JSON))["tree_metadata"]
+        paths = [tuple(str(part["key"]) for part in entry["key_metadata"]) for entry in tree.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f"{folder} is no folder of arrays that Orbax saved, or is damaged: {str(e)[:300]}"
+        ) from e
+    return {".".join(path): path for path in paths}
+
+
+def _stacks(path: pathlib.Path | None, options: Options) -> Mapping[str, tuple[StackedTable, ...]]:
+    file = options.layout
+    if file is None and path is not None:
+        file = next((f for f in (path / SPEC, path.parent / SPEC) if f.is_file()), None)
+    if file is None:
+        raise ValueError(
+            "jax-tpu-embedding's variables do not say where tables are in their stacks; write "
+            "create_proto_from_feature_specs(...).SerializeToString() to a file, and pass it as layout (--layout)."
+        )
+    name = "jax_tpu_embedding.sparsecore.lib.proto.embedding_spec_pb2"
+    spec: Any = needed(name, "jax-tpu-embedding").EmbeddingSpecProto()
+    try:
+        spec.ParseFromString(read_regular(file, MAX_JSON))
+    except Exception as e:  # protobuf's DecodeError is of no common type
+        raise ValueError(f"{file} is no EmbeddingSpecProto, or is damaged: {str(e)[:200]}") from e
+    if not spec.stacked_table_specs:
+        raise ValueError(f"{file} is no EmbeddingSpecProto: it has no stacks.")
+    return {stack.stack_name: from_jax_tpu_embedding(stack) for stack in spec.stacked_table_specs}

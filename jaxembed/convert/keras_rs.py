@@ -1,0 +1,130 @@
+"""Weights files of Keras models with keras-rs's DistributedEmbedding, on devices without SparseCore.
+
+A table is the only variable of a layer of its name below `_default_device_embedding_layers`. To write, a weights
+file of the model is needed (layout): the order of its layers is the model's, so its tables are replaced in a copy.
+"""
+
+import os
+import pathlib
+import shutil
+import threading
+from typing import Any
+
+import numpy as np
+
+from jaxembed.checkpoint.files import open_regular, read_regular
+from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.convert.arrays import native, refuse_types
+from jaxembed.convert.formats import needed
+from jaxembed.convert.interface import Contents, Options, Place, Source, stored
+from jaxembed.convert.keys import key_for, place_arrays
+
+#: Slots are the optimizer's variables in Keras, in an order that is the model's.
+SLOTS = False
+LAYERS = "_default_device_embedding_layers/"
+
+
+def matches(path: pathlib.Path) -> bool:
+    """Whether it is a .h5 file."""
+    return path.suffix == ".h5" and path.is_file()
+
+
+def read(path: pathlib.Path, options: Options) -> Source:
+    """Opens the file; rows are read as they are asked for."""
+    file = _open(path, "r")
+    arrays, names = _datasets(file)
+    lock = threading.Lock()
+
+    def array_of(key: str, dataset: Any) -> StoredArray:
+        dtype = native(dataset.dtype)
+
+        def read_rows(start: int, stop: int) -> np.ndarray:
+            with lock:
+                try:
+                    return np.asarray(dataset[start:stop], dtype)
+                except (OSError, ValueError, RuntimeError) as e:
+                    raise ValueError(f"{path}: {key} cannot be read: {str(e)[:200]}.") from e
+
+        return stored(f"{path}: {key}", dataset.shape, dtype, read_rows)
+
+    def guess(key: str, array: StoredArray) -> Place | None:
+        del array
+        return (names[key], None) if key in names else None
+
+    found = {key: array_of(key, dataset) for key, dataset in arrays.items()}
+    tables, slots, notes = place_arrays(path, found, options, guess)
+    return Source(tables, slots, notes=notes)
+
+
+def write(out: pathlib.Path, contents: Contents) -> list[str]:
+    """Writes a copy of the given weights file with these tables, for `model.load_weights`."""
+    refuse_types(contents, "a weights file of Keras", ("bfloat16",))
+    template = contents.options.layout
+    if template is None:
+        raise ValueError(
+            "a weights file of Keras is written into a copy of one of the model; save one with "
+            "model.save_weights and pass it as layout (--layout)."
+        )
+    descriptor, _ = open_regular(template)
+    with open(descriptor, "rb") as source, open(out, "xb") as target:
+        shutil.copyfileobj(source, target, 16 << 20)
+    notes = []
+    with _open(out, "r+") as file:
+        arrays, names = _datasets(file)
+        for stream in contents.tables:
+            key = key_for(contents.options, (stream.table, None))
+            keys = [key] if key is not None else [k for k, name in names.items() if name == stream.table]
+            if len(keys) != 1 or keys[0] not in arrays:
+                raise ValueError(f"{template} has no table {stream.table!r}; it has {sorted(names.values())}.")
+            dataset = arrays[keys[0]]
+            if (dataset.shape, dataset.dtype) != (stream.shape, stream.dtype):
+                raise ValueError(
+                    f"{template}: {keys[0]} must be {stream.dtype.name}{list(stream.shape)}, got "
+                    f"{dataset.dtype.name}{list(dataset.shape)}."
+                )
+            for start, rows in stream.blocks():
+                dataset[start : start + rows.shape[0]] = rows
+            notes.append(f"table {stream.table!r} -> {keys[0]}")
+        kept = sorted(set(names.values()) - {stream.table for stream in contents.tables})
+    return notes + ([f"as they were in {template}: tables {', '.join(kept)}"] if kept else [])
+
+
+def _open(path: pathlib.Path, mode: str) -> Any:
+    h5py: Any = needed("h5py", "keras-rs")
+    # Of links, pipes and Git LFS pointers the error is clearer than HDF5's.
+    if path.stat().st_size < 4096:
+        read_regular(path, 4096)
+    else:
+        descriptor, _ = open_regular(path)
+        os.close(descriptor)
+    try:
+        return h5py.File(path, mode)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{path} is no HDF5 file, or is damaged: {str(e)[:200]}.") from e
+
+
+def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arrays of numbers by path, and the names of the tables among them."""
+    h5py: Any = needed("h5py", "keras-rs")
+    arrays: dict[str, Any] = {}
+    names: dict[str, str] = {}
+
+    def visit(key: str, item: Any) -> None:
+        # A dataset may lie in other files, which nobody gave.
+        if (
+            not isinstance(item, h5py.Dataset)
+            or item.external
+            or item.is_virtual
+            or item.dtype.kind not in "fiu"
+        ):
+            return
+        arrays[key] = item
+        name = item.parent.attrs.get("name")
+        if LAYERS in key and item.ndim == 2 and isinstance(name, str | bytes):
+            names[key] = name if isinstance(name, str) else name.decode(errors="replace")
+
+    try:
+        file.visititems(visit)
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        raise ValueError(f"{file.filename} is damaged: {str(e)[:200]}.") from e
+    return arrays, names

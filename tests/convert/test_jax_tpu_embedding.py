@@ -1,0 +1,136 @@
+"""Embedding variables of jax-tpu-embedding, stacked and saved by the library itself."""
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxembed.checkpoint import read_checkpoint
+from jaxembed.convert import convert
+
+pytestmark = pytest.mark.parity
+table_stacking = pytest.importorskip("jax_tpu_embedding.sparsecore.lib.nn.table_stacking")
+
+from jax_tpu_embedding.sparsecore.lib.nn import embedding, embedding_spec  # noqa: E402
+
+SHAPES = {"a": (37, 6), "b": (64, 8), "c": (5, 3)}
+NUM_SHARDS = 16
+
+
+def values(offset=0.0):
+    """Each value says its table, row and column."""
+    return {
+        name: 1000 * (i + 1) + np.arange(rows * dim, dtype=np.float32).reshape(rows, dim) + np.float32(offset)
+        for i, (name, (rows, dim)) in enumerate(SHAPES.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Their table specs, variables with Adam's slots, a checkpoint of these, and the proto's file."""
+    features = [
+        embedding_spec.FeatureSpec(
+            name=name,
+            table_spec=embedding_spec.TableSpec(
+                name=name,
+                vocabulary_size=rows,
+                embedding_dim=dim,
+                initializer=jax.nn.initializers.zeros,
+                optimizer=embedding_spec.AdamOptimizerSpec(learning_rate=0.1),
+                combiner="sum",
+            ),
+            input_shape=(16, 1),
+            output_shape=(16, dim),
+        )
+        for name, (rows, dim) in SHAPES.items()
+    ]
+    table_stacking.auto_stack_tables(features, global_device_count=4, num_sc_per_device=4)
+    specs = {feature.name: feature.table_spec for feature in features}
+    directory = tmp_path_factory.mktemp("library")
+    proto = embedding.create_proto_from_feature_specs(features, 4, 4)
+    (directory / "spec.pb").write_bytes(proto.SerializeToString())
+
+    def stack(offset):
+        return table_stacking.stack_and_shard_tables(
+            specs, values(offset), num_shards=NUM_SHARDS, pad_value=0.0
+        )
+
+    parts = [stack(offset) for offset in (0.0, 0.25, 0.5)]
+    variables = {
+        name: embedding.EmbeddingVariables(
+            parts[0][name].reshape(-1, parts[0][name].shape[-1]),
+            embedding_spec.AdamSlotVariables(*(p[name].reshape(-1, p[name].shape[-1]) for p in parts[1:])),
+        )
+        for name in parts[0]
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / "saved", variables)
+        by_device = {name: p.reshape(4, -1, p.shape[-1]) for name, p in parts[0].items()}
+        checkpointer.save(directory / "pmap", {n: {"table": t} for n, t in by_device.items()})
+    return specs, variables, directory
+
+
+def test_there_and_back(library, tmp_path):
+    specs, variables, directory = library
+    report = convert(directory / "saved", tmp_path / "ckpt", layout=directory / "spec.pb")
+    assert report.source_format == "jax-tpu-embedding"
+    read = read_checkpoint(tmp_path / "ckpt", slots=True)
+    for name in SHAPES:
+        np.testing.assert_array_equal(read.tables[name], values()[name])
+        np.testing.assert_array_equal(read.slots[name]["momenta"], values(0.25)[name])
+        np.testing.assert_array_equal(read.slots[name]["velocities"], values(0.5)[name])
+
+    back = convert(
+        tmp_path / "ckpt", tmp_path / "back", target_format="jax-tpu-embedding", layout=directory / "spec.pb"
+    )
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(back.path / "variables", target)
+    assert jax.tree.structure(restored) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, restored, variables)
+    theirs = table_stacking.unshard_and_unstack_tables(
+        specs, {name: v.table for name, v in restored.items()}, num_shards=NUM_SHARDS
+    )
+    for name in SHAPES:
+        np.testing.assert_array_equal(theirs[name], values()[name])
+    third = convert(back.path, tmp_path / "third")
+    assert [a.digest for a in third.arrays] == [a.digest for a in report.arrays]
+
+
+def test_with_an_axis_of_devices(library, tmp_path):
+    convert(library[2] / "pmap", tmp_path / "ckpt", layout=library[2] / "spec.pb")
+    for name, table in read_checkpoint(tmp_path / "ckpt").tables.items():
+        np.testing.assert_array_equal(table, values()[name])
+
+
+def test_what_does_not_fit_is_refused(library, tmp_path):
+    directory = library[2]
+    np.savez(tmp_path / "a.npz", **values())
+    np.savez(tmp_path / "more.npz", d=values()["a"], **values())
+    np.savez(tmp_path / "other.npz", **{**values(), "a": values()["b"]})
+    np.savez(tmp_path / "less.npz", a=values()["a"])
+    (tmp_path / "bad.pb").write_bytes(b"\xff\xff\xff")
+    (tmp_path / "empty.pb").write_bytes(b"")
+    (tmp_path / "notorbax").mkdir()
+    (tmp_path / "notorbax" / "_METADATA").write_text("{}")
+
+    def refused(message, source, layout="spec.pb", target_format="jax-tpu-embedding"):
+        folder = directory if layout == "spec.pb" else tmp_path
+        with pytest.raises(ValueError, match=message):
+            convert(
+                source if source.is_absolute() else tmp_path / source,
+                tmp_path / "out",
+                target_format=target_format,
+                layout=layout and folder / layout,
+            )
+        assert not (tmp_path / "out").exists()
+
+    saved = directory / "saved"
+    refused("write create_proto_from_feature_specs", saved, None, "jaxembed")
+    refused("is no EmbeddingSpecProto, or is damaged", saved, "bad.pb", "jaxembed")
+    refused("is no EmbeddingSpecProto: it has no stacks", saved, "empty.pb", "jaxembed")
+    refused("is no folder of arrays that Orbax saved", tmp_path / "notorbax", target_format="jaxembed")
+    refused("write create_proto_from_feature_specs", tmp_path / "a.npz", None)
+    refused("the layout has no table 'd'", tmp_path / "more.npz")
+    refused(r"table 'a' must be \[37, 6\] by the layout", tmp_path / "other.npz")
+    refused(r"the layout has the tables \['b', 'c'\], which are not to be written", tmp_path / "less.npz")

@@ -1,0 +1,102 @@
+"""Weights files of keras-rs models on JAX, written and loaded by Keras itself in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxembed.checkpoint import read_checkpoint
+from jaxembed.convert import convert
+
+pytestmark = pytest.mark.parity
+h5py = pytest.importorskip("h5py")
+pytest.importorskip("keras_rs")
+
+PROGRAM = """
+import sys
+import keras, keras_rs, numpy as np
+layers = keras_rs.layers
+films = layers.TableConfig(name="films", vocabulary_size=20, embedding_dim=4, combiner="sum")
+users = layers.TableConfig(name="users", vocabulary_size=20, embedding_dim=4)
+shape = lambda name, table: layers.FeatureConfig(name, table, (2, 3), (2, 4))
+layer = layers.DistributedEmbedding({"z": shape("z", films), "x": shape("x", users), "y": shape("y", films)})
+inputs = {name: keras.Input((3,), batch_size=2, dtype="int32", name=name) for name in "xyz"}
+model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Concatenate()(list(layer(inputs).values()))))
+if sys.argv[1] == "save":
+    model.save_weights(sys.argv[2])
+else:
+    model.load_weights(sys.argv[2])
+np.savez(sys.argv[3], **{name: np.asarray(table) for name, table in layer.get_embedding_tables().items()})
+"""
+
+
+def run(*arguments):
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", PROGRAM, *map(str, arguments)], check=True, env=environment)
+    with np.load(arguments[-1]) as tables:
+        return dict(tables)
+
+
+def test_there_and_back(tmp_path):
+    tables = run("save", tmp_path / "model.weights.h5", tmp_path / "before.npz")
+    report = convert(tmp_path / "model.weights.h5", tmp_path / "ckpt")
+    assert report.source_format == "keras-rs"
+    read = read_checkpoint(tmp_path / "ckpt")
+    assert sorted(read.tables) == ["films", "users"]
+    for name, table in tables.items():
+        np.testing.assert_array_equal(read.tables[name], table)
+    changed = {name: table + np.float32(i + 1) for i, (name, table) in enumerate(tables.items())}
+    np.savez(tmp_path / "changed.npz", **changed)
+    back = tmp_path / "back.weights.h5"
+    convert(tmp_path / "changed.npz", back, target_format="keras-rs", layout=tmp_path / "model.weights.h5")
+    after = run("load", back, tmp_path / "after.npz")
+    for name, table in changed.items():
+        np.testing.assert_array_equal(after[name], table)
+    with h5py.File(tmp_path / "model.weights.h5") as old, h5py.File(back) as new:
+        kernel = "layers/dense/vars/0"
+        np.testing.assert_array_equal(new[kernel], old[kernel])
+
+
+def weights(file, **tables):
+    with h5py.File(file, "w") as f:
+        for i, (name, rows) in enumerate(tables.items()):
+            group = f.create_group(f"layers/e/_default_device_embedding_layers/embed_reduce_{i}/vars")
+            group.attrs["name"] = name
+            group["0"] = rows
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    rows = np.ones((4, 2), np.float32)
+    weights(tmp_path / "m.weights.h5", t=rows)
+    weights(tmp_path / "twice.h5", t=rows)
+    with h5py.File(tmp_path / "twice.h5", "a") as f:
+        f.copy("layers/e", "layers/f")
+    with h5py.File(tmp_path / "outside.h5", "w") as f:
+        group = f.create_group("e/_default_device_embedding_layers/r/vars")
+        group.attrs["name"] = "t"
+        group["0"] = h5py.ExternalLink("m.weights.h5", "layers")
+        f.create_dataset("raw", (2, 2), "f4", external=[("/etc/hostname", 0, 16)])
+    (tmp_path / "text.h5").write_text("hello")
+    (tmp_path / "lfs.h5").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name, message in (
+        ("text", "is no HDF5 file, or is damaged"),
+        ("lfs", "is a Git LFS pointer"),
+        ("twice", "two arrays are the table 't'"),
+        ("outside", "has no table that jaxembed recognizes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / f"{name}.h5", tmp_path / "out")
+    np.savez(tmp_path / "a.npz", u=rows)
+    np.savez(tmp_path / "b.npz", t=np.ones((5, 2), np.float32))
+    with pytest.raises(ValueError, match=r"save one with model\.save_weights and pass it as layout"):
+        convert(tmp_path / "a.npz", tmp_path / "out.h5")
+    for source, message in (
+        ("a", r"has no table 'u'; it has \['t'\]"),
+        ("b", r"must be float32\[5, 2\], got float32\[4, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / f"{source}.npz", tmp_path / "out.h5", layout=tmp_path / "m.weights.h5")
+    assert not (tmp_path / "out.h5").exists()
+    assert not (tmp_path / "out").exists()
