@@ -21,6 +21,7 @@ from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import is_table, place_arrays
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
+from jaxembed.convert.tensor_bundle import TensorBundle
 from jaxembed.sparsecore_layout import StackedTable, check_stack, from_tensorflow
 
 PARAMETERS, VARIABLES = "parameters", "_variables"
@@ -40,7 +41,7 @@ def matches(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path, options: Options) -> Source:
-    """Opens it; a tensor is read when the first of its rows is asked for, and let go after the last."""
+    """Opens it; tensors are mapped and verified when the first of their rows is asked for."""
     tensors = _Tensors(_prefix(path))
     by_key = {key: tensors.stored(key) for key in tensors.shapes if tensors.is_number(key)}
     places = _places(tensors)
@@ -83,7 +84,7 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
         for stream in contents.streams:
             row_bytes = max(stream.num_bytes // stream.shape[0], 1)
             for start, rows in regrouped(stream.blocks(), max(PART_BYTES // row_bytes, 1)):
-                save([_key(stream)], [_slice(stream.shape, start, rows.shape[0])], [tf.constant(rows)])
+                save([_key(stream)], [slice_spec(stream.shape, start, rows.shape[0])], [tf.constant(rows)])
         counter = f"save_counter/.ATTRIBUTES/{VALUE}"
         save([GRAPH, counter], ["", ""], [tf.constant(_graph(contents, counter)), tf.constant(1, tf.int64)])
         tf.raw_ops.MergeV2Checkpoints(
@@ -96,7 +97,7 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
 
 
 class _Tensors:
-    """The tensors of a checkpoint; the last one that was read stays until the next one is."""
+    """The tensors of a checkpoint, by rows."""
 
     def __init__(self, prefix: pathlib.Path):
         self.prefix = prefix
@@ -107,37 +108,39 @@ class _Tensors:
             self._dtypes = self._reader.get_variable_to_dtype_map()
         except (self._tf.errors.OpError, ValueError, RuntimeError, TypeError) as e:
             raise ValueError(f"{prefix} is no TensorFlow checkpoint, or is damaged: {str(e)[:300]}") from e
-        self._last: tuple[str, Any] = ("", None)
+        self._bundle = TensorBundle(prefix)
 
     def is_number(self, key: str) -> bool:
         return self._dtypes[key].is_floating or self._dtypes[key].is_integer
 
-    def get(self, key: str) -> Any:
-        if self._last[0] != key:
-            self._last = ("", None)
-            try:
-                self._last = (key, self._reader.get_tensor(key))
-            except (self._tf.errors.OpError, ValueError, RuntimeError) as e:
-                raise ValueError(f"{self.prefix}: {key} cannot be read, or is damaged: {str(e)[:300]}") from e
-        return self._last[1]
-
     def stored(self, key: str) -> StoredArray:
-        shape, dtype = self.shapes[key], self._dtypes[key].as_numpy_dtype
+        shape, dtype = tuple(self.shapes[key]), np.dtype(self._dtypes[key].as_numpy_dtype)
 
         def read_rows(start: int, stop: int) -> np.ndarray:
-            rows = np.array(self.get(key)[start:stop])
-            if stop == shape[0]:
-                self._last = ("", None)
-            return rows
+            mapped = self._bundle.map(key, shape, dtype)
+            return self._read(key, shape, start, stop) if mapped is None else mapped[start:stop]
 
         return stored(f"{self.prefix}: {key}", shape, dtype, read_rows)
 
+    def _read(self, key: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor that was saved in pieces; TensorFlow reads the pieces that they are in."""
+        part = slice_spec(shape, start, stop - start)
+        try:
+            with self._tf.device("/cpu:0"):
+                return self._tf.raw_ops.RestoreV2(
+                    prefix=str(self.prefix),
+                    tensor_names=[key],
+                    shape_and_slices=[part],
+                    dtypes=[self._dtypes[key]],
+                )[0].numpy()
+        except (self._tf.errors.OpError, ValueError, RuntimeError) as e:
+            raise ValueError(f"{self.prefix}: {key} cannot be read, or is damaged: {str(e)[:300]}") from e
+
     def message(self, key: str, message: Any) -> Any:
         """The protocol buffer in a string tensor."""
-        content = self.get(key)
         try:
-            message.ParseFromString(content)
-        except Exception as e:  # protobuf's DecodeError, and TypeError of what is no bytes
+            message.ParseFromString(self._reader.get_tensor(key))
+        except Exception as e:  # TensorFlow's errors, protobuf's DecodeError, and TypeError of what is no bytes
             raise ValueError(f"{self.prefix}: {key} is damaged: {str(e)[:200]}") from e
         return message
 
@@ -226,7 +229,7 @@ def _key(stream: Stream) -> str:
     return f"embedding/{name.replace('.', '..').replace('/', '.S')}/.ATTRIBUTES/{VALUE}"
 
 
-def _slice(shape: tuple[int, ...], start: int, count: int) -> str:
+def slice_spec(shape: tuple[int, ...], start: int, count: int) -> str:
     """A part as TensorFlow writes it: the whole shape, then first and length of each axis, "-" for all."""
     if count == shape[0]:
         return ""

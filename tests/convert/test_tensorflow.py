@@ -1,8 +1,11 @@
 """Object checkpoints of TensorFlow, written and restored by TensorFlow itself."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxembed import FeatureConfig, RaggedTensor, TableConfig, optimizers, serve
 from jaxembed.checkpoint import read_checkpoint
@@ -108,6 +111,18 @@ def test_tensors_are_written_in_parts(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         read_checkpoint(tmp_path / "ckpt").tables["users"], tables["users"].astype(np.float32)
     )
+
+
+def test_memory_is_a_few_blocks(tmp_path):
+    shape = (1 << 18, 32)
+    variable = tf.Variable(tf.random.normal(shape))
+    prefix = tf.train.Checkpoint(w=variable).save(str(tmp_path / "tf" / "model"))
+    tracemalloc.start()
+    convert(prefix, tmp_path / "a.safetensors", keys={"w/.ATTRIBUTES/VARIABLE_VALUE": ("w", None)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < shape[0] * shape[1] * 4
+    np.testing.assert_array_equal(load_file(tmp_path / "a.safetensors")["tables/w"], variable.numpy())
 
 
 def stacked_checkpoint(directory):

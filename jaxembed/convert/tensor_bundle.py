@@ -1,0 +1,157 @@
+"""Where the tensors of a TensorFlow checkpoint lie in its files, so that they are mapped instead of read.
+
+TensorFlow itself reads a tensor as a whole, however few of its rows are asked for. `PREFIX.index` is a table of
+sorted strings: blocks of (shared length, own length, length of value, own key, value), a block of where the blocks
+are, and a footer; the values are BundleEntryProtos.
+
+References:
+  tensorflow/core/protobuf/tensor_bundle.proto; tensorflow/core/lib/io/format.cc, block.cc.
+"""
+
+import math
+import mmap
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxembed.checkpoint.files import open_regular, read_regular
+from jaxembed.convert.formats import needed
+
+FOOTER_BYTES, TRAILER_BYTES = 48, 5
+MAGIC = 0xDB4775248B80FB57
+MAX_INDEX = 1 << 30
+CHUNK_BYTES = 16 << 20
+
+
+class TensorBundle:
+    """The tensors of a checkpoint that are in one piece, mapped.
+
+    Args:
+      prefix: of the checkpoint.
+
+    Raises:
+      ValueError: if its index is not what TensorFlow writes.
+    """
+
+    def __init__(self, prefix: pathlib.Path):
+        self._prefix, self._verified = prefix, set[str]()
+        self._files: dict[int, mmap.mmap] = {}
+        needed("tensorflow", "tensorflow")
+        from tensorflow.core.protobuf import tensor_bundle_pb2  # type: ignore[import-not-found]
+
+        index = pathlib.Path(f"{prefix}.index")
+        try:
+            # As much memory is taken as the limit says.
+            content = read_regular(index, min(index.stat().st_size, MAX_INDEX))
+        except OSError as e:
+            raise ValueError(f"{index} cannot be read: {e.strerror}.") from e
+        try:
+            entries = dict(_entries(content))
+            header = tensor_bundle_pb2.BundleHeaderProto.FromString(entries.pop(b""))
+            self._entries = {
+                key.decode(): tensor_bundle_pb2.BundleEntryProto.FromString(value)
+                for key, value in entries.items()
+                # The pieces of a tensor have keys of their own, which start with a zero.
+                if not key.startswith(b"\0")
+            }
+        except Exception as e:  # protobuf's DecodeError is of no common type
+            raise ValueError(
+                f"{index} is no index of a TensorFlow checkpoint, or is damaged: {str(e)[:200]}."
+            ) from e
+        self._num_shards, self._is_little = header.num_shards, header.endianness == 0
+
+    def map(self, key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
+        """A tensor as an array on disk, checked; None if it is in several pieces, or in another byte order.
+
+        Raises:
+          ValueError: if it is not what was saved.
+        """
+        entry = self._entries.get(key)
+        if entry is None or entry.slices or not self._is_little or not 0 <= entry.shard_id < self._num_shards:
+            return None
+        what = f"{self._prefix}: {key}"
+        data = self._file(entry.shard_id)
+        if entry.size != math.prod(shape) * dtype.itemsize or not 0 <= entry.offset <= len(data) - entry.size:
+            raise ValueError(
+                f"{what} cannot be read, or is damaged: its file is not of the size that it should be."
+            )
+        if key not in self._verified:
+            self._check(what, data, entry)
+            self._verified.add(key)
+        return np.frombuffer(data, dtype, math.prod(shape), entry.offset).reshape(shape)
+
+    def _file(self, shard: int) -> mmap.mmap:
+        if shard not in self._files:
+            file = pathlib.Path(f"{self._prefix}.data-{shard:05d}-of-{self._num_shards:05d}")
+            descriptor, size = open_regular(file)
+            try:
+                if not size:
+                    raise ValueError(f"{file} is empty.")
+                self._files[shard] = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            finally:
+                os.close(descriptor)
+        return self._files[shard]
+
+    def _check(self, what: str, data: mmap.mmap, entry: Any) -> None:
+        crc32c: Any = needed("google_crc32c", "tensorflow")
+        crc, end = 0, entry.offset + entry.size
+        for start in range(entry.offset, end, CHUNK_BYTES):
+            crc = crc32c.extend(crc, data[start : min(start + CHUNK_BYTES, end)])
+        if _masked(crc) != entry.crc32c:
+            raise ValueError(
+                f"{what} cannot be read, or is damaged: it does not have the checksum it was saved with."
+            )
+
+
+def _masked(crc: int) -> int:
+    """As TensorFlow stores a checksum."""
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _entries(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    if len(content) < FOOTER_BYTES or int.from_bytes(content[-8:], "little") != MAGIC:
+        raise ValueError("it has no such footer")
+    at = len(content) - FOOTER_BYTES
+    for _ in range(2):  # past where the block of metadata is
+        _, at = _varint(content, at)
+    offset, at = _varint(content, at)
+    size, _ = _varint(content, at)
+    for _, handle in _block(content, offset, size):
+        first, after = _varint(handle, 0)
+        length, _ = _varint(handle, after)
+        yield from _block(content, first, length)
+
+
+def _block(content: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    end = offset + size
+    if size < 4 or end + TRAILER_BYTES > len(content) - FOOTER_BYTES:
+        raise ValueError("a block is outside of it")
+    if content[end]:
+        raise ValueError("a block is compressed")
+    crc32c: Any = needed("google_crc32c", "tensorflow")
+    stored = int.from_bytes(content[end + 1 : end + 5], "little")
+    if _masked(crc32c.value(content[offset : end + 1])) != stored:
+        raise ValueError("a block does not have its checksum")
+    restarts = int.from_bytes(content[end - 4 : end], "little")
+    stop, at, key = end - 4 - 4 * restarts, offset, b""
+    while at < stop:
+        shared, at = _varint(content, at)
+        own, at = _varint(content, at)
+        length, at = _varint(content, at)
+        key = key[:shared] + content[at : at + own]
+        yield key, content[at + own : at + own + length]
+        at += own + length
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64:
+        byte = content[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number is too long")
