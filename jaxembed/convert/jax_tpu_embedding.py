@@ -9,6 +9,7 @@ jax-tpu-embedding makes: a file `embedding_spec.pb` beside the arrays, or the on
 """
 
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def matches(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path, options: Options) -> Source:
-    """Opens it; a stack is in memory from the first of a table's rows that is asked for to the last."""
+    """Opens it; a stack is copied to a temporary file when the first of its rows is asked for."""
     folder = path / VARIABLES if (path / VARIABLES).is_dir() else path
     keys = _keys(folder)
     arrays: dict[str, StoredArray] = {}
@@ -107,7 +108,11 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
 
 
 class _Stack:
-    """A stack, read as a whole when a row of it is asked for, and let go after a table's last one."""
+    """A stack, whose rows are asked for in the order of its tables, each from all of its shards.
+
+    Orbax's chunks are as large as a shard may be, and one is unpacked as a whole for any row. So it is copied, chunk
+    by chunk, to a temporary file that has no name, where rows are at hand.
+    """
 
     def __init__(self, array: StoredArray):
         self._array, self._rows = array, None
@@ -125,13 +130,23 @@ class _Stack:
 
         def read_rows(start: int, stop: int) -> np.ndarray:
             if self._rows is None:
-                self._rows = self._array.read().reshape(self._shape)
-            rows = table.read_rows(self._rows, start, stop)
-            if stop == table.shape[0]:
-                self._rows = None
-            return rows
+                self._rows = self._copy().reshape(self._shape)
+            return table.read_rows(self._rows, start, stop)
 
         return stored(what, table.shape, self._array.dtype, read_rows)
+
+    def _copy(self) -> np.ndarray:
+        source = self._array.source
+        chunk = source.chunk_layout.read_chunk.shape[0] or source.shape[0]
+        with tempfile.TemporaryFile() as file:
+            rows = np.memmap(file, self._array.dtype, "w+", shape=self._array.shape)
+        for start in range(0, source.shape[0], chunk):
+            part = source[start : min(start + chunk, source.shape[0])]
+            try:
+                rows[start : start + chunk] = part.read().result()
+            except Exception as e:  # tensorstore raises many types
+                raise ValueError(f"{self._array.what} cannot be read, or is damaged: {str(e)[:300]}") from e
+        return rows
 
 
 def _keys(folder: pathlib.Path) -> dict[str, tuple[str, ...]]:
