@@ -23,7 +23,9 @@ class Command(NamedTuple):
 
 #: Those outside the core are named, not imported: the core imports neither train nor serve.
 COMMANDS = {
-    "inspect": Command("jaxembed.cli.inspect", "what is in a checkpoint or bundle"),
+    "inspect": Command(
+        "jaxembed.cli.inspect", "what is in a checkpoint, a bundle, or tables of another framework"
+    ),
     "convert": Command("jaxembed.cli.convert", "a checkpoint into another form"),
     "diff": Command("jaxembed.cli.diff", "what changed between two, by table"),
 }

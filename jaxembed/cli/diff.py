@@ -1,23 +1,25 @@
-"""Says what changed between two checkpoints or bundles, by table; exits with 2 if anything did.
+"""Says what changed between two checkpoints, bundles or files, by table; exits with 2 if anything did.
 
 jaxembed diff runs/movielens/checkpoints/155 runs/movielens/checkpoints/310
 """
 
 import argparse
 
-from jaxembed.checkpoint.inspection import difference
+from jaxembed.inspection import difference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds those of `jaxembed diff`."""
     parser.add_argument("a")
     parser.add_argument("b")
+    parser.add_argument("--no-progress", action="store_true", help="no bar, even on a terminal")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints a line a table."""
-    found = difference(options.a, options.b)
+    found = difference(options.a, options.b, progress=False if options.no_progress else None)
     for name, table in found.items():
         detail = f": {table.num_rows:,} rows, by up to {table.max_difference:.3g}" if table.num_rows else ""
-        print(f"{name}: {table.change}{detail}")
-    return 2 if any(table.change != "same" for table in found.values()) else 0
+        slots = f"; slots {', '.join(table.slots)}" if table.slots else ""
+        print(f"{name}: {table.change}{detail}{slots}")
+    return 2 if any(table.change != "same" or table.slots for table in found.values()) else 0

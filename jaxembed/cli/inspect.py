@@ -1,20 +1,35 @@
-"""Shows the configuration, tables and slots of a checkpoint or bundle.
+"""Shows the configuration, tables and slots of a checkpoint, a bundle, or tables of another framework.
 
 jaxembed inspect runs/movielens/checkpoints --stats
+jaxembed inspect bundles --html report.html
 """
 
 import argparse
+import pathlib
 
-from jaxembed.checkpoint.inspection import describe
+from jaxembed.inspection import describe, html_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds those of `jaxembed inspect`."""
     parser.add_argument("path")
-    parser.add_argument("--stats", action="store_true", help="read and verify the tables, and count odd rows")
+    parser.add_argument("--step", type=int, help="default: the latest whole one; of bundles the version")
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help="read and verify the tables: norms, odd rows, errors of quantization",
+    )
+    parser.add_argument("--html", metavar="FILE", help="write a page of that, with plots and similar rows")
+    parser.add_argument("--no-progress", action="store_true", help="no bar, even on a terminal")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints it."""
-    print(describe(options.path, stats=options.stats))
+    """Prints it, or writes the page."""
+    progress = False if options.no_progress else None
+    if options.html is None:
+        print(describe(options.path, step=options.step, stats=options.stats, progress=progress))
+        return 0
+    page = html_report(options.path, step=options.step, progress=progress)
+    pathlib.Path(options.html).expanduser().write_text(page, encoding="utf-8")
+    print(f"wrote {options.html}")
     return 0

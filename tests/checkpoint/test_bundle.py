@@ -24,8 +24,8 @@ from jaxembed.checkpoint import (
     open_bundle,
     read_checkpoint,
 )
-from jaxembed.checkpoint.inspection import describe, difference
 from jaxembed.cli import main
+from jaxembed.inspection import describe, difference
 from jaxembed.optimizers import Adagrad
 from jaxembed.train import Checkpointer, ShardedEmbedding
 

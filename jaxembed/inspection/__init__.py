@@ -1,0 +1,18 @@
+"""What is in tables on disk, in whatever format, and what differs between two."""
+
+from jaxembed.inspection.describing import describe
+from jaxembed.inspection.difference import TableDifference, difference
+from jaxembed.inspection.opening import Inspected, open_any
+from jaxembed.inspection.page import html_report
+from jaxembed.inspection.statistics import TableStats, table_stats
+
+__all__ = [
+    "Inspected",
+    "TableDifference",
+    "TableStats",
+    "describe",
+    "difference",
+    "html_report",
+    "open_any",
+    "table_stats",
+]

@@ -1,0 +1,92 @@
+"""Opens whatever holds tables: a checkpoint, a bundle, or a file or folder of another framework."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from jaxembed.checkpoint.bundle_reading import is_bundle, open_bundle
+from jaxembed.checkpoint.reading import open_checkpoint
+from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.config import TableConfig
+from jaxembed.convert import formats, open_source
+from jaxembed.convert.interface import Options, path_of
+from jaxembed.features import feature_tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspected:
+    """What was opened; no table is read yet.
+
+    Attributes:
+      path: where.
+      kind: "checkpoint", "bundle", or the name of another format.
+      step: number of training steps taken, 0 where nothing says so.
+      feature_config: or None.
+      tables: by name, [V, D].
+      slots: by table and slot name.
+      metadata: what the trainer put in.
+      notes: what the reader guessed or left out.
+      digest: of a bundle, else None.
+    """
+
+    path: pathlib.Path
+    kind: str
+    step: int
+    feature_config: Any
+    tables: dict[str, StoredArray]
+    slots: dict[str, dict[str, StoredArray]]
+    metadata: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    digest: str | None = None
+
+    @property
+    def configs(self) -> dict[str, TableConfig]:
+        """The tables' configurations by name; empty where there is no feature configuration."""
+        return {} if self.feature_config is None else feature_tables(self.feature_config)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tables."""
+        return sum(array.num_bytes for array in self.tables.values())
+
+
+def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
+    """Opens it; what is read later is verified where the format has digests.
+
+    Args:
+      path: a checkpoint or one step of it, a bundle or the folder of its versions, or what `jaxembed.convert` reads.
+      step: default: the latest whole one. Of a bundle: the version.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is damaged, or of no known format.
+    """
+    path = path_of(path)
+    if is_bundle(path):
+        bundle = open_bundle(path, step)
+        return Inspected(
+            bundle.directory,
+            "bundle",
+            bundle.step,
+            bundle.feature_config,
+            bundle.stored(),
+            {},
+            bundle.metadata,
+            digest=bundle.digest,
+        )
+    name = formats.guess_source(path)
+    if name == "jaxembed":
+        opened = open_checkpoint(path, step)
+        return Inspected(
+            opened.directory,
+            "checkpoint",
+            opened.manifest["step"],
+            opened.feature_config,
+            opened.tables,
+            opened.slots,
+            opened.manifest["metadata"],
+        )
+    found = open_source(path, name, Options(step=step))
+    return Inspected(
+        path, name, found.step, found.feature_config, found.tables, found.slots, found.metadata, found.notes
+    )

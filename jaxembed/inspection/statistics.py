@@ -1,0 +1,191 @@
+"""Figures of a table, summed up block by block: what they take does not grow with the vocabulary."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.config import QuantizationConfig
+from jaxembed.inspection.neighbours import NearestRows, Neighbour, sample_rows
+from jaxembed.quantization import ROW_WISE, QuantizationError, row_codec, simulate_on_host
+from jaxembed.quantized_table import QuantizedTable
+
+#: Norms fall into bins by the first bits of their float32, half a percent wide each.
+_SHIFT = 15
+#: Rows whose digests are kept; of larger tables a share of the digests, chosen by value.
+MAX_DIGESTS = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TableStats:
+    """Figures of a table's rows.
+
+    Attributes:
+      norms: least, median (to half a percent) and greatest Euclidean norm of a row of finite values.
+      num_dead: rows that are all zeros.
+      num_bad: rows that hold NaN or infinity.
+      num_duplicates: rows, not dead, that equal an earlier one; estimated of tables above 16 million rows.
+      quantization: errors to expect of rows stored as "bfloat16", "int8" or "int4", and of the codes of the
+        table's own QuantizationConfig, "as trained". Absent where the rows are stored so already.
+      norm_counts: (lower edges, upper edges, number of rows) of the bins of a histogram of norms.
+      neighbours: of some rows, the most similar others.
+    """
+
+    norms: tuple[float, float, float]
+    num_dead: int
+    num_bad: int
+    num_duplicates: int
+    quantization: dict[str, QuantizationError]
+    norm_counts: tuple[np.ndarray, np.ndarray, np.ndarray]
+    neighbours: dict[int, list[Neighbour]]
+
+
+def table_stats(
+    array: StoredArray,
+    *,
+    quantization_config: QuantizationConfig | None = None,
+    num_samples: int = 0,
+    advance: Callable[[int], Any] = lambda num_bytes: None,
+) -> TableStats:
+    """Figures of a table, read by blocks of rows.
+
+    Args:
+      array: [V, D].
+      quantization_config: of the table.
+      num_samples: of how many rows, drawn at random, to find the most similar ones.
+      advance: called with the number of bytes that were read.
+
+    Raises:
+      CheckpointError: if it is damaged.
+    """
+    norms, duplicates = _Norms(), _Duplicates(array.shape[0])
+    errors = _errors(array, quantization_config)
+    nearest = NearestRows(sample_rows(array, num_samples))
+    num_dead = num_bad = 0
+    for start, rows in array.blocks():
+        values = rows.astype(np.float32)
+        finite, alive = np.isfinite(values).all(axis=1), values.any(axis=1)
+        num_dead += int((~alive).sum())
+        num_bad += int((~finite).sum())
+        norms.add(values[finite])
+        duplicates.add(rows[alive])
+        for error in errors.values():
+            error.add(values[finite])
+        nearest.add(start, values, finite & alive)
+        advance(rows.nbytes)
+    return TableStats(
+        norms.spread(),
+        num_dead,
+        num_bad,
+        duplicates.count(),
+        {name: error.result() for name, error in errors.items()},
+        norms.histogram(),
+        nearest.found(),
+    )
+
+
+class _Norms:
+    def __init__(self):
+        self._counts = np.zeros((0x7F800000 >> _SHIFT) + 1, np.int64)
+        self._least, self._greatest = np.inf, 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        if not values.size:
+            return
+        norms = np.sqrt(np.einsum("nd,nd->n", values, values, dtype=np.float64))
+        self._least, self._greatest = min(self._least, norms.min()), max(self._greatest, norms.max())
+        bits = np.minimum(norms, np.finfo(np.float32).max).astype(np.float32).view(np.uint32)
+        self._counts += np.bincount(bits >> _SHIFT, minlength=self._counts.size)
+
+    def spread(self) -> tuple[float, float, float]:
+        if not self._counts.any():
+            return 0.0, 0.0, 0.0
+        middle = np.searchsorted(np.cumsum(self._counts), self._counts.sum() / 2)
+        median = float(
+            np.clip(_edge(middle) + (_edge(middle + 1) - _edge(middle)) / 2, self._least, self._greatest)
+        )
+        return float(self._least), median, float(self._greatest)
+
+    def histogram(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        used = np.flatnonzero(self._counts)
+        return _edge(used), _edge(used + 1), self._counts[used]
+
+
+def _edge(index: Any) -> Any:
+    """The least float32 of a bin of norms."""
+    return (np.asarray(index, np.uint32) << _SHIFT).view(np.float32).astype(np.float64)
+
+
+class _Duplicates:
+    """Counts digests of rows that are there more than once."""
+
+    def __init__(self, num_rows: int):
+        # Of digests that are evenly spread, those below a bound are a fair share.
+        self._share = min(1.0, MAX_DIGESTS / max(num_rows, 1))
+        self._found: list[np.ndarray] = []
+        self._rng = np.random.default_rng(0)
+        self._factors: np.ndarray | None = None
+
+    def add(self, rows: np.ndarray) -> None:
+        if not rows.size:
+            return
+        digests = self._digests(rows)
+        if self._share < 1:
+            digests = digests[digests < np.uint64(int(self._share * 2**64))]
+        self._found.append(digests)
+
+    def count(self) -> int:
+        if not self._found:
+            return 0
+        digests = np.concatenate(self._found)
+        return round((digests.size - np.unique(digests).size) / self._share)
+
+    def _digests(self, rows: np.ndarray) -> np.ndarray:
+        """Two strongly universal hashes of the 32-bit words of each row, in one uint64."""
+        octets = np.ascontiguousarray(rows).view(np.uint8).reshape(rows.shape[0], -1)
+        missing = -octets.shape[1] % 4
+        words = (
+            (np.pad(octets, ((0, 0), (0, missing))) if missing else octets).view(np.uint32).astype(np.uint64)
+        )
+        if self._factors is None:
+            self._factors = self._rng.integers(0, 2**64, (2, words.shape[1] + 1), np.uint64)
+        with np.errstate(over="ignore"):
+            high, low = (words @ f[1:] + f[0] for f in self._factors)
+        return (high & np.uint64(0xFFFFFFFF00000000)) | (low >> np.uint64(32))
+
+
+class _Error:
+    def __init__(self, change: Callable[[np.ndarray], np.ndarray]):
+        self._change, self._largest, self._total, self._count = change, 0.0, 0.0, 0
+
+    def add(self, values: np.ndarray) -> None:
+        if not values.size:
+            return
+        gap = np.abs(values - self._change(values))
+        self._largest = max(self._largest, float(gap.max()))
+        self._total += float(gap.sum(dtype=np.float64))
+        self._count += gap.size
+
+    def result(self) -> QuantizationError:
+        return QuantizationError(self._largest, self._total / max(self._count, 1))
+
+
+def _errors(array: StoredArray, config: QuantizationConfig | None) -> dict[str, _Error]:
+    if array.form != array.dtype.name:  # codes already
+        return {}
+
+    def coded(how: str) -> Callable[[np.ndarray], np.ndarray]:
+        codec = row_codec(how)
+        return lambda values: QuantizedTable(codec.kind, values.shape[1], **codec.encode(values)).host_rows(
+            0, values.shape[0]
+        )
+
+    errors: dict[str, _Error] = {}
+    if config is not None:
+        errors["as trained"] = _Error(lambda values: simulate_on_host(values, config))
+    if array.dtype.itemsize > 2:
+        errors["bfloat16"] = _Error(lambda values: values.astype(ml_dtypes.bfloat16).astype(np.float32))
+    return {**errors, **{how: _Error(coded(how)) for how in ROW_WISE}}

@@ -1,0 +1,175 @@
+"""What `jaxembed inspect` and `jaxembed diff` show, of every kind of input."""
+
+import html.parser
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxembed import FeatureConfig, QuantizationConfig, TableConfig
+from jaxembed.checkpoint import convert_to_bundle
+from jaxembed.cli import main
+from jaxembed.inspection import describe, difference, html_report
+from jaxembed.inspection.plots import norm_histogram, rank_curve
+from jaxembed.optimizers import Adagrad, Adam
+from jaxembed.train import Checkpointer, ShardedEmbedding
+
+MOVIES = TableConfig(3000, 8, name="movies", optimizer=Adam(1e-3))
+CONFIG = {
+    "user": {
+        "id": FeatureConfig(
+            TableConfig(500, 4, name="<users>", quantization_config=QuantizationConfig(256, -1, 1))
+        ),
+        "deep": {"country": FeatureConfig(TableConfig(20, 8, name="country", dtype=jnp.bfloat16))},
+    },
+    "history": [FeatureConfig(MOVIES), FeatureConfig(MOVIES, max_sequence_length=20)],
+}
+METADATA = {
+    "auc": 0.5,
+    "note": "</pre><script>alert(1)</script>",
+    "id_frequency": {
+        "movies": {"ranks": [1, 2, 4, 2900], "counts": [900, 500, 300, 1], "lookups": 12_345, "distinct": 2900},
+        "country": {"counts_by_rank": [9, 5, 1], "num_examples": 17},
+        "<users>": {"ranks": "none", "counts": 3},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    own = ShardedEmbedding(CONFIG, Adagrad(0.1), jax.make_mesh((1,), ("d",)))
+    state = own.init(jax.random.key(0))
+    tables, slots, _ = own.to_canonical(state)
+    with Checkpointer(directory, own) as checkpointer:
+        checkpointer.save(state, metadata=METADATA)
+        tables = {**tables, "movies": tables["movies"].at[3].set(0).at[5, 1].set(jnp.nan)}
+        slots["country"]["accumulators"] = slots["country"]["accumulators"] + 1
+        checkpointer.save(own.from_canonical(tables, slots, 1), metadata=METADATA)
+    return directory
+
+
+def test_configuration_is_a_tree(checkpoint):
+    text = describe(checkpoint)
+    tree = "\n".join(
+        [
+            "features",
+            "  history/",
+            "    0 -> movies",
+            "    1 -> movies, sequence of 20",
+            "  user/",
+            "    deep/",
+            "      country -> country",
+            "    id -> <users>",
+        ]
+    )
+    assert tree in text
+    assert text.startswith("checkpoint at step 1: 4 features, 3 tables, 104,320 bytes")
+    assert "  movies: 3,000 x 8 float32, 96,000 bytes, adam, combiner mean" in text
+    assert "    slot momenta: [3000, 8] float32, 96,000 bytes" in text
+    assert "256 buckets in [-1, 1]" in text
+    assert "norms" not in text
+    assert "checkpoint at step 0" in describe(checkpoint, step=0)
+
+
+def test_stats(checkpoint):
+    text = describe(checkpoint, stats=True)
+    assert "dead rows 1, NaN or infinite 1, duplicates 0" in text
+    assert re.search(r"as trained 0\.\d+ / 0\.\d+; bfloat16 .*; int8 .*; int4 ", text)
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that elements nest, and collects what they refer to."""
+
+    VOID = ("meta",)
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.ids = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        found = dict(attributes)
+        self.links += [found[key] for key in ("href", "src") if key in found]
+        self.ids += [found["id"]] if "id" in found else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_its_own(checkpoint):
+    text = html_report(checkpoint)
+    page = Page(text)
+    # Nothing from elsewhere, nothing that runs, and no name that becomes an element.
+    assert "script" not in page.tags
+    assert "http" not in text
+    assert "users" not in page.tags
+    assert all(link.removeprefix("#") in page.ids for link in page.links)
+    assert page.tags.count("svg") == 3 + 2
+    assert "12,345 lookups, 2,900 different ids" in text
+    assert "17 examples" in text
+    assert "Most similar rows" in text
+    assert "momenta" in text
+
+
+def test_bundles_and_other_formats(checkpoint, tmp_path):
+    convert_to_bundle(checkpoint, tmp_path / "bundles", step=0, quantize="int8")
+    text = describe(tmp_path / "bundles", stats=True)
+    assert re.match(r"bundle at step 0: 4 features, 3 tables, [\d,]+ bytes\ndigest [0-9a-f]{32}\n", text)
+    assert "movies: 3,000 x 8 int8 codes" in text
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3)
+    np.savez(tmp_path / "other.npz", items=rows)
+    text = describe(tmp_path / "other.npz", stats=True)
+    assert "npz at step 0: 1 tables, 48 bytes" in text
+    assert "items: 4 x 3 float32, 48 bytes" in text
+    Page(html_report(tmp_path / "other.npz"))
+
+
+def test_differences(checkpoint, tmp_path):
+    found = difference(checkpoint / "0", checkpoint / "1")
+    assert {name: table.change for name, table in found.items()} == {
+        "<users>": "same",
+        "country": "same",
+        "movies": "values",
+    }
+    assert found["movies"].num_rows == 2
+    assert (found["country"].slots, found["movies"].slots) == (("accumulators",), ())
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2), np.float32), y=np.zeros((3, 2), np.float32))
+    np.savez(tmp_path / "b.npz", x=np.zeros((4, 2), np.float32), z=np.zeros((3, 2), np.float32))
+    found = difference(tmp_path / "a.npz", tmp_path / "b.npz")
+    assert {name: table.change for name, table in found.items()} == {"x": "shape", "y": "removed", "z": "added"}
+
+
+def test_commands(checkpoint, tmp_path, capsys):
+    assert main(["inspect", str(checkpoint), "--html", str(tmp_path / "report.html")]) == 0
+    assert "wrote" in capsys.readouterr().out
+    Page((tmp_path / "report.html").read_text())
+    assert main(["diff", str(checkpoint / "0"), str(checkpoint / "1")]) == 2
+    out = capsys.readouterr().out
+    assert "country: same; slots accumulators" in out
+    assert "movies: values: 2 rows, by up to" in out
+    assert main(["diff", str(checkpoint / "0"), str(checkpoint / "0")]) == 0
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", str(tmp_path / "empty")]) == 1
+    assert "is an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [2.5], [1e-40, 1e38], list(range(100))])
+def test_plots_of_odd_values(values):
+    norms = np.asarray(values, np.float64)
+    plot = norm_histogram(norms, norms * 1.01 + 1e-45, np.ones(norms.size, np.int64))
+    Page(plot)
+    assert "nan" not in plot
+    assert (plot == "") == (not values)
+    curve = rank_curve(range(1, len(values) + 1), values)
+    Page(curve)
+    assert "nan" not in curve

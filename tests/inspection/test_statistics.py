@@ -1,0 +1,98 @@
+"""Figures of tables, summed up by blocks, are those of the whole table."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxembed import QuantizationConfig
+from jaxembed.checkpoint import digest_arrays
+from jaxembed.checkpoint.digests import CheckpointError
+from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.inspection import statistics, table_stats
+from jaxembed.quantization import quantization_error, quantize, simulate_on_host
+
+
+def stored(table):
+    return StoredArray("table", table, digest_arrays([table])[0])
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Several blocks; some rows dead, broken or there twice."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(300_000, 9)).astype(np.float32) * rng.lognormal(0, 1, (300_000, 1)).astype(
+        np.float32
+    )
+    rows[[5, 299_999]] = 0
+    rows[7, 3], rows[250_000, 0] = np.nan, -np.inf
+    rows[[200_000, 200_001, 299_998]] = rows[11]
+    return rows
+
+
+def test_of_the_whole_table(table):
+    found = table_stats(stored(table), quantization_config=QuantizationConfig(16, -1, 1))
+    assert (found.num_dead, found.num_bad, found.num_duplicates) == (2, 2, 3)
+    finite = table[np.isfinite(table).all(axis=1)]
+    norms = np.linalg.norm(finite.astype(np.float64), axis=1)
+    assert found.norms == pytest.approx((0, np.median(norms), norms.max()), rel=0.006)
+    lower, upper, counts = found.norm_counts
+    assert counts.sum() == norms.size
+    for edge in lower[:: len(lower) // 7]:
+        assert counts[lower < edge].sum() == (norms.astype(np.float32) < np.float32(edge)).sum()
+    assert (lower[1:] >= upper[:-1]).all()
+    for how in ("int8", "int4"):
+        expected = quantization_error(finite, quantize(finite, how))
+        assert found.quantization[how].max == expected.max
+        assert found.quantization[how].mean == pytest.approx(expected.mean, rel=1e-6)
+    gap = np.abs(simulate_on_host(finite, QuantizationConfig(16, -1, 1)) - finite)
+    assert found.quantization["as trained"].max == gap.max()
+
+
+def test_duplicates_of_a_large_table_are_estimated(monkeypatch):
+    monkeypatch.setattr(statistics, "MAX_DIGESTS", 20_000)
+    rows = np.random.default_rng(0).normal(size=(100_000, 3)).astype(np.float32)
+    assert table_stats(stored(rows)).num_duplicates == 0
+    rows[50_000:] = rows[:50_000]
+    assert table_stats(stored(rows)).num_duplicates == pytest.approx(50_000, rel=0.05)
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 9), st.sampled_from([np.float32, np.float16, np.int8]), st.integers(1, 4)
+)
+def test_duplicates_are_counted_exactly(num_rows, dim, dtype, values):
+    rows = np.random.default_rng(num_rows).integers(1, 1 + values, (num_rows, dim)).astype(dtype)
+    distinct = len({row.tobytes() for row in rows})
+    assert table_stats(stored(rows)).num_duplicates == num_rows - distinct
+
+
+def test_nearest_rows_are_those_of_the_whole_table(table):
+    found = table_stats(stored(table), num_samples=4).neighbours
+    assert len(found) == 4
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    for row, neighbours in found.items():
+        similarities = unit @ unit[row]
+        similarities[row] = -np.inf
+        similarities[~np.isfinite(similarities)] = -np.inf
+        best = np.sort(similarities)[::-1][:5]
+        assert [n.similarity for n in neighbours] == pytest.approx(best.tolist(), abs=1e-5)
+        assert all(similarities[n.row] == pytest.approx(n.similarity, abs=1e-5) for n in neighbours)
+        assert row not in [n.row for n in neighbours]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_extreme_tables(scale):
+    rows = np.full((3, 4), scale, np.float32)
+    found = table_stats(stored(rows), num_samples=2)
+    assert found.norms == pytest.approx((2 * scale,) * 3, rel=0.01)
+    assert found.num_dead == (3 if scale == 0 else 0)
+    assert all(n.similarity == pytest.approx(1) for near in found.neighbours.values() for n in near)
+
+
+def test_damage_is_an_error(table):
+    array = stored(table)
+    changed = table.copy()
+    changed[100_000, 0] += 1
+    with pytest.raises(CheckpointError, match="table is damaged: rows"):
+        table_stats(StoredArray("table", changed, array.digests))
