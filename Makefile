@@ -1,13 +1,14 @@
 # make demo   train on MovieLens, checkpoint, serve, and show that both sides agree
 # make test   the tests            make test-slow  the long ones, too
 # make lint   ruff and pyright     make bench      lookup, against its peers
+# make sanitize   the kernel with AddressSanitizer and UndefinedBehaviorSanitizer, by itself and behind XLA
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard jaxembed/native/*)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/movielens.py
@@ -22,6 +23,20 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/typecheck.py
+
+# The second test loads the instrumented library in place of the installed one. Python itself is not
+# instrumented: the sanitizer's library must come first, with the C++ one whose exceptions it watches.
+SANITIZED := build/sanitize
+CXX ?= c++
+sanitize: $(VENV)/.test
+	cmake -S . -B $(SANITIZED) -DCMAKE_BUILD_TYPE=None -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DJAXEMBED_TESTS=ON -DJAXEMBED_SANITIZE=ON
+	cmake --build $(SANITIZED) --parallel
+	$(SANITIZED)/kernel_test
+	cmake --install $(SANITIZED) --prefix $(SANITIZED)/install
+	PYTHONPATH=$(SANITIZED)/install ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc JAXEMBED_SANITIZED=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(PYTEST) tests/test_native.py
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/lookup.py

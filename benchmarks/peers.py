@@ -81,12 +81,14 @@ def _make(name: str) -> list[Peer]:
 
 
 def our_table(table: Table) -> Any:
-    """The table as our lookup takes it, sharing the host's memory where rows are not quantized."""
-    if table.dtype != "int8":
-        return jax.device_put(table.rows, jax.devices("cpu")[0])
-    from jaxembed.quantized_table import QuantizedTable
+    """The table as our lookup takes it, on the device: a numpy array would be copied there in every call."""
+    if table.dtype == "int8":
+        from jaxembed.quantized_table import QuantizedTable
 
-    return QuantizedTable.from_codes(table.rows, table.scale, table.bias)
+        on_host: Any = QuantizedTable.from_codes(table.rows, table.scale, table.bias)
+    else:
+        on_host = table.rows
+    return jax.device_put(on_host, jax.devices("cpu")[0])
 
 
 class Jax:

@@ -100,6 +100,24 @@ def embedding_bags(
     return jax.lax.platform_dependent(operands, cpu=native, default=portable)
 
 
+def row_gradients(bag: Bag, operands: BagOperands, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradient of one embedding_bag with respect to its table, as rows: no [V, D] array is made.
+
+    `jax.grad` gives the dense gradient; it is the sum of these rows at their ids. `jaxembed.optimizers`'
+    `sparse_update` takes both as they are.
+
+    Args:
+      bag: the static half.
+      operands: the dynamic half.
+      gradient: with respect to the output, in its shape.
+
+    Returns:
+      [N] ids and float32 [N, D] gradients with respect to the row that each looked up, weights and divisor
+      applied. Entries that are padding, pruned or bad have id V and gradient 0.
+    """
+    return bag_xla.row_gradients(bag, operands, gradient)
+
+
 def _signed(operands: BagOperands) -> BagOperands:
     return operands._replace(
         ids=signed_ids(operands.ids), bags=signed_ids(operands.bags), columns=signed_ids(operands.columns)

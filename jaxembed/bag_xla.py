@@ -1,6 +1,7 @@
 """The portable path of embedding_bag: gather and segment_sum in plain JAX, on any backend."""
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,36 @@ def embedding_bag(bag: "Bag", operands: "BagOperands") -> tuple[jax.Array, jax.A
       [B, D] (or [B, L, D], or [N, D] for the dense layout) in the table's type, and the int32 count of
       bad ids.
     """
-    table, ids = operands.table, jnp.asarray(operands.ids)
-    vocabulary_size = table.shape[0]
+    table = operands.table
+    entries = _entries(bag, operands)
+    rows = _rows(table, operands.ids)
+    return _combine(bag, entries, rows).astype(table.dtype), entries.bad_ids
+
+
+def row_gradients(bag: "Bag", operands: "BagOperands", gradient: Any) -> tuple[jax.Array, jax.Array]:
+    """The gradient of one embedding_bag with respect to its table, as rows; see `jaxembed.bag`."""
+    vocabulary_size, dim = operands.table.shape
+    entries = _entries(bag, operands)
+    rows = jax.ShapeDtypeStruct((entries.keep.shape[0], dim), jnp.float32)
+    (gradients,) = jax.linear_transpose(partial(_combine, bag, entries), rows)(gradient.astype(jnp.float32))
+    ids = jnp.asarray(operands.ids)
+    # A vocabulary that the type of the ids cannot count has no ids outside of it that are not negative.
+    padding = min(vocabulary_size, jnp.iinfo(ids.dtype).max)
+    return jnp.where(entries.keep, ids, padding), gradients
+
+
+class _Entries(NamedTuple):
+    """Entries [N]: bag, position in it, whether they count, float32 weights (or None); and how many are bad."""
+
+    row: Any
+    column: Any
+    keep: jax.Array
+    weights: Any
+    bad_ids: jax.Array
+
+
+def _entries(bag: "Bag", operands: "BagOperands") -> _Entries:
+    ids = jnp.asarray(operands.ids)
     row, live, column = _place(bag, operands, ids.shape[0])
     weights = None
     if operands.weights is not None and not bag.sequence_length:
@@ -28,23 +57,27 @@ def embedding_bag(bag: "Bag", operands: "BagOperands") -> tuple[jax.Array, jax.A
         live &= ids >= 0
     if bag.prune_weights and weights is not None:
         live &= weights > 0
-    in_range = (ids >= 0) & (ids < vocabulary_size)
+    in_range = (ids >= 0) & (ids < operands.table.shape[0])
     bad_ids = jnp.sum(live & ~in_range, dtype=jnp.int32)
-    keep = live & in_range
+    return _Entries(row, column, live & in_range, weights, bad_ids)
+
+
+def _combine(bag: "Bag", entries: _Entries, rows: jax.Array) -> jax.Array:
+    """[N, D] rows to the float32 output."""
+    row, column, keep, weights, _ = entries
     # `where` after the gather, since 0 * NaN of an unrelated row would leak into the sum.
-    rows = jnp.where(keep[:, None], _rows(table, ids), 0)
+    rows = jnp.where(keep[:, None], rows, 0)
     if bag.layout == "dense":
-        return rows.astype(table.dtype), bad_ids
+        return rows
     if bag.sequence_length:
         place = jnp.where(keep, row * bag.sequence_length + column, bag.num_bags * bag.sequence_length)
         out = _segment_sum(rows, place, bag.num_bags * bag.sequence_length)
-        out = out.reshape(bag.num_bags, bag.sequence_length, table.shape[1])
-        return out.astype(table.dtype), bad_ids
+        return out.reshape(bag.num_bags, bag.sequence_length, rows.shape[1])
     row = jnp.where(keep, row, bag.num_bags)
-    return _combine(bag, rows, row, weights, keep).astype(table.dtype), bad_ids
+    return _weighted(bag, rows, row, weights, keep)
 
 
-def _combine(bag: "Bag", rows: Any, row: Any, weights: Any, keep: Any) -> jax.Array:
+def _weighted(bag: "Bag", rows: Any, row: Any, weights: Any, keep: Any) -> jax.Array:
     ones = keep.astype(jnp.float32)
     weights = ones if weights is None else jnp.where(keep, weights, 0)
     total = _segment_sum(rows * weights[:, None], row, bag.num_bags)

@@ -6,17 +6,27 @@
 #include <type_traits>
 
 #include "bag.h"
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace jaxembed::JAXEMBED_ISA {
 namespace {
 
-typedef float V8 __attribute__((vector_size(32)));
-typedef int32_t I8 __attribute__((vector_size(32)));
-typedef uint16_t H8 __attribute__((vector_size(16)));
-typedef int8_t B8 __attribute__((vector_size(8)));
+// As wide as a register: wider vectors would live on the stack.
+#if defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kMostVectors = 8;  // summed in registers at a time; GCC keeps longer arrays in memory
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 constexpr int64_t kAhead = 16;  // rows fetched ahead of use
 constexpr int64_t kRun = 32;    // entries per pass where a row takes several passes
@@ -56,11 +66,11 @@ uint16_t FloatToHalf(float value) {
   return sign | static_cast<uint16_t>((x - 0x38000000 + 0xfff + ((x >> 13) & 1)) >> 13);
 }
 
-uint16_t FloatToBfloat(float value) {
+inline uint16_t FloatToBfloat(float value) {  // without a branch, so that loops of it vectorize
   uint32_t x;
   std::memcpy(&x, &value, 4);
-  if ((x & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((x >> 16) | 0x40);
-  return static_cast<uint16_t>((x + 0x7fff + ((x >> 16) & 1)) >> 16);
+  const uint32_t nan = (x >> 16) | 0x40, rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((x & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 
 template <RowType T>
@@ -88,26 +98,82 @@ inline float Element(const Table& t, const uint8_t* row, int64_t d) {
   }
 }
 
+inline Floats Shorts(Halves h) {  // bfloat16
+#if defined(__AVX2__)
+  const Words bits = (Words)_mm256_cvtepu16_epi32((__m128i)h) << 16;
+#else
+  const Words bits = __builtin_convertvector(h, Words) << 16;
+#endif
+  return (Floats)bits;
+}
+
+// kLanes bytes as integers.
+template <bool kSigned>
+inline Integers Bytes(const uint8_t* bytes) {
+#if defined(__AVX2__)
+  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+  return (Integers)(kSigned ? _mm256_cvtepi8_epi32(packed) : _mm256_cvtepu8_epi32(packed));
+#else
+  Integers x;
+#if defined(__ARM_NEON)
+  uint32_t word;
+  std::memcpy(&word, bytes, 4);
+  if constexpr (kSigned) {
+    x = (Integers)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(word))));
+  } else {
+    x = (Integers)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(word))));
+  }
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = kSigned ? static_cast<int8_t>(bytes[i]) : bytes[i];
+#endif
+  return x;
+#endif
+}
+
+// kLanes codes of four bits, the first one lowest.
+inline Integers Nibbles(const uint8_t* bytes) {
+  uint32_t word = 0;
+  std::memcpy(&word, bytes, kLanes / 2);
+  Words x;
+  for (int i = 0; i < kLanes; ++i) x[i] = word >> (4 * i);
+  return (Integers)(x & 15);
+}
+
+inline Floats Decoded(const float* codebook, Integers codes) {
+#if defined(__AVX2__)
+  return (Floats)_mm256_i32gather_ps(codebook, (__m256i)codes, 4);
+#else
+  Floats x;
+  for (int i = 0; i < kLanes; ++i) x[i] = codebook[codes[i]];
+  return x;
+#endif
+}
+
+// Columns [d, d + kLanes) of a row; d is a multiple of kLanes.
 template <RowType T>
-inline V8 Load8(const Table& t, const uint8_t* row, int64_t d) {
-  V8 x;
+inline Floats Load(const Table& t, const uint8_t* row, int64_t d) {
+  Floats x;
   if constexpr (T == RowType::kF32) {
-    std::memcpy(&x, row + 4 * d, 32);
-  } else if constexpr (T == RowType::kBF16) {
-    H8 h;
-    std::memcpy(&h, row + 2 * d, 16);
-    const I8 bits = __builtin_convertvector(h, I8) << 16;
-    std::memcpy(&x, &bits, 32);
-#if defined(__F16C__)
-  } else if constexpr (T == RowType::kF16) {
-    x = (V8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * d)));
+    std::memcpy(&x, row + 4 * d, 4 * kLanes);
+  } else if constexpr (T == RowType::kBF16 || T == RowType::kF16) {
+    Halves h;
+    std::memcpy(&h, row + 2 * d, 2 * kLanes);
+    if constexpr (T == RowType::kBF16) return Shorts(h);
+#if defined(__AVX2__) && defined(__F16C__)
+    x = (Floats)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__ARM_NEON)
+    x = vcvt_f32_f16((float16x4_t)h);
+#else
+    for (int i = 0; i < kLanes; ++i) x[i] = HalfToFloat(h[i]);
 #endif
   } else if constexpr (T == RowType::kInt8) {
-    B8 b;
-    std::memcpy(&b, row + d, 8);
-    x = __builtin_convertvector(__builtin_convertvector(b, I8), V8);
+    x = __builtin_convertvector(Bytes<true>(row + d), Floats);
+  } else if constexpr (T == RowType::kCodes8) {
+    x = Decoded(t.codebook, Bytes<false>(row + d));
+  } else if constexpr (T == RowType::kInt4) {
+    x = __builtin_convertvector(Nibbles(row + d / 2), Floats);
   } else {
-    for (int i = 0; i < 8; ++i) x[i] = Element<T>(t, row, d + i);
+    x = Decoded(t.codebook, Nibbles(row + d / 2));
   }
   return x;
 }
@@ -122,32 +188,37 @@ struct Entries {
   const Id* ahead_end;  // rows are fetched ahead up to here
 };
 
+template <RowType T>
 inline void Prefetch(const Table& t, int64_t row_bytes, int64_t id) {
   if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(t.vocabulary)) return;
   const uint8_t* row = static_cast<const uint8_t*>(t.rows) + id * row_bytes;
   for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
   __builtin_prefetch(row + row_bytes - 1, 0, 3);
+  if constexpr (Affine(T)) {
+    __builtin_prefetch(t.scale + id, 0, 3);
+    __builtin_prefetch(t.bias + id, 0, 3);
+  }
 }
 
-// sum[0 .. 8 NV) += weights * rows, columns [d, d + 8 NV); NV = 0: `tail` columns one by one.
+// sum[0 .. NV kLanes) += weights * rows, columns from d on; NV = 0: `tail` columns one by one.
 template <RowType T, int NV, bool kWeighted, typename Id>
 inline void Block(const Table& t, int64_t row_bytes, const Entries<Id>& e, int64_t d, int64_t tail, float* sum,
                   bool first, bool fetch) {
   constexpr int kVectors = NV > 0 ? NV : 1;
-  V8 acc[kVectors];
+  Floats acc[kVectors];
   if constexpr (NV == 0) {
-    acc[0] = V8{};
+    acc[0] = Floats{};
     if (!first) std::memcpy(&acc[0], sum, 4 * tail);
   } else {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
-      acc[v] = V8{};
-      if (!first) std::memcpy(&acc[v], sum + 8 * v, 32);
+      acc[v] = Floats{};
+      if (!first) std::memcpy(&acc[v], sum + kLanes * v, 4 * kLanes);
     }
   }
   const uint8_t* base = static_cast<const uint8_t*>(t.rows);
   for (int64_t j = 0; j < e.count; ++j) {
-    if (fetch && e.ids + j + kAhead < e.ahead_end) Prefetch(t, row_bytes, e.ids[j + kAhead]);
+    if (fetch && e.ids + j + kAhead < e.ahead_end) Prefetch<T>(t, row_bytes, e.ids[j + kAhead]);
     const int64_t id = e.ids[j];
     const uint8_t* row = base + id * row_bytes;
     float w = 1.0f;
@@ -162,7 +233,7 @@ inline void Block(const Table& t, int64_t row_bytes, const Entries<Id>& e, int64
     } else {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        const V8 x = Load8<T>(t, row, d + 8 * v);
+        const Floats x = Load<T>(t, row, d + kLanes * v);
         if constexpr (Affine(T)) {
           acc[v] += w * x + bias;
         } else if constexpr (kWeighted) {
@@ -177,7 +248,7 @@ inline void Block(const Table& t, int64_t row_bytes, const Entries<Id>& e, int64
     std::memcpy(sum, &acc[0], 4 * tail);
   } else {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) std::memcpy(sum + 8 * v, &acc[v], 32);
+    for (int v = 0; v < NV; ++v) std::memcpy(sum + kLanes * v, &acc[v], 4 * kLanes);
   }
 }
 
@@ -189,13 +260,13 @@ inline void Pass(const Table& t, int64_t row_bytes, const Entries<Id>& e, float*
 #define JAXEMBED_BLOCK(NV)                                                          \
   {                                                                                 \
     Block<T, NV, kWeighted, Id>(t, row_bytes, e, d, dim - d, sum + d, first, fetch); \
-    d += 8 * NV;                                                                    \
+    d += kLanes * NV;                                                                    \
     fetch = false;                                                                  \
   }
-  while (dim - d >= 64) JAXEMBED_BLOCK(8)
-  if (dim - d >= 32) JAXEMBED_BLOCK(4)
-  if (dim - d >= 16) JAXEMBED_BLOCK(2)
-  if (dim - d >= 8) JAXEMBED_BLOCK(1)
+  while (dim - d >= kMostVectors * kLanes) JAXEMBED_BLOCK(kMostVectors)
+  if (dim - d >= 4 * kLanes) JAXEMBED_BLOCK(4)
+  if (dim - d >= 2 * kLanes) JAXEMBED_BLOCK(2)
+  if (dim - d >= kLanes) JAXEMBED_BLOCK(1)
   if (dim > d) JAXEMBED_BLOCK(0)
 #undef JAXEMBED_BLOCK
 }
@@ -205,7 +276,8 @@ template <RowType T, bool kWeighted, typename Id>
 inline void Accumulate(const Table& t, int64_t row_bytes, Entries<Id> e, float* sum, bool first) {
   const int64_t total = e.count;
   const int64_t dim = t.dim;
-  const bool one_pass = dim == 64 || dim == 32 || dim == 16 || dim <= 8;
+  // A single block takes all columns, so that it may run through all entries.
+  const bool one_pass = dim <= kLanes || (dim <= kMostVectors * kLanes && dim % kLanes == 0 && !(dim & (dim - 1)));
   const int64_t run = one_pass ? total : kRun;
   int64_t done = 0;
   do {
@@ -222,8 +294,18 @@ inline void Write(const Bag& bag, int64_t at, const float* sum) {
   const int64_t dim = bag.table.dim;
   if (bag.table.type == RowType::kBF16 || bag.table.type == RowType::kF16) {
     uint16_t* out = static_cast<uint16_t*>(bag.out) + at * dim;
-    const bool bf16 = bag.table.type == RowType::kBF16;
-    for (int64_t d = 0; d < dim; ++d) out[d] = bf16 ? FloatToBfloat(sum[d]) : FloatToHalf(sum[d]);
+    if (bag.table.type == RowType::kBF16) {
+      for (int64_t d = 0; d < dim; ++d) out[d] = FloatToBfloat(sum[d]);
+      return;
+    }
+    int64_t d = 0;
+#if defined(__AVX2__) && defined(__F16C__)
+    for (; d + 8 <= dim; d += 8) {
+      const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(sum + d), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d), h);
+    }
+#endif
+    for (; d < dim; ++d) out[d] = FloatToHalf(sum[d]);
   } else if (sum != static_cast<float*>(bag.out) + at * dim) {
     std::memcpy(static_cast<float*>(bag.out) + at * dim, sum, 4 * dim);
   }
@@ -301,7 +383,7 @@ struct Runner {
       for (; i < end && count < kRun; ++i) {
         const int64_t at = At(i);
         if (!Live(at)) continue;
-        Prefetch(bag.table, row_bytes, ids[at]);
+        Prefetch<T>(bag.table, row_bytes, ids[at]);
         live_ids[count] = ids[at];
         if (kWeighted) live_weights[count] = bag.weights[at];
         ++count;
@@ -344,7 +426,7 @@ struct Runner {
     }
     for (int64_t b = task.first_bag; b < task.last_bag; ++b) {
       if (bag.layout == Layout::kDense) {
-        if (b + kAhead < task.last_bag) Prefetch(bag.table, row_bytes, ids[b + kAhead]);
+        if (b + kAhead < task.last_bag) Prefetch<T>(bag.table, row_bytes, ids[b + kAhead]);
         Dense(b);
         continue;
       }

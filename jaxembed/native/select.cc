@@ -1,34 +1,33 @@
 // Picks the instance of the hot loop for the processor it runs on.
 #include "bag.h"
+#include "instances.h"
 
 namespace jaxembed {
-
-#define JAXEMBED_DECLARE(isa)                                     \
-  namespace isa {                                                 \
-  int64_t Run(const Bag&, const Placed&, const Task&);            \
-  void Finish(const Bag&, int64_t b, float*, int64_t count);       \
-  }
-JAXEMBED_DECLARE(baseline)
-#if defined(JAXEMBED_X86_64)
-JAXEMBED_DECLARE(v3)
-JAXEMBED_DECLARE(v4)
-#endif
-
 namespace {
 
 RunTask Select() {
-#if defined(JAXEMBED_X86_64)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
-    return v4::Run;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return v3::Run;
-#endif
-  return baseline::Run;
+  const Instances found = FindInstances();
+  RunTask fastest = nullptr;
+  for (const Instance& instance : found.of) fastest = instance.run ? instance.run : fastest;
+  return fastest;
 }
 
 }  // namespace
+
+Instances FindInstances() {
+  Instances found = {{{"baseline", baseline::Run}, {"v3", nullptr}, {"v4", nullptr}}};
+#if defined(JAXEMBED_X86_64)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+    found.of[1].run = v3::Run;
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
+    found.of[2].run = v4::Run;
+  }
+#endif
+  return found;
+}
 
 int64_t RunBag(const Bag& bag, const Placed& placed, const Task& task) {
   static const RunTask run = Select();

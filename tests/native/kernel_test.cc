@@ -1,0 +1,355 @@
+// The kernel's own tests, without XLA: every instance of the hot loop against a scalar loop.
+//
+// Each array has its own stretch of memory, at a start that is aligned to its elements only, with guards on
+// both sides. Padding and guards are poisoned while the kernel runs, so that AddressSanitizer sees every read
+// or write out of bounds; without it, the guards around the output are compared.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../jaxembed/native/bag.h"
+#include "../../jaxembed/native/instances.h"
+#include "../../jaxembed/native/place.h"
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
+
+namespace jaxembed {
+namespace {
+
+using Random = std::mt19937_64;
+constexpr int64_t kGuard = 64;
+
+int64_t Below(Random& random, int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); }
+
+// `size` bytes at an address that is a multiple of `align` and of nothing larger.
+class Stretch {
+ public:
+  Stretch(int64_t size, int64_t align) : size_(size), memory_(size + 2 * kGuard + 64 + align, 0xA5) {
+    const auto base = reinterpret_cast<uintptr_t>(memory_.data());
+    start_ = static_cast<int64_t>((64 - base % 64) % 64) + kGuard + align % 64;
+    Poison(-kGuard, 0);
+    Poison(size_, size_ + kGuard);
+  }
+  ~Stretch() { ASAN_UNPOISON_MEMORY_REGION(memory_.data(), memory_.size()); }
+  Stretch(const Stretch&) = delete;
+
+  uint8_t* data() { return memory_.data() + start_; }
+  void Poison(int64_t from, int64_t to) {
+    if (to > from) ASAN_POISON_MEMORY_REGION(data() + from, static_cast<size_t>(to - from));
+  }
+  bool GuardsHold() {
+    ASAN_UNPOISON_MEMORY_REGION(memory_.data(), memory_.size());
+    for (int64_t i = 0; i < static_cast<int64_t>(memory_.size()); ++i) {
+      if ((i < start_ || i >= start_ + size_) && memory_[i] != 0xA5) return false;
+    }
+    return true;
+  }
+
+ private:
+  int64_t size_, start_ = 0;
+  std::vector<uint8_t> memory_;
+};
+
+uint16_t Half(double value, bool bf16) {  // exact for the values used here
+  const float x = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (bf16) return static_cast<uint16_t>(bits >> 16);
+  if (x == 0) return 0;
+  return static_cast<uint16_t>(((bits >> 16) & 0x8000) | ((((bits >> 23) & 255) - 112) << 10) | ((bits >> 13) & 1023));
+}
+
+double FromHalf(uint16_t h, bool bf16) {
+  if (bf16) {
+    const uint32_t bits = static_cast<uint32_t>(h) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  const int exponent = (h >> 10) & 31;
+  const double magnitude = exponent ? std::ldexp(1024 + (h & 1023), exponent - 25) : std::ldexp(h & 1023, -24);
+  return h & 0x8000 ? -magnitude : magnitude;
+}
+
+// One random lookup with its memory, and what it must give.
+struct Case {
+  Bag bag;
+  std::vector<double> values;  // [V, D]
+  std::vector<std::unique_ptr<Stretch>> stretches;
+  Stretch* out = nullptr;
+  int64_t out_values = 0;
+  bool half = false;
+  std::string name;
+
+  uint8_t* Memory(int64_t size, int64_t align) {
+    stretches.push_back(std::make_unique<Stretch>(size, align));
+    return stretches.back()->data();
+  }
+  float* Floats(int64_t count) { return reinterpret_cast<float*>(Memory(4 * count, 4)); }
+  Ints Integers(const std::vector<int64_t>& values, bool wide) {
+    const int64_t size = wide ? 8 : 4;
+    uint8_t* data = Memory(size * static_cast<int64_t>(values.size()), size);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const auto narrow = static_cast<int32_t>(values[i]);
+      std::memcpy(data + i * size, wide ? static_cast<const void*>(&values[i]) : &narrow, size);
+    }
+    return {data, wide};
+  }
+};
+
+void MakeTable(Case& c, RowType type, int64_t vocabulary, int64_t dim) {
+  Table& t = c.bag.table;
+  t.type = type, t.vocabulary = vocabulary, t.dim = dim;
+  const int64_t width = t.row_bytes();
+  c.half = type == RowType::kBF16 || type == RowType::kF16;
+  uint8_t* rows = c.Memory(vocabulary * width, type == RowType::kF32 ? 4 : c.half ? 2 : 1);
+  std::memset(rows, 0, vocabulary * width);
+  t.rows = rows;
+  float *scale = nullptr, *bias = nullptr, *codebook = nullptr;
+  if (type == RowType::kInt8 || type == RowType::kInt4) {
+    t.scale = scale = c.Floats(vocabulary);
+    t.bias = bias = c.Floats(vocabulary);
+    for (int64_t r = 0; r < vocabulary; ++r) scale[r] = r % 2 ? 0.25f : 0.5f, bias[r] = static_cast<float>(r % 5);
+  } else if (!c.half && type != RowType::kF32) {
+    const int codes = type == RowType::kCodes8 ? 256 : 16;
+    t.codebook = codebook = c.Floats(codes);
+    for (int i = 0; i < codes; ++i) codebook[i] = 0.25f * static_cast<float>((i * 37) % 61 - 30);
+  }
+  for (int64_t r = 0; r < vocabulary; ++r) {
+    for (int64_t d = 0; d < dim; ++d) {
+      const int code = static_cast<int>((r * 31 + d * 7) % 61);
+      double value = 0.25 * (code - 30);
+      if (type == RowType::kF32) {
+        const float x = static_cast<float>(value);
+        std::memcpy(rows + r * width + 4 * d, &x, 4);
+      } else if (c.half) {
+        const uint16_t h = Half(value, type == RowType::kBF16);
+        std::memcpy(rows + r * width + 2 * d, &h, 2);
+      } else if (type == RowType::kInt8) {
+        rows[r * width + d] = static_cast<uint8_t>(code - 30);
+        value = (code - 30) * scale[r] + bias[r];
+      } else if (type == RowType::kCodes8) {
+        rows[r * width + d] = static_cast<uint8_t>(code * 4);
+        value = codebook[code * 4];
+      } else {
+        rows[r * width + d / 2] |= static_cast<uint8_t>((code % 16) << (4 * (d % 2)));
+        value = type == RowType::kInt4 ? (code % 16) * scale[r] + bias[r] : codebook[code % 16];
+      }
+      c.values.push_back(value);
+    }
+  }
+}
+
+// Ids, some of them bad, in bags, some of them empty; garbage before the first bag and after the last.
+void MakeIds(Case& c, Random& random, int64_t mean) {
+  Bag& bag = c.bag;
+  const bool dense = bag.layout == Layout::kDense, sparse = bag.layout == Layout::kSparse;
+  const int64_t before = dense ? 0 : Below(random, 4), after = dense ? 0 : Below(random, 4);
+  std::vector<int64_t> splits(1, before), rows(before, -1), columns;
+  for (int64_t b = 0; b < bag.num_bags; ++b) {
+    const int64_t length = dense ? 1 : Below(random, 3) ? Below(random, 2 * mean + 1) : 0;
+    splits.push_back(splits.back() + length);
+    rows.insert(rows.end(), length, b);
+  }
+  rows.insert(rows.end(), after, bag.num_bags + 3);
+  const int64_t n = bag.num_ids = dense ? bag.num_bags : static_cast<int64_t>(rows.size());
+  const bool wide = Below(random, 2), clean = Below(random, 2);
+  const int64_t garbage[] = {-1, -7, bag.table.vocabulary, INT32_MAX, INT32_MIN};
+  std::vector<int64_t> ids(n);
+  for (int64_t& id : ids) {
+    const bool bad = bag.table.vocabulary == 0 || (!clean && Below(random, 8) == 0);
+    id = bad ? garbage[Below(random, 5)] : Below(random, bag.table.vocabulary);
+  }
+  if (sparse && Below(random, 2)) {
+    for (int64_t i = n - 1; i > 0; --i) std::swap(rows[i], rows[Below(random, i + 1)]);
+  }
+  for (int64_t i = 0; i < n; ++i) columns.push_back(Below(random, 7) - 1);
+  const bool weighted = !dense && !bag.sequence_length && Below(random, 2);
+  bag.ids = c.Integers(ids, wide);
+  const int64_t size = wide ? 8 : 4, end = splits.back();
+  const bool padded = bag.layout == Layout::kRagged;
+  if (padded) c.stretches.back()->Poison(0, before * size), c.stretches.back()->Poison(end * size, n * size);
+  if (weighted) {
+    float* weights = c.Floats(n);
+    for (int64_t i = 0; i < n; ++i) weights[i] = 0.25f * static_cast<float>(Below(random, 12) - (clean ? 0 : 2));
+    bag.weights = weights;
+    if (padded) c.stretches.back()->Poison(0, before * 4), c.stretches.back()->Poison(end * 4, n * 4);
+  }
+  if (padded) bag.bags = c.Integers(splits, Below(random, 2));
+  if (sparse) bag.bags = c.Integers(rows, Below(random, 2));
+  if (sparse && bag.sequence_length) bag.columns = c.Integers(columns, Below(random, 2));
+}
+
+void MakeOutput(Case& c) {
+  const int64_t rows = c.bag.num_bags * (c.bag.sequence_length ? c.bag.sequence_length : 1);
+  c.out_values = rows * c.bag.table.dim;
+  c.bag.out = c.Memory(c.out_values * (c.half ? 2 : 4), c.half ? 2 : 4);
+  c.out = c.stretches.back().get();
+}
+
+// The contract of bag.h, word for word, in double precision.
+std::vector<double> Reference(const Case& c, int64_t* bad) {
+  const Bag& bag = c.bag;
+  const int64_t dim = bag.table.dim, length = bag.sequence_length;
+  std::vector<double> out(c.out_values, 0.0), divisors(bag.num_bags, 0.0);
+  *bad = 0;
+  int64_t ragged = 0;
+  for (int64_t i = 0; i < bag.num_ids; ++i) {
+    int64_t b = i, l = 0;
+    if (bag.layout == Layout::kSparse) {
+      b = bag.bags[i];
+      if (b < 0 || b >= bag.num_bags) continue;
+      if (length) l = bag.columns[i];
+    } else if (bag.layout == Layout::kRagged) {
+      if (i < bag.bags[0] || i >= bag.bags[bag.num_bags]) continue;
+      while (i >= bag.bags[ragged + 1]) ++ragged;
+      b = ragged;
+      l = i - bag.bags[b];
+    }
+    if (length && (l < 0 || l >= length)) continue;
+    const int64_t id = bag.ids[i];
+    if (bag.prune_ids && id < 0) continue;
+    if (bag.prune_weights && bag.weights && !(bag.weights[i] > 0)) continue;
+    if (id < 0 || id >= bag.table.vocabulary) {
+      ++*bad;
+      continue;
+    }
+    const double w = bag.weights ? bag.weights[i] : 1;
+    divisors[b] += bag.combiner == Combiner::kSqrtn ? w * w : w;
+    for (int64_t d = 0; d < dim; ++d) out[(length ? b * length + l : b) * dim + d] += w * c.values[id * dim + d];
+  }
+  if (length || bag.layout == Layout::kDense || bag.combiner == Combiner::kSum) return out;
+  for (int64_t b = 0; b < bag.num_bags; ++b) {
+    const double divisor = bag.combiner == Combiner::kSqrtn ? std::sqrt(divisors[b]) : divisors[b];
+    for (int64_t d = 0; d < dim; ++d) out[b * dim + d] = divisor == 0 ? 0 : out[b * dim + d] / divisor;
+  }
+  return out;
+}
+
+void Fail(const Case& c, const char* isa, const std::string& what) {
+  std::fprintf(stderr, "%s on %s: %s\n", c.name.c_str(), isa, what.c_str());
+  std::exit(1);
+}
+
+// Runs a case on every instance, cut into tasks of `chunk` bytes that run in any order.
+void Check(Case& c, Random& random, int64_t chunk) {
+  Scratch scratch;
+  Placed placed;
+  const std::string wrong = Place(c.bag, scratch, &placed);
+  if (!wrong.empty()) Fail(c, "any", wrong);
+  int64_t expected_bad = 0;
+  const std::vector<double> expected = Reference(c, &expected_bad);
+  for (const Instance& instance : FindInstances().of) {
+    if (!instance.run) continue;
+    std::memset(c.bag.out, 0xFF, c.out_values * (c.half ? 2 : 4));
+    Plan plan;
+    AddTasks(0, c.bag, placed, chunk, &plan);
+    PlacePartials(&c.bag, &plan);
+    for (size_t i = plan.tasks.size(); i > 1; --i) std::swap(plan.tasks[i - 1], plan.tasks[Below(random, i)]);
+    int64_t bad = 0;
+    for (const Task& task : plan.tasks) bad += instance.run(c.bag, placed, task);
+    for (const Shared& shared : plan.shared) {
+      FinishBag(c.bag, shared.bag, plan.partials.data() + shared.first_partial, shared.count);
+    }
+    if (bad != expected_bad) {
+      Fail(c, instance.name, std::to_string(bad) + " bad ids, expected " + std::to_string(expected_bad));
+    }
+    for (int64_t i = 0; i < c.out_values; ++i) {
+      const bool bf16 = c.bag.table.type == RowType::kBF16;
+      const double got = c.half ? FromHalf(static_cast<uint16_t*>(c.bag.out)[i], bf16)
+                                : static_cast<double>(static_cast<float*>(c.bag.out)[i]);
+      const double tolerance = c.half ? (bf16 ? 0x1p-8 : 0x1p-11) : 1e-5;
+      if (!(std::abs(got - expected[i]) <= tolerance * std::max(1.0, std::abs(expected[i])))) {
+        Fail(c, instance.name, "value " + std::to_string(i) + " is " + std::to_string(got) + ", expected " +
+                                   std::to_string(expected[i]));
+      }
+    }
+  }
+  if (!c.out->GuardsHold()) Fail(c, "any", "a guard beside the output was written");
+}
+
+void Sweep(Random& random, int64_t* cases) {
+  for (int64_t dim = 1; dim <= 257; ++dim) {
+    for (int type = 0; type <= static_cast<int>(RowType::kCodes4); ++type) {
+      for (int layout = 0; layout <= 2; ++layout) {
+        Case c;
+        Bag& bag = c.bag;
+        bag.layout = static_cast<Layout>(layout);
+        bag.combiner = static_cast<Combiner>(Below(random, 3));
+        bag.prune_ids = Below(random, 2), bag.prune_weights = Below(random, 2);
+        bag.num_bags = Below(random, 9);
+        bag.sequence_length = layout && Below(random, 3) == 0 ? 1 + Below(random, 5) : 0;
+        MakeTable(c, static_cast<RowType>(type), Below(random, 16) ? 1 + Below(random, 40) : 0, dim);
+        MakeIds(c, random, Below(random, 8) ? 3 : 40);
+        MakeOutput(c);
+        c.name = "dim " + std::to_string(dim) + " type " + std::to_string(type) + " layout " + std::to_string(layout) +
+                 " combiner " + std::to_string(static_cast<int>(bag.combiner)) + " case " + std::to_string(*cases);
+        Check(c, random, 1 + Below(random, 4096));
+        ++*cases;
+      }
+    }
+  }
+}
+
+// One bag of many ids beside empty ones: it is cut into pieces, whatever the chunk.
+void HugeBag(Random& random, Combiner combiner, Layout layout, int64_t* cases) {
+  Case c;
+  c.bag.layout = layout, c.bag.combiner = combiner, c.bag.num_bags = 1000;
+  MakeTable(c, RowType::kF32, 50, 33);
+  const int64_t n = c.bag.num_ids = 50'000;
+  std::vector<int64_t> ids(n), splits(1001, n), rows(n, 400);
+  for (int64_t& id : ids) id = Below(random, 50);
+  for (int64_t b = 0; b <= 400; ++b) splits[b] = 0;
+  c.bag.ids = c.Integers(ids, false);
+  c.bag.bags = c.Integers(layout == Layout::kRagged ? splits : rows, false);
+  MakeOutput(c);
+  c.name = "huge bag, layout " + std::to_string(static_cast<int>(layout));
+  Scratch scratch;
+  Placed placed;
+  Place(c.bag, scratch, &placed);
+  Plan plan;
+  AddTasks(0, c.bag, placed, 1 << 16, &plan);
+  if (plan.shared.size() != 1 || plan.shared[0].count < 4) Fail(c, "any", "the bag was not cut");
+  Check(c, random, 1 << 16);
+  ++*cases;
+}
+
+void RefusedSplits() {
+  for (const std::vector<int64_t>& splits : {std::vector<int64_t>{0, 2, 1}, {-1, 0, 2}, {0, 1, 4}, {0, INT64_MAX, 3}}) {
+    Case c;
+    c.bag.num_bags = 2, c.bag.num_ids = 3, c.bag.table.dim = 4;
+    c.bag.bags = c.Integers(splits, true);
+    c.name = "splits";
+    Scratch scratch;
+    Placed placed;
+    if (Place(c.bag, scratch, &placed).empty()) Fail(c, "any", "bad splits were taken");
+  }
+}
+
+}  // namespace
+}  // namespace jaxembed
+
+int main() {
+  using namespace jaxembed;
+  Random random(20261125);
+  int64_t cases = 0;
+  Sweep(random, &cases);
+  for (Layout layout : {Layout::kRagged, Layout::kSparse}) {
+    for (int combiner = 0; combiner < 3; ++combiner) HugeBag(random, static_cast<Combiner>(combiner), layout, &cases);
+  }
+  RefusedSplits();
+  std::printf("%lld cases on", static_cast<long long>(cases));
+  for (const Instance& instance : FindInstances().of) {
+    if (instance.run) std::printf(" %s", instance.name);
+  }
+  std::printf("\n");
+}

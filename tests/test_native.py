@@ -1,0 +1,165 @@
+"""The kernel behind its XLA handler: what it must refuse, and where it must not read or write.
+
+`make sanitize` runs these tests with AddressSanitizer and UndefinedBehaviorSanitizer, too, beside
+tests/native/kernel_test.cc, which sweeps the kernel itself.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxembed import bag_native
+from jaxembed.bag import Bag, BagOperands, embedding_bags
+from jaxembed.quantization import quantize
+
+pytestmark = pytest.mark.skipif(not bag_native.available(), reason="the kernel was not built")
+
+# In the order of `Field` in decode.h.
+FIELDS = dict.fromkeys(("layout", "combiner", "prune_ids", "prune_weights", "num_bags"), 0)
+FIELDS |= {"sequence_length": 0, "row_type": 0, "dim": 0, "rows": 0, "scale": -1, "bias": -1, "codebook": -1}
+FIELDS |= {"ids": 1, "bags": 2, "columns": -1, "weights": -1}
+RAGGED, SPARSE = 1, 2
+# What jax makes of it depends on whether the call was dispatched at once.
+INVALID_ARGUMENT = (ValueError, jax.errors.JaxRuntimeError)
+TABLE = jnp.arange(18, dtype=jnp.float32).reshape(6, 3)
+IDS, SPLITS = jnp.array([1, 2, 3, 4], jnp.int32), jnp.array([0, 1, 4], jnp.int32)
+
+
+def call(arguments=(TABLE, IDS, SPLITS), out=(2, 3), dtype=np.float32, counts=1, numbers=None, **fields):
+    """The kernel with hand-made numbers, as no caller of embedding_bags could send them."""
+    fields = FIELDS | {"layout": RAGGED, "num_bags": 2, "dim": 3} | fields
+    numbers = list(fields.values()) if numbers is None else numbers
+    results = [jax.ShapeDtypeStruct(out, dtype), jax.ShapeDtypeStruct((counts,), np.int32)]
+    run = jax.ffi.ffi_call("jaxembed_embedding_bags", results)
+    return run(*arguments, meta=np.array(numbers, np.int64))
+
+
+def test_the_library_under_test_is_the_instrumented_one():
+    if "JAXEMBED_SANITIZED" not in os.environ:
+        pytest.skip("only for `make sanitize`")
+    path = bag_native.library()
+    assert path is not None
+    assert b"__asan_init" in path.read_bytes()
+
+
+def test_hand_made_numbers_are_those_that_are_sent():
+    out, bad = call()
+    np.testing.assert_array_equal(out, [TABLE[1], TABLE[2] + TABLE[3] + TABLE[4]])
+    assert int(bad[0]) == 0
+
+
+HUGE = 2**62
+REFUSED = {
+    "layout": ({"layout": 3}, r"layout must be in \[0, 2\], got 3"),
+    "negative layout": ({"layout": -1}, "layout must be in"),
+    "combiner": ({"combiner": HUGE}, "combiner must be in"),
+    "row type": ({"row_type": 7}, r"row type must be in \[0, 6\], got 7"),
+    "bags": ({"num_bags": -1}, "num_bags must be in"),
+    "many bags": ({"num_bags": HUGE}, "num_bags must be in"),
+    "more bags than splits": (
+        {"num_bags": 3},
+        r"row_splits must be int32 or int64 \[B \+ 1\] = \[4\], got int32 \[3\]",
+    ),
+    "sequence": ({"sequence_length": -1}, "sequence_length must be in"),
+    "long sequence": ({"sequence_length": 2**31 - 1, "dim": 2**31 - 1}, "is too large"),
+    "output": ({"sequence_length": 5}, r"the output must hold 30 values of float32, got float32 \[2, 3\]"),
+    "dim": ({"dim": 0}, r"dim must be in \[1, "),
+    "wide dim": ({"dim": 4}, r"a table of dim 4 must be float32 \[V, 4\], got float32 \[6, 3\]"),
+    "rows of another type": ({"row_type": 1}, r"must be bfloat16 \[V, 3\], got float32"),
+    "no table": ({"rows": -1}, "got none"),
+    "table out of range": ({"rows": HUGE}, "got none"),
+    "no ids": ({"ids": -5}, "ids must be int32 or int64"),
+    "ids of another type": ({"ids": 0}, "ids must be int32 or int64"),
+    "no splits": ({"bags": 3}, r"row_splits must be int32 or int64 \[B \+ 1\] = \[3\], got none"),
+    "weights of another type": ({"weights": 1}, r"weights must be float32 \[N\] = \[4\], got int32 \[4\]"),
+    "row ids": ({"layout": SPARSE}, r"row ids must be int32 or int64 \[N\] = \[4\], got int32 \[3\]"),
+    "columns": ({"layout": SPARSE, "bags": 1, "sequence_length": 1}, "columns must be int32 or int64"),
+    "dense": ({"layout": 0}, "the dense layout needs as many bags as ids, got 2 bags for 4 ids"),
+    "dense sequence": ({"layout": 0, "sequence_length": 1}, "the dense layout has no sequences"),
+    "few numbers": ({"numbers": [1] * 15}, "make up a call; got 15 numbers"),
+    "no numbers": ({"numbers": []}, "got 0 numbers and 2 outputs"),
+    "numbers of two features": ({"numbers": [0] * 32}, "got 32 numbers and 2 outputs"),
+    "counts": ({"counts": 2}, r"counts of bad ids must be int32 \[F\] = \[1\]"),
+    "output type": ({"dtype": np.int32}, "the output must hold 6 values of float32, got int32"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_hostile_numbers_are_refused(case):
+    fields, message = REFUSED[case]
+    with pytest.raises(INVALID_ARGUMENT, match=message) as error:
+        jax.block_until_ready(call(**fields))
+    assert "INVALID_ARGUMENT" in str(error.value)
+
+
+@pytest.mark.parametrize("splits", [[0, 3, 1], [-1, 0, 4], [0, 1, 5], [0, 2**31 - 1, 4]])
+def test_splits_that_do_not_rise_are_refused(splits):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="feature 0: row_splits must rise from 0 to at most 4 ids"
+    ):
+        jax.block_until_ready(call((TABLE, IDS, jnp.array(splits, jnp.int32))))
+
+
+@pytest.mark.parametrize("layout", ["ragged", "sparse"])
+def test_one_huge_bag_beside_empty_ones(layout):
+    """More than two pieces of 1 MiB: several tasks share the bag, and the others stay zero."""
+    table = jnp.asarray(np.random.default_rng(0).integers(-8, 8, (500, 32)).astype(np.float32))
+    ids = np.random.default_rng(1).integers(0, 500, 60_000).astype(np.int32)
+    splits = np.where(np.arange(2001) <= 700, 0, ids.size).astype(np.int32)
+    bags = splits if layout == "ragged" else np.full(ids.size, 700, np.int32)
+    (out,), bad = embedding_bags([Bag(layout, 2000)], [BagOperands(table, ids, bags)], "native")
+    expected = np.zeros((2000, 32), np.float32)
+    expected[700] = np.bincount(ids, minlength=500) @ np.asarray(table)
+    np.testing.assert_array_equal(out, expected)
+    assert int(bad[0]) == 0
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("dim", [1, 7, 33, 130])
+def test_many_features_in_one_call_share_what_they_share(kind, dim):
+    rows = jnp.asarray(np.random.default_rng(dim).integers(-8, 8, (40, dim)).astype(np.float32))
+    table = quantize(rows, kind) if kind in ("int8", "int4") else rows.astype(kind)
+    ids, weights = jnp.arange(12, dtype=jnp.int32) * 3, jnp.arange(12, dtype=jnp.float32) / 4
+    splits = jnp.array([0, 0, 5, 5, 12], jnp.int32)
+    bags = [Bag("ragged", 4, "mean"), Bag("ragged", 4, sequence_length=3), Bag("dense", 12), Bag("ragged", 0)]
+    operands = [
+        BagOperands(table, ids, splits, weights=weights),
+        BagOperands(table, ids, splits),
+        BagOperands(table, ids),
+        BagOperands(table, ids, splits[:1]),
+    ]
+    results = [embedding_bags(bags, operands, path) for path in ("native", "xla")]
+    for ours, theirs in zip(*(outputs for outputs, _ in results), strict=True):
+        assert ours.shape == theirs.shape
+        tolerance = 1e-6 if ours.dtype == jnp.float32 else float(jnp.finfo(ours.dtype).eps)
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(theirs, np.float32), rtol=tolerance, atol=1e-6
+        )
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("what", ["table", "weights", "everything"])
+def test_vmap_equals_one_by_one(what):
+    """JAX runs the kernel once for each element (its "sequential" rule)."""
+    tables = jnp.stack([TABLE, 2 * TABLE, -TABLE])
+    weights = jnp.arange(12, dtype=jnp.float32).reshape(3, 4) + 1
+    ids = jnp.array([[1, 2, 3, 4], [0, 0, 5, 9], [5, 4, 3, -1]], jnp.int32)
+
+    def one(table, ids, weights):
+        (out,), bad = embedding_bags(
+            [Bag("ragged", 2, "mean")], [BagOperands(table, ids, SPLITS, weights=weights)], "native"
+        )
+        return out, bad
+
+    axes = {"table": (0, None, None), "weights": (None, None, 0), "everything": (0, 0, 0)}[what]
+    arguments = [a if axis == 0 else a[1] for a, axis in zip((tables, ids, weights), axes, strict=True)]
+    out, bad = jax.jit(jax.vmap(one, axes))(*arguments)
+    for i in range(3):
+        expected, expected_bad = one(
+            *(a[i] if axis == 0 else a for a, axis in zip(arguments, axes, strict=True))
+        )
+        np.testing.assert_array_equal(out[i], expected)
+        np.testing.assert_array_equal(bad[i], expected_bad)

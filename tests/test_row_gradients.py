@@ -1,0 +1,70 @@
+"""Gradients of embedding_bag as rows: their sum is the dense gradient of both paths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxembed import bag_native
+from jaxembed.bag import Bag, BagOperands, embedding_bags, row_gradients
+from jaxembed.optimizers import SGD, sparse_update
+
+V, D = 6, 3
+TABLE = jnp.arange(V * D, dtype=jnp.float32).reshape(V, D) / 8
+IDS = jnp.array([1, 2, 2, -1, 5, V, 0, 3], jnp.int32)
+WEIGHTS = jnp.array([1, 0.5, -2, 1, 3, 1, 0, 7], jnp.float32)
+SPLITS = jnp.array([1, 3, 3, 7], jnp.int32)  # the first entry and the last one are padding
+ROWS = jnp.array([0, 2, 1, 0, 2, 1, 1, 3], jnp.int32)
+COLUMNS = jnp.array([0, 1, 1, 2, 5, 0, 1, 0], jnp.int32)
+CASES = {
+    "dense": (Bag("dense", 8), BagOperands(TABLE, IDS)),
+    "sequence": (Bag("ragged", 3, sequence_length=2), BagOperands(TABLE, IDS, SPLITS)),
+    "sparse sequence": (Bag("sparse", 3, sequence_length=3), BagOperands(TABLE, IDS, ROWS, COLUMNS)),
+}
+for combiner in ("sum", "mean", "sqrtn"):
+    ragged = Bag("ragged", 3, combiner)
+    CASES[f"ragged {combiner}"] = (ragged, BagOperands(TABLE, IDS, SPLITS))
+    CASES[f"ragged weighted {combiner}"] = (ragged, BagOperands(TABLE, IDS, SPLITS, weights=WEIGHTS))
+    sparse = Bag("sparse", 3, combiner, prune_ids=True, prune_weights=True)
+    CASES[f"sparse pruned {combiner}"] = (sparse, BagOperands(TABLE, IDS, ROWS, weights=WEIGHTS))
+
+
+@pytest.mark.parametrize("path", ["xla", "native"])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_add_up_to_the_dense_gradient(case, path):
+    if path == "native" and not bag_native.available():
+        pytest.skip(f"no native kernel: {bag_native.unavailable_reason()}")
+    bag, operands = CASES[case]
+
+    def forward(table):
+        return embedding_bags([bag], [operands._replace(table=table)], path)[0][0]
+
+    out, pull = jax.vjp(forward, TABLE)
+    gradient = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+    ids, rows = jax.jit(row_gradients, static_argnums=0)(bag, operands, gradient)
+    assert ids.shape == IDS.shape
+    assert rows.shape == (IDS.size, D)
+    np.testing.assert_array_equal(rows[ids == V], 0)
+    (dense,) = pull(gradient)
+    np.testing.assert_allclose(
+        jnp.zeros_like(TABLE).at[ids].add(rows, mode="drop"), dense, rtol=1e-6, atol=1e-7
+    )
+    assert np.abs(dense).max() > 0.1
+
+
+def test_sparse_update_takes_them_and_no_table_sized_array_is_made():
+    bag, operands = CASES["ragged weighted mean"]
+    large = jax.ShapeDtypeStruct((1_000_000, D), jnp.float32)
+
+    def gradients(table, gradient):
+        return row_gradients(bag, operands._replace(table=table), gradient)
+
+    made = jax.make_jaxpr(gradients)(large, jnp.ones((3, D)))
+    assert all(v.aval.size < 1000 for equation in made.eqns for v in equation.outvars)
+
+    def loss(table):
+        return jnp.sum(embedding_bags([bag], [operands._replace(table=table)], "xla")[0][0])
+
+    ids, rows = row_gradients(bag, operands, jnp.ones((3, D)))
+    updated, _ = sparse_update(SGD(learning_rate=0.5), TABLE, {}, ids, rows, 0)
+    np.testing.assert_allclose(updated, TABLE - 0.5 * jax.grad(loss)(TABLE), rtol=1e-6)
