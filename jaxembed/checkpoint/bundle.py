@@ -46,7 +46,7 @@ from jaxembed.checkpoint.files import sync_folder, write_file
 from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
 from jaxembed.checkpoint.safetensors_file import header_of
 from jaxembed.checkpoint.scratch import scratch_folder
-from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.checkpoint.stored import StoredArray, WatchedArray
 from jaxembed.checkpoint.vocabularies import copy_vocabularies
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
@@ -70,6 +70,7 @@ def convert_to_bundle(
     delta_from: int | None = None,
     select_model: Callable[[Any], Any] | None = None,
     exported: bytes | Callable[[Bundle], bytes] | None = None,
+    advance: Callable[[int], Any] = lambda num_bytes: None,
     dry_run: bool = False,
 ) -> BundleReport:
     """Writes a checkpoint as `out`/`version`/, without slots, to be served from.
@@ -90,6 +91,7 @@ def convert_to_bundle(
         needs of it, such as `lambda model: model["params"]`. None keeps all.
       exported: the model as `jax.export` serializes it, with tables as arguments; or called with the bundle
         as it is written, before it is published, to return that. `Bundle.exported` gives it back.
+      advance: called with the number of bytes of tables that were converted, now and then.
       dry_run: write nothing, and report what would be written, without errors of rounding.
 
     Raises:
@@ -116,7 +118,7 @@ def convert_to_bundle(
         return BundleReport(target, tuple(reports))
     with scratch_folder(target.parent, str(number)) as scratch:
         (scratch / "tables").mkdir()
-        reports, manifest = _write_arrays(scratch, opened, configs, quantize, base, select_model)
+        reports, manifest = _write_arrays(scratch, opened, configs, quantize, base, select_model, advance)
         if exported is not None:
             manifest["exported"] = _write_exported(scratch, exported, manifest, base)
         write_file(scratch / MANIFEST_FILE, [json.dumps(layout.seal(manifest)).encode()])
@@ -134,6 +136,7 @@ def _write_arrays(
     quantize: str | None,
     base: Bundle | None,
     select_model: Callable[[Any], Any] | None,
+    advance: Callable[[int], Any],
 ) -> tuple[list[TableReport], dict[str, Any]]:
     """Writes tables and dense model; the reports, and the manifest of them."""
     copy_vocabularies(opened.feature_config, scratch)
@@ -142,10 +145,12 @@ def _write_arrays(
         model = select_model(model)
     reports, tables = [], {}
     for i, (name, array) in enumerate(opened.tables.items()):
+        watched = WatchedArray(array.what, array.source, array.digests, advance)
         report, tables[name] = _write_table(
-            scratch, f"tables/{i:05d}.safetensors", array, configs[name], quantize, base
+            scratch, f"tables/{i:05d}.safetensors", watched, configs[name], quantize, base
         )
-        reports.append(report)
+        digest = layout.table_digest(tables[name]["rows"], tables[name].get("quantized"))
+        reports.append(dataclasses.replace(report, digest=digest))
     return reports, {
         "format": FORMAT,
         "version": layout.VERSION,
@@ -173,7 +178,8 @@ def _write_table(
         report, entry = write_table(scratch / file, config.name, array, config, quantize)
         return report, {"file": file, **entry}
     if ids.size:
-        write_file(scratch / file, delta_parts(array, ids))
+        unwatched = StoredArray(array.what, array.source, array.digests)  # it was read once already
+        write_file(scratch / file, delta_parts(unwatched, ids))
     size = (scratch / file).stat().st_size if ids.size else 0
     assert array.digests is not None
     entry = {"file": None, "delta": file if ids.size else None, "rows": array.digests.to_json()}

@@ -42,6 +42,7 @@ class Bundle:
       model: nested dicts and lists of mapped arrays, or None.
       metadata: what the trainer put in.
       digest: of its manifest, and so of everything in it.
+      table_digests: by name, of the whole table: those of a chain of deltas are those of a full bundle.
     """
 
     directory: pathlib.Path
@@ -51,6 +52,7 @@ class Bundle:
     model: Any
     metadata: dict[str, Any]
     digest: str
+    table_digests: dict[str, str]
     _digests: list[tuple[str, np.ndarray, Digests]] = dataclasses.field(repr=False)
     _exported: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
 
@@ -162,6 +164,12 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
             model,
             manifest["metadata"],
             layout.digest(manifest),
+            {
+                name: layout.table_digest(
+                    manifest["tables"][name]["rows"], manifest["tables"][name].get("quantized")
+                )
+                for name in tables
+            },
             checks,
             _exported_entry(manifest.get("exported")),
         )

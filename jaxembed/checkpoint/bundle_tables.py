@@ -32,6 +32,7 @@ class TableReport:
       max_error: largest absolute difference to the checkpoint's values.
       num_changed: rows that a delta holds; None where the table was written whole.
       mean_error: mean absolute difference to the checkpoint's values.
+      digest: of the whole table as it is served, however it is stored; None in a dry run.
     """
 
     name: str
@@ -41,6 +42,7 @@ class TableReport:
     max_error: float
     num_changed: int | None = None
     mean_error: float = 0.0
+    digest: str | None = None
 
 
 class _Errors:

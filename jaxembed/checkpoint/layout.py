@@ -140,6 +140,16 @@ def digest(content: Any) -> str:
     return digest_bytes(json.dumps(content, sort_keys=True).encode())
 
 
+def table_digest(rows: Any, quantized: Any = None) -> str:
+    """One digest of a table: equal where its rows or codes are, in a checkpoint, a bundle or a chain of deltas.
+
+    Args:
+      rows: JSON of the Digests of its rows or codes.
+      quantized: kind and digests of the other arrays of codes, as in the manifest of a bundle.
+    """
+    return digest({"rows": rows, "quantized": quantized})
+
+
 def encode_name(name: str) -> str:
     """A table's name as a key of Orbax, which gives '.' and '/' a meaning of their own."""
     return quote(name, safe="").replace(".", "%2E")

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,25 @@ class StoredArray:
         if self.digests is not None:
             self.digests.check(rows, self.what, start)
         return start, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchedArray(StoredArray):
+    """An array that says how far the reading of its blocks is.
+
+    Attributes:
+      advance: called with the number of bytes of each block, once it is dealt with.
+    """
+
+    advance: Callable[[int], Any] = lambda num_bytes: None
+
+    def blocks(
+        self, max_bytes: int = BLOCK_BYTES, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """As those of a StoredArray."""
+        for first, rows in super().blocks(max_bytes, start, stop):
+            yield first, rows
+            self.advance(rows.nbytes)
 
 
 def open_array(

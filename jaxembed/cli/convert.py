@@ -12,12 +12,14 @@ import tempfile
 
 from jaxembed.checkpoint import convert_to_bundle
 from jaxembed.checkpoint.files import read_regular
+from jaxembed.checkpoint.reading import open_checkpoint
 from jaxembed.config import COMBINERS
 from jaxembed.convert import FORMATS, convert
 from jaxembed.convert.conversion import DTYPES, report_json, report_lines
 from jaxembed.convert.formats import guess_source, guess_target
 from jaxembed.convert.interface import path_of
 from jaxembed.convert.keys import keys_from_json
+from jaxembed.convert.progress import progress_bar
 from jaxembed.serialization import feature_config_from_json
 
 SERVING = "serving"
@@ -125,17 +127,21 @@ def _to_serving(options: argparse.Namespace, checkpoint: str) -> int:
             raise ValueError(f"the dense model has no part {options.model_key!r}, it has {sorted(model)}.")
         return model[options.model_key]
 
-    report = convert_to_bundle(
-        checkpoint,
-        options.out,
-        step=options.step,
-        version=options.version,
-        quantize=options.quantize,
-        delta_from=options.delta_from,
-        select_model=select if options.model_key else None,
-        exported=options.exported and options.exported.read_bytes(),
-        dry_run=options.dry_run,
-    )
+    total = sum(array.num_bytes for array in open_checkpoint(checkpoint, options.step).tables.values())
+    hidden = options.no_progress or options.json or options.dry_run
+    with progress_bar(total, False if hidden else None) as advance:
+        report = convert_to_bundle(
+            checkpoint,
+            options.out,
+            step=options.step,
+            version=options.version,
+            quantize=options.quantize,
+            delta_from=options.delta_from,
+            select_model=select if options.model_key else None,
+            exported=options.exported and options.exported.read_bytes(),
+            advance=advance,
+            dry_run=options.dry_run,
+        )
     if options.json:
         tables = [dataclasses.asdict(table) for table in report.tables]
         print(json.dumps({"path": str(report.path), "tables": tables}))
@@ -144,5 +150,9 @@ def _to_serving(options: argparse.Namespace, checkpoint: str) -> int:
     for table in report.tables:
         error = f", max error {table.max_error:.3g}, mean {table.mean_error:.3g}" if table.max_error else ""
         changed = "" if table.num_changed is None else f", {table.num_changed:,} rows changed"
-        print(f"  {table.name}: {list(table.shape)} {table.dtype}, {table.num_bytes:,} bytes{error}{changed}")
+        digest = f", xxh3-128 {table.digest}" if table.digest else ""
+        print(
+            f"  {table.name}: {list(table.shape)} {table.dtype}, {table.num_bytes:,} bytes{error}{changed}{digest}"
+        )
+    print(f"{len(report.tables)} tables, {sum(table.num_bytes for table in report.tables):,} bytes")
     return 0

@@ -39,7 +39,9 @@ def describe(
     with progress_bar(opened.num_bytes, progress if stats else False) as advance:
         for name, array in opened.tables.items():
             config = configs.get(name)
-            lines += [f"  {name}: {', '.join(table_facts(array, config))}"]
+            lines.append(f"  {name}: {', '.join(table_facts(array, config))}")
+            if name in opened.table_digests:
+                lines.append(f"    xxh3-128 {opened.table_digests[name]}")
             lines += [
                 f"    slot {slot}: {list(stored.shape)} {stored.dtype.name}, {stored.num_bytes:,} bytes"
                 for slot, stored in opened.slots.get(name, {}).items()

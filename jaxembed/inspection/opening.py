@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.bundle_reading import is_bundle, open_bundle
 from jaxembed.checkpoint.reading import open_checkpoint
 from jaxembed.checkpoint.stored import StoredArray
@@ -27,6 +28,7 @@ class Inspected:
       metadata: what the trainer put in.
       notes: what the reader guessed or left out.
       digest: of a bundle, else None.
+      table_digests: by name, where the format has digests: equal for equal tables, however they are stored.
     """
 
     path: pathlib.Path
@@ -38,6 +40,7 @@ class Inspected:
     metadata: dict[str, Any]
     notes: tuple[str, ...] = ()
     digest: str | None = None
+    table_digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def configs(self) -> dict[str, TableConfig]:
@@ -73,6 +76,7 @@ def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
             {},
             bundle.metadata,
             digest=bundle.digest,
+            table_digests=bundle.table_digests,
         )
     name = formats.guess_source(path)
     if name == "jaxembed":
@@ -85,6 +89,9 @@ def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
             opened.tables,
             opened.slots,
             opened.manifest["metadata"],
+            table_digests={
+                name: layout.table_digest(rows) for name, rows in opened.manifest["digests"]["tables"].items()
+            },
         )
     found = open_source(path, name, Options(step=step))
     return Inspected(

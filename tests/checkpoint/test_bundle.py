@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -282,6 +283,12 @@ def test_mutations_never_change_a_value(bundles, tmp_path, count):
 def test_command(checkpoint, bundles, tmp_path, capsys):
     assert main(["convert", str(checkpoint), "--to", "serving", str(tmp_path), "--model-key", "params"]) == 0
     assert f"wrote {tmp_path / '1'}" in capsys.readouterr().out
+    assert main(["convert", str(checkpoint), "--to", "serving", str(tmp_path / "q"), "--quantize", "int8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(
+        re.search(r"\d bytes, max error 0\.\d+, mean .*, xxh3-128 [0-9a-f]{32}$", line) for line in lines[1:3]
+    )
+    assert lines[3].startswith("2 tables, ")
     assert main(["diff", str(bundles), str(tmp_path)]) == 2
     assert "../items: values: 2 rows, by up to 0." in capsys.readouterr().out
     assert main(["diff", str(tmp_path), str(checkpoint)]) == 0
@@ -300,6 +307,17 @@ def test_command(checkpoint, bundles, tmp_path, capsys):
         == 1
     )
     assert "the dense model has no part 'q'" in capsys.readouterr().err
+
+
+def test_progress_is_of_all_bytes(checkpoint, tmp_path):
+    done = []
+    convert_to_bundle(checkpoint, tmp_path, step=0, quantize="int8", advance=done.append)
+    size = sum(table.nbytes for table in read_checkpoint(checkpoint, 0).tables.values())
+    assert sum(done) == size
+    done.clear()
+    convert_to_bundle(checkpoint, tmp_path / "d", step=0, version=0)
+    convert_to_bundle(checkpoint, tmp_path / "d", step=1, version=1, delta_from=0, advance=done.append)
+    assert sum(done) == size
 
 
 def test_inspection_of_a_checkpoint(checkpoint, bundles):

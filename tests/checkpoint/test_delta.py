@@ -9,6 +9,7 @@ import pytest
 
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, convert_to_bundle, open_bundle
+from jaxembed.inspection import describe
 from jaxembed.optimizers import SGD
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
@@ -50,6 +51,16 @@ def test_chain_is_the_whole_byte_by_byte(checkpoint, chain, tmp_path):
     for name, table in whole.tables.items():
         assert last.tables[name].tobytes() == table.tobytes()
         assert last.stored()[name].digests == whole.stored()[name].digests
+    assert last.table_digests == whole.table_digests
+    assert last.digest != whole.digest
+    assert {t.name: t.digest for t in reports[-1].tables} == whole.table_digests
+    lines = [
+        [line for line in describe(path).splitlines() if "xxh3-128" in line]
+        for path in (out, tmp_path / "whole")
+    ]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 3
+    assert lines[0] == [line for line in describe(checkpoint).splitlines() if "xxh3-128" in line]
     assert last.model["w"].tolist() == [2, 2, 2]
     for report in reports:
         assert {t.name: t.num_changed for t in report.tables} == {"a": 3, "still": 0, "whole": None}
