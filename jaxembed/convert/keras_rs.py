@@ -110,6 +110,7 @@ def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str]]:
     names: dict[str, str] = {}
 
     def visit(key: str, item: Any) -> None:
+        key = key if isinstance(key, str) else os.fsdecode(key)
         # A dataset may lie in other files, which nobody gave.
         if (
             not isinstance(item, h5py.Dataset)
@@ -125,6 +126,6 @@ def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
     try:
         file.visititems(visit)
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError) as e:
         raise ValueError(f"{file.filename} is damaged: {str(e)[:200]}.") from e
     return arrays, names

@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import tokenize
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,7 +81,7 @@ def _open(file: pathlib.Path) -> StoredArray:
         mapped: Any = np.load(file, mmap_mode="r", allow_pickle=False)
         if not isinstance(mapped, np.memmap):
             raise ValueError("it is no .npy file")
-    except (ValueError, OSError, OverflowError, MemoryError, SyntaxError, EOFError) as e:
+    except (ValueError, OSError, OverflowError, MemoryError, SyntaxError, EOFError, tokenize.TokenError) as e:
         raise ValueError(f"{file} is no .npy file of numbers, or is damaged: {str(e)[:200]}.") from e
     dtype = native(mapped.dtype)
     return stored(

@@ -3,7 +3,9 @@
 import mmap
 import os
 import pathlib
+import struct
 import threading
+import tokenize
 import zipfile
 import zlib
 from typing import Any
@@ -17,6 +19,18 @@ from jaxembed.convert.interface import Contents, Options, Source, stored
 from jaxembed.convert.keys import own_key, place_arrays
 from jaxembed.convert.npy import guess_place, header
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
+
+#: What zipfile and numpy raise besides, of a damaged file.
+OTHERS = (
+    OSError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+    KeyError,
+    struct.error,
+)
 
 
 class _Mapped(mmap.mmap):
@@ -51,7 +65,7 @@ def read(path: pathlib.Path, options: Options) -> Source:
             if members[SIDECAR].file_size > MAX_SIDECAR:
                 raise ValueError(f"{SIDECAR} is too large")
             known = read_sidecar(path, archive.read(SIDECAR))
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, RuntimeError) as e:
+    except (zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError, ValueError, *OTHERS) as e:
         raise ValueError(f"{path} is no .npz file, or is damaged: {str(e)[:300]}.") from e
     finally:
         os.close(descriptor)
@@ -95,7 +109,7 @@ def _open(path: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
             try:
                 member.seek(first if fortran else first + start * row)
                 data = member.read() if fortran else member.read((stop - start) * row)
-            except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as e:
+            except (zipfile.BadZipFile, zlib.error, *OTHERS) as e:
                 raise ValueError(f"{what} is damaged: {e}.") from e
         values: Any = np.frombuffer(data, dtype)
         rows = (

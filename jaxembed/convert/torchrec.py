@@ -8,6 +8,8 @@ import os
 import pathlib
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -108,6 +110,7 @@ def _load(path: pathlib.Path) -> Any:
         refuse_pointer(path, os.pread(descriptor, 64, 0))
     finally:
         os.close(descriptor)
+    _check_sums(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, OSError, KeyError, AttributeError) as e:
@@ -115,6 +118,32 @@ def _load(path: pathlib.Path) -> Any:
             f"{path} is no torch checkpoint of plain tensors, or is damaged: {str(e)[:300]}. Save a state dict "
             "of whole tensors with torch.save; sharded tensors must be gathered first."
         ) from e
+
+
+def _check_sums(path: pathlib.Path) -> None:
+    """Torch compares no checksums; a file of another form than torch.save's is left to it to refuse."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ) as e:
+        raise ValueError(
+            f"{path} is no torch checkpoint of plain tensors, or is damaged: {str(e)[:200]}."
+        ) from e
+    if bad is not None:
+        raise ValueError(
+            f"{path} is damaged: {bad} does not have the checksum it was saved with (torch saves checksums unless "
+            "torch.serialization.set_crc32_options(False) was called)."
+        )
 
 
 def _flat(value: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,104 @@
+"""Damaged files of every format: they are refused with a ValueError, and where the format has checksums nothing else."""
+
+import importlib
+import pathlib
+import random
+
+import numpy as np
+import pytest
+
+from jaxembed.convert import convert, open_source
+
+TABLE = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+
+
+def npz(folder):
+    np.savez(folder / "a.npz", t=TABLE, u=TABLE)
+    return folder / "a.npz", folder / "a.npz"
+
+
+def packed(folder):
+    np.savez_compressed(folder / "a.npz", t=TABLE, u=TABLE)
+    return folder / "a.npz", folder / "a.npz"
+
+
+def npy(folder):
+    np.save(folder / "a.npy", TABLE)
+    return folder / "a.npy", folder / "a.npy"
+
+
+def safetensors(folder):
+    convert(npz(folder)[0], folder / "a.safetensors")
+    return folder / "a.safetensors", folder / "a.safetensors"
+
+
+def torch(folder):
+    convert(npz(folder)[0], folder / "a.pt")
+    return folder / "a.pt", folder / "a.pt"
+
+
+def hdf5(folder):
+    h5py = importlib.import_module("h5py")
+    with h5py.File(folder / "a.h5", "w") as file:
+        group = file.create_group("e/_default_device_embedding_layers/r/vars")
+        group.attrs["name"] = "t"
+        group["0"] = TABLE
+    return folder / "a.h5", folder / "a.h5"
+
+
+def tensorflow_index(folder):
+    convert(npz(folder)[0], folder / "tf", target_format="tensorflow")
+    return folder / "tf", folder / "tf" / "ckpt.index"
+
+
+def tensorflow_data(folder):
+    convert(npz(folder)[0], folder / "tf", target_format="tensorflow")
+    return folder / "tf", next((folder / "tf").glob("ckpt.data-00000*"))
+
+
+def damaged(good, rng):
+    data, kind = bytearray(good), rng.random()
+    if kind < 0.7:
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            data[rng.randrange(len(data))] ^= rng.randrange(1, 256)
+    elif kind < 0.85:
+        del data[rng.randrange(len(data)) :]
+    else:
+        at = rng.randrange(len(data))
+        data[at:at] = rng.randbytes(rng.randrange(1, 20))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("make", "package", "has_checksums"),
+    [
+        (npz, None, True),
+        (packed, None, True),
+        (npy, None, False),
+        (safetensors, None, False),
+        pytest.param(torch, "torch", True, marks=pytest.mark.parity),
+        pytest.param(hdf5, "h5py", False, marks=pytest.mark.parity),
+        pytest.param(tensorflow_index, "tensorflow", True, marks=pytest.mark.parity),
+        pytest.param(tensorflow_data, "tensorflow", True, marks=pytest.mark.parity),
+    ],
+)
+def test_damage_is_refused(tmp_path, make, package, has_checksums, count):
+    if package:
+        pytest.importorskip(package)
+    source, file = make(tmp_path)
+    good, rng = pathlib.Path(file).read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(count):
+        # Never into a file that is mapped.
+        file.unlink()
+        file.write_bytes(damaged(good, rng))
+        try:
+            opened = open_source(source)
+            tables = {name: array.read() for name, array in opened.tables.items()}
+        except (ValueError, FileNotFoundError):
+            refused += 1
+            continue
+        if has_checksums:
+            assert all(np.array_equal(table, TABLE) for table in tables.values())
+    assert refused > count / 10
