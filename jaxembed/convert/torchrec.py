@@ -122,9 +122,9 @@ def _load(path: pathlib.Path) -> Any:
 
 def _check_sums(path: pathlib.Path) -> None:
     """Torch compares no checksums; a file of another form than torch.save's is left to it to refuse."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except (

@@ -6,6 +6,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxembed.checkpoint import read_checkpoint
+from jaxembed.cli import main
 from jaxembed.convert import convert
 
 pytestmark = pytest.mark.parity
@@ -70,7 +71,7 @@ def library(tmp_path_factory):
     return specs, variables, directory
 
 
-def test_there_and_back(library, tmp_path):
+def test_there_and_back(library, tmp_path, capsys):
     specs, variables, directory = library
     report = convert(directory / "saved", tmp_path / "ckpt", layout=directory / "spec.pb")
     assert report.source_format == "jax-tpu-embedding"
@@ -94,6 +95,8 @@ def test_there_and_back(library, tmp_path):
     for name in SHAPES:
         np.testing.assert_array_equal(theirs[name], values()[name])
     third = convert(back.path, tmp_path / "third")
+    assert main(["inspect", str(back.path)]) == 0
+    assert "a: 37 x 6" in capsys.readouterr().out
     assert [a.digest for a in third.arrays] == [a.digest for a in report.arrays]
 
 

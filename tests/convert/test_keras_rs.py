@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxembed.checkpoint import read_checkpoint
+from jaxembed.cli import main
 from jaxembed.convert import convert
 
 pytestmark = pytest.mark.parity
@@ -39,10 +40,12 @@ def run(*arguments):
         return dict(tables)
 
 
-def test_there_and_back(tmp_path):
+def test_there_and_back(tmp_path, capsys):
     tables = run("save", tmp_path / "model.weights.h5", tmp_path / "before.npz")
     report = convert(tmp_path / "model.weights.h5", tmp_path / "ckpt")
     assert report.source_format == "keras-rs"
+    assert main(["inspect", str(tmp_path / "model.weights.h5")]) == 0
+    assert "users: 20 x 4" in capsys.readouterr().out
     read = read_checkpoint(tmp_path / "ckpt")
     assert sorted(read.tables) == ["films", "users"]
     for name, table in tables.items():

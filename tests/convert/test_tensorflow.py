@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from jaxembed import FeatureConfig, RaggedTensor, TableConfig, optimizers, serve
 from jaxembed.checkpoint import read_checkpoint
+from jaxembed.cli import main
 from jaxembed.convert import convert
 from jaxembed.convert import tensorflow as ours
 from jaxembed.train import Checkpointer, ShardedEmbedding
@@ -62,13 +63,15 @@ def ours_of(path):
     return {table: {"parameters": read.tables[table], **read.slots.get(table, {})} for table in read.tables}
 
 
-def test_there_and_back(tmp_path):
+def test_there_and_back(tmp_path, capsys):
     """Theirs to a checkpoint that trains and serves, and back to theirs: tables, slots and lookups."""
     embedding = theirs()
     fill(embedding)
     prefix = tf.train.Checkpoint(model=tf.Module(), embedding=embedding).save(str(tmp_path / "tf" / "model"))
     report = convert(prefix, tmp_path / "ckpt", feature_config=config())
     assert (report.source_format, len(report.arrays)) == ("tensorflow", 5)
+    assert main(["inspect", prefix]) == 0
+    assert "users: 70 x 8" in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, ours_of(tmp_path / "ckpt"), arrays(embedding))
     own = ShardedEmbedding(config(), optimizers.SGD(0.1), jax.make_mesh((2,), ("d",)))
     with Checkpointer(tmp_path / "ckpt", own) as checkpointer:

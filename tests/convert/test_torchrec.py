@@ -11,6 +11,7 @@ import pytest
 
 from jaxembed import RaggedTensor, serve
 from jaxembed.checkpoint import read_checkpoint
+from jaxembed.cli import main
 from jaxembed.convert import convert, open_source
 from jaxembed.convert.interface import Options
 
@@ -82,7 +83,7 @@ def _load_safetensors(file):
     return pytest.importorskip("safetensors.torch").load_file(file)
 
 
-def test_with_modules_of_its_names(tmp_path):
+def test_with_modules_of_its_names(tmp_path, capsys):
     module = names_of_torchrec()
     torch.save(
         {"epoch": 3, "model": {f"net.{k}": v for k, v in module.state_dict().items()}}, tmp_path / "m.pt"
@@ -90,6 +91,8 @@ def test_with_modules_of_its_names(tmp_path):
     report = convert(tmp_path / "m.pt", tmp_path / "ckpt")
     assert "model.net.embedding_bags.users.weight -> table 'users' (guessed)" in report.notes
     assert "combiner 'sum'" in report.notes[-1]
+    assert main(["inspect", str(tmp_path / "m.pt")]) == 0
+    assert "films: 1,000 x 16" in capsys.readouterr().out
     keys = {f"net.embedding_bags.{name}.weight": (name, None) for name in SHAPES}
     convert(tmp_path / "ckpt", tmp_path / "back.pt", keys=keys)
     again = names_of_torchrec()
