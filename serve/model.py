@@ -16,7 +16,7 @@ from .exporting import PLATFORMS, activation_specs
 from .exporting_whole import export_whole
 from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
 from .function import ServingFunction, print_progress
-from .signature import FeatureSignature, Signature
+from .signature import Signature, make_signature
 
 
 class ServingModel:
@@ -71,7 +71,7 @@ class ServingModel:
         )
         weighted, limits = _limits(exported, weighted, max_ids_per_row)
         self._features = features = served_features(bundle.feature_config, limits, weighted)
-        self._signature = _signature(features, exported)
+        self._signature = make_signature(features, exported)
         self._embedding = EmbeddingForServing(bundle.feature_config, bundle.tables)
         options: dict[str, Any] = {"weighted": weighted, "max_ids_per_row": limits}
         options["batch_sizes"] = _batch_sizes(exported, max_batch_size)
@@ -280,21 +280,3 @@ def _params(bundle: Bundle, exported: ExportedModel, features: tuple[ServedFeatu
             f"{wrong[:4]}; export it with the one that the checkpoint holds."
         )
     return exported.arrange(bundle.model)
-
-
-def _signature(features: tuple[ServedFeature, ...], exported: ExportedModel | None) -> Signature:
-    described = tuple(
-        FeatureSignature(
-            path=feature.path,
-            kind="sequence" if feature.config.max_sequence_length else "bag",
-            max_ids=feature.max_ids,
-            weighted=feature.weighted,
-            vocabulary_size=feature.config.table.vocabulary_size,
-            dtype=feature.config.preprocessing.dtype if feature.config.preprocessing else "int64",
-            preprocessed=feature.config.preprocessing is not None,
-        )
-        for feature in features
-    )
-    if exported is None:
-        return Signature(described, (), tuple(activation_specs(features)))
-    return Signature(described, exported.dense, exported.outputs[1])

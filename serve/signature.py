@@ -1,8 +1,11 @@
 """What a served model takes and gives, for servers and their clients."""
 
 import dataclasses
+from collections.abc import Sequence
 
-from .exported import ArraySpec
+from .exported import ArraySpec, ExportedModel
+from .exporting import activation_specs
+from .features import ServedFeature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,3 +44,22 @@ class Signature:
     features: tuple[FeatureSignature, ...]
     dense: tuple[ArraySpec, ...]
     outputs: tuple[ArraySpec, ...]
+
+
+def make_signature(features: Sequence[ServedFeature], exported: ExportedModel | None) -> Signature:
+    """The signature of these features and of the exported model, or of the activations."""
+    described = tuple(
+        FeatureSignature(
+            path=feature.path,
+            kind="sequence" if feature.config.max_sequence_length else "bag",
+            max_ids=feature.max_ids,
+            weighted=feature.weighted,
+            vocabulary_size=feature.config.table.vocabulary_size,
+            dtype=feature.config.preprocessing.dtype if feature.config.preprocessing else "int64",
+            preprocessed=feature.config.preprocessing is not None,
+        )
+        for feature in features
+    )
+    if exported is None:
+        return Signature(described, (), tuple(activation_specs(features)))
+    return Signature(described, exported.dense, exported.outputs[1])

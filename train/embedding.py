@@ -204,7 +204,7 @@ class ShardedEmbedding:
         With several hosts, each passes its own rows, and all get the one global batch.
 
         Args:
-          batch: inputs as of `serving_embedding_lookup`.
+          batch: inputs as of `serving_embedding_lookup`; raw ids where a feature has preprocessing.
           weights: likewise.
 
         Returns:
