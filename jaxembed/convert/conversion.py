@@ -1,23 +1,21 @@
 """Converts tables and slots from one format into another, by blocks of rows."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxembed import structure
-from jaxembed.checkpoint.files import sync_folder
 from jaxembed.config import FeatureConfig, TableConfig
 from jaxembed.convert import formats
 from jaxembed.convert.interface import ArrayReport, Contents, Options, Place, Source, Stream, path_of
 from jaxembed.convert.progress import progress_bar
+from jaxembed.convert.publishing import published
 from jaxembed.features import feature_tables
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -117,7 +115,7 @@ def convert(
                 found.metadata,
                 options,
             )
-            with _published(place) as scratch:
+            with published(place) as scratch:
                 notes += writer.write(scratch, contents)
     reports = tuple(stream.report() for stream in streams)
     return ConversionReport(place, source_format, target_format, reports, config, tuple(notes))
@@ -205,31 +203,6 @@ def _with_types(config: Any, types: Mapping[str, np.dtype]) -> Any:
         return dataclasses.replace(feature, table=dataclasses.replace(table, dtype=types[table.name]))
 
     return structure.map_leaves(change, config)
-
-
-@contextlib.contextmanager
-def _published(place: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to, which is renamed once it is whole."""
-    is_new = not place.parent.exists()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    folder = place.parent / f".writing-{place.name}-{os.getpid()}"
-    folder.mkdir()
-    try:
-        scratch = folder / place.name
-        yield scratch
-        _sync(scratch)
-        os.rename(scratch, place)
-        sync_folder(place.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if is_new and not place.exists():
-            with contextlib.suppress(OSError):
-                place.parent.rmdir()
-
-
-def _sync(path: pathlib.Path) -> None:
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        sync_folder(file)
 
 
 def report_lines(report: ConversionReport, dry_run: bool) -> list[str]:

@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import FeatureConfig, RaggedTensor, TableConfig, serve
+from jaxembed import FeatureConfig, RaggedTensor, TableConfig, serve, serving_embedding_lookup
 from jaxembed.convert import convert
+from jaxembed.convert.saved_model import export_saved_model
 from jaxembed.id_mapping import HashBuckets
 
 pytestmark = pytest.mark.parity
@@ -79,6 +82,54 @@ def test_tensorflow_serves_our_outputs(tmp_path):
     size = sum(file.stat().st_size for file in report.path.rglob("*") if file.is_file())
     table_bytes = sum(table.nbytes for table in tables.values())
     assert table_bytes < size < table_bytes + 200_000
+
+
+MODEL_PROGRAM = """
+import sys
+import numpy as np
+import tensorflow as tf
+module = tf.saved_model.load(sys.argv[1])
+bags = tf.ragged.constant([[1, 2], [], [3], [0]], tf.int64)
+dense = tf.reshape(tf.range(12, dtype=tf.float32), [4, 3])
+out = module.signatures["serving_default"](x=bags.values, x_row_splits=bags.row_splits, price=dense)
+ragged = module.lookup({"x": bags, "price": dense})
+assert sorted(out) == sorted(ragged) == ["click", "deep_0"]
+np.savez(sys.argv[2], **out)
+"""
+
+
+def test_with_the_dense_model(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(20, 4)).astype(np.float32)
+    params = {"w": rng.normal(size=(7, 2)).astype(np.float32), "layers": [np.ones(2, np.float32)]}
+    features = {"x": FeatureConfig(TableConfig(20, 4, name="t"))}
+
+    def model(params, activations, dense):
+        joined = jnp.concatenate([activations["x"], dense["price"]], axis=1) @ params["w"] + params["layers"][0]
+        return {"click": jax.nn.sigmoid(joined[:, 0]), "deep": [joined]}
+
+    out = export_saved_model(
+        tmp_path / "1", features, {"t": rows}, model=model, params=params, dense={"price": (3,)}
+    )
+    subprocess.run([sys.executable, "-c", MODEL_PROGRAM, str(out), str(tmp_path / "out.npz")], check=True)
+    activations = serving_embedding_lookup(
+        {"x": RaggedTensor.from_lists([[1, 2], [], [3], [0]])}, None, {"t": rows}, features
+    )
+    expected = model(params, activations, {"price": np.arange(12, dtype=np.float32).reshape(4, 3)})
+    with np.load(tmp_path / "out.npz") as theirs:
+        np.testing.assert_allclose(theirs["click"], expected["click"], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(theirs["deep_0"], expected["deep"][0], rtol=1e-6, atol=1e-6)
+    for message, arguments in (
+        ("exists; pass another path", {"out": tmp_path / "1"}),
+        ("cannot be named 'x'", {"model": model, "dense": {"x": (3,)}}),
+        ("need a model that takes them", {"dense": {"price": (3,)}}),
+        ("must be float32 in a SavedModel, got float64", {"tables": {"t": rows.astype(np.float64)}}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_saved_model(
+                **{"out": tmp_path / "2", "feature_config": features, "tables": {"t": rows}, **arguments}
+            )
+    assert not (tmp_path / "2").exists()
 
 
 def test_what_it_has_no_place_for_is_refused(tmp_path):

@@ -1,0 +1,38 @@
+"""A new file or folder is written beside its place and renamed, so that what has a name is whole."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from jaxembed.checkpoint.files import sync_folder
+
+
+@contextlib.contextmanager
+def published(place: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to, which becomes `place` once it is whole; what is beside it in its folder is removed.
+
+    Raises:
+      OSError: if it cannot be made.
+    """
+    is_new = not place.parent.exists()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder = place.parent / f".writing-{place.name}-{os.getpid()}"
+    folder.mkdir()
+    try:
+        scratch = folder / place.name
+        yield scratch
+        _sync(scratch)
+        os.rename(scratch, place)
+        sync_folder(place.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_new and not place.exists():
+            with contextlib.suppress(OSError):
+                place.parent.rmdir()
+
+
+def _sync(path: pathlib.Path) -> None:
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        sync_folder(file)
