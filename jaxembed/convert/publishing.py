@@ -3,10 +3,10 @@
 import contextlib
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 
 from jaxembed.checkpoint.files import sync_folder
+from jaxembed.checkpoint.scratch import scratch_folder
 
 
 @contextlib.contextmanager
@@ -17,17 +17,14 @@ def published(place: pathlib.Path) -> Iterator[pathlib.Path]:
       OSError: if it cannot be made.
     """
     is_new = not place.parent.exists()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    folder = place.parent / f".writing-{place.name}-{os.getpid()}"
-    folder.mkdir()
     try:
-        scratch = folder / place.name
-        yield scratch
-        _sync(scratch)
-        os.rename(scratch, place)
-        sync_folder(place.parent)
+        with scratch_folder(place.parent, place.name) as folder:
+            scratch = folder / place.name
+            yield scratch
+            _sync(scratch)
+            os.rename(scratch, place)
+            sync_folder(place.parent)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         if is_new and not place.exists():
             with contextlib.suppress(OSError):
                 place.parent.rmdir()
