@@ -2,15 +2,18 @@
 
 import io
 import json
+import pathlib
 import shutil
 import tracemalloc
 import zipfile
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxembed import FeatureConfig, TableConfig, serve
@@ -18,7 +21,7 @@ from jaxembed.checkpoint import layout, read_checkpoint, whole_steps
 from jaxembed.cli import main
 from jaxembed.convert import convert
 from jaxembed.convert.interface import Stream, stored
-from jaxembed.convert.keys import keys_from_json
+from jaxembed.convert.keys import keys_from_json, own_key, own_place
 from jaxembed.optimizers import Adagrad
 from jaxembed.serialization import feature_config_to_json
 from jaxembed.train import Checkpointer, ShardedEmbedding
@@ -268,6 +271,17 @@ def test_bad_requests_are_refused(checkpoint, tmp_path):
         convert(checkpoint, tmp_path / "b.npz", dtype="bfloat16")
     (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
     refused("must be a regular file", "link.npz", "out2")
+
+
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1)
+
+
+@hypothesis.given(place=st.tuples(NAMES, st.none() | NAMES))
+def test_any_name_has_a_key_that_is_a_safe_path(place):
+    key = own_key(place)
+    assert own_place(key) == place
+    assert pathlib.PurePosixPath(key).parts == tuple(key.split("/"))
+    assert not {".", ".."} & set(key.split("/"))
 
 
 @pytest.mark.parametrize(
