@@ -1,0 +1,169 @@
+"""Compiles whole DLRM train steps for TPU topologies that need not be there, and prints what they cost.
+
+    python benchmarks/tpu_compile.py --topology v5e:4x4 --vocabulary 1e6 --output docs/benchmarks/tpu_compile.md
+
+libtpu's compiler runs on any x86-64 Linux host (`pip install 'jaxembed[tpu]'`). A step is 26 features of a
+table each, about 10 ids a bag, 256 examples a device, D 128, float32 Adagrad. Bytes touched are those of the
+compiler's cost analysis, a loop's body counted once.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import os
+import time
+from pathlib import Path
+
+# Before JAX: the topologies are described, not looked for.
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import hlo
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jaxembed import FeatureConfig, RaggedTensor, TableConfig
+from jaxembed.optimizers import Adagrad
+from jaxembed.train import ShardedEmbedding, Trainer
+from jaxembed.train.data import Batch
+from jaxembed.train.dlrm import DLRM
+
+TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5p:2x2x2", "v6e:4x4")
+VOCABULARIES = (1_000_000, 10_000_000)
+EXCHANGES = ("all_gather", "all_to_all")
+FEATURES, VALENCY, DIM, DENSE, BATCH_PER_DEVICE = 26, 10, 128, 13, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a compiled step costs one device."""
+
+    topology: str
+    vocabulary: int
+    exchange: str
+    devices: int
+    touched: float
+    exchanged: dict[str, int]
+    predicted: int
+    temporary: int
+    aliased: int
+    table_bytes: int
+    copies: int
+    seconds: float
+
+
+def compile_step(topology: str, vocabulary: int, exchange: str, features: int = FEATURES) -> Cost:
+    """Compiles one train step.
+
+    Args:
+      topology: such as "v5e:4x4".
+      vocabulary: V of each table.
+      exchange: of ShardedEmbedding.
+      features: how many, of a table each.
+    """
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices), ("devices",))
+    config = {
+        f"f{i:02}": FeatureConfig(TableConfig(vocabulary, DIM, name=f"t{i:02}", combiner="sum"))
+        for i in range(features)
+    }
+    embedding = ShardedEmbedding(config, Adagrad(0.05), mesh, exchange=exchange)
+    model = DLRM(DENSE, features, DIM, bottom=(512, 256), top=(1024, 1024, 512), rngs=nnx.Rngs(0))
+    trainer = Trainer(embedding, model, optax.sgd(0.01))
+    batch = trainer.abstract_batch(_batch(config, vocabulary, BATCH_PER_DEVICE * mesh.size))
+    state = trainer.abstract_state()
+    start = time.perf_counter()
+    compiled = trainer.step.lower(state, batch).compile()
+    seconds = time.perf_counter() - start
+    tables = jax.tree.leaves((state.embedding.tables, state.embedding.slots))
+    pieces = [x.sharding.shard_shape(x.shape) for x in tables]
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    return Cost(
+        topology,
+        vocabulary,
+        exchange,
+        mesh.size,
+        compiled.cost_analysis()["bytes accessed"],
+        hlo.exchanged_bytes(text),
+        embedding.predicted_bytes(batch.features),
+        memory.temp_size_in_bytes,
+        memory.alias_size_in_bytes,
+        sum(int(np.prod(shape)) * x.dtype.itemsize for shape, x in zip(pieces, tables, strict=True)),
+        len(hlo.whole_copies(text, set(pieces))),
+        seconds,
+    )
+
+
+def table_of(costs: list[Cost]) -> str:
+    """The costs as a Markdown table."""
+    lines = [
+        "| exchange | topology | V a table | GB touched | MB exchanged | of it predicted | MB temporary | "
+        "table bytes aliased | whole-table copies | compiled in s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for c in costs:
+        aliased = f"{min(c.aliased / c.table_bytes, 1):.0%} of {c.table_bytes / 1e6:,.0f} MB"
+        lines.append(
+            f"| {c.exchange} | {c.topology} | {c.vocabulary:,} | {c.touched / 1e9:.2f} | "
+            f"{sum(c.exchanged.values()) / 1e6:.1f} | {c.predicted / 1e6:.1f} | {c.temporary / 1e6:.1f} | "
+            f"{aliased} | {c.copies} | {c.seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _batch(config: dict[str, FeatureConfig], vocabulary: int, batch: int) -> Batch:
+    rng = np.random.default_rng(0)
+    lengths = np.full(batch, VALENCY)
+    features = {
+        name: RaggedTensor.from_row_lengths(rng.integers(0, vocabulary, batch * VALENCY, np.int32), lengths)
+        for name in config
+    }
+    ones = np.ones(batch, np.float32)
+    return Batch(features, None, np.zeros((batch, DENSE), np.float32), ones, ones)
+
+
+def _report(costs: list[Cost], refused: list[str]) -> str:
+    import importlib.metadata
+
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
+    text = (
+        "# Train steps on the TPU compiler\n\n"
+        f"{datetime.date.today()}, compiled ahead of time by {versions} on a host of {os.cpu_count()} cores; no "
+        f"TPU ran. {FEATURES} features of a table each, {BATCH_PER_DEVICE} examples a device, {VALENCY} ids a bag, "
+        f"D {DIM}, float32 Adagrad, full DLRM step; figures are per device.\n\n" + table_of(costs) + "\n\n"
+        "Exchanged bytes hold those of the dense model's gradients; the predicted ones are of the tables alone. "
+        "A loop counts once: batches that fit the exchange's window take one round.\n"
+    )
+    return text + ("\n## Refused\n\n" + "\n".join(refused) + "\n" if refused else "")
+
+
+def main() -> None:
+    """Compiles and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", nargs="+", default=TOPOLOGIES)
+    parser.add_argument("--vocabulary", nargs="+", type=lambda x: int(float(x)), default=VOCABULARIES)
+    parser.add_argument("--exchange", nargs="+", choices=EXCHANGES, default=EXCHANGES)
+    parser.add_argument("--output", type=Path, help="also write the table there, as Markdown")
+    options = parser.parse_args()
+    costs, refused = [], []
+    for cell in itertools.product(options.topology, options.vocabulary, options.exchange):
+        try:
+            costs.append(compile_step(*cell))
+            print(table_of(costs[-1:]).splitlines()[-1], flush=True)
+        except jax.errors.JaxRuntimeError as error:
+            refused.append(f"- {' '.join(map(str, cell))}: {str(error).splitlines()[0]}")
+            print(refused[-1], flush=True)
+    report = _report(costs, refused)
+    print(report)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(report)
+
+
+if __name__ == "__main__":
+    main()
