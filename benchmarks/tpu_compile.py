@@ -50,6 +50,7 @@ class Cost:
     touched: float
     exchanged: dict[str, int]
     predicted: int
+    dense_bytes: int
     temporary: int
     aliased: int
     table_bytes: int
@@ -91,6 +92,7 @@ def compile_step(topology: str, vocabulary: int, exchange: str, features: int = 
         compiled.cost_analysis()["bytes accessed"],
         hlo.exchanged_bytes(text),
         embedding.predicted_bytes(batch.features),
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params)),
         memory.temp_size_in_bytes,
         memory.alias_size_in_bytes,
         sum(int(np.prod(shape)) * x.dtype.itemsize for shape, x in zip(pieces, tables, strict=True)),

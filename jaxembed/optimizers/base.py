@@ -57,6 +57,8 @@ class Optimizer:
     name: ClassVar[str]
     #: Whether each component of a row is updated by itself, so that a table may be split along its width.
     is_elementwise: ClassVar[bool] = True
+    #: Whether the rule only adds to a row what does not depend on it.
+    is_additive: ClassVar[bool] = False
 
     learning_rate: LearningRate = 0.001
     use_gradient_accumulation: bool = dataclasses.field(default=True, kw_only=True)

@@ -21,6 +21,7 @@ class SGD(Optimizer):
     """
 
     name: ClassVar[str] = "sgd"
+    is_additive: ClassVar[bool] = True
     learning_rate: LearningRate = 0.01
 
     def rule(self, gradient, rows, slots, learning_rate, step):
@@ -43,6 +44,7 @@ class Adagrad(Optimizer):
     """
 
     name: ClassVar[str] = "adagrad"
+    is_additive: ClassVar[bool] = True
     initial_accumulator_value: float = 0.1
 
     def __post_init__(self):
@@ -88,6 +90,7 @@ class AdagradMomentum(Optimizer):
     """
 
     name: ClassVar[str] = "adagrad_momentum"
+    is_additive: ClassVar[bool] = True
     momentum: float = 0.0
     use_nesterov: bool = False
     exponent: float = 2.0
@@ -228,6 +231,7 @@ class Adam(Optimizer):
     """
 
     name: ClassVar[str] = "adam"
+    is_additive: ClassVar[bool] = True
     beta_1: float = 0.9
     beta_2: float = 0.999
     epsilon: float = 1e-7

@@ -1,4 +1,8 @@
-"""Train steps compiled for a real TPU topology, in a process of their own: JAX must not know of 8 CPU devices."""
+"""Train steps compiled for a real TPU topology, in processes of their own: JAX must not know of 8 CPU devices.
+
+Five features are enough for tables that no device keeps in its fast memory; `benchmarks/tpu_compile.py`
+compiles the whole model.
+"""
 
 import importlib.util
 import json
@@ -16,39 +20,91 @@ pytestmark = [
     ),
 ]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PROGRAM = """
+EXCHANGES = ("all_gather", "all_to_all")
+VOCABULARIES = (1_000_000, 10_000_000)
+STEPS = f"""
 import dataclasses, json, sys, tpu_compile
-costs = [tpu_compile.compile_step("v5e:4x4", v, "all_to_all") for v in (1_000_000, 10_000_000)]
+costs = [tpu_compile.compile_step("v5e:4x4", v, sys.argv[1], features=5) for v in {VOCABULARIES}]
 json.dump([dataclasses.asdict(c) for c in costs], sys.stdout)
 """
+READER = """
+import json, sys, tpu_compile, hlo, jax
+from jax.experimental import topologies
+
+(device, *_) = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+shape = (400_000, 128)
+
+def copies(function, *donated):
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    table = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
+    ids = jax.ShapeDtypeStruct((64,), "int32", sharding=sharding)
+    text = jax.jit(function, donate_argnums=donated).lower(table, ids).compile().as_text()
+    return len(hlo.whole_copies(text, {shape}))
+
+update = lambda table, ids: table.at[ids].add(1.0)
+json.dump(
+    {
+        "in place": copies(update, 0),
+        "not donated": copies(update),
+        "another layout": copies(lambda table, ids: table.T, 0),
+        "every row": copies(lambda table, ids: table * 2.0, 0),
+    },
+    sys.stdout,
+)
+"""
+
+
+def start(program, *arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(BENCHMARKS)}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(process):
+    try:
+        output, errors = process.communicate(timeout=900)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def costs():
-    """At V of a million and ten million."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(BENCHMARKS)}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    """By exchange, at V of a million and ten million; the two compile side by side."""
+    processes = {exchange: start(STEPS, exchange) for exchange in EXCHANGES}
+    return {exchange: answer(process) for exchange, process in processes.items()}
 
 
-def test_tables_are_updated_in_place_and_never_copied(costs):
-    for cost in costs:
+def test_the_reader_finds_copies_where_there_are_some():
+    found = answer(start(READER))
+    assert found["in place"] == 0
+    assert found["not donated"] > 0
+    assert found["another layout"] > 0
+    assert found["every row"] > 0
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_tables_are_updated_in_place_and_never_copied(costs, exchange):
+    for cost, vocabulary in zip(costs[exchange], VOCABULARIES, strict=True):
+        # Table and accumulators of five features, a share of 16.
+        assert cost["table_bytes"] == 2 * 5 * vocabulary * 128 * 4 // 16
         assert cost["aliased"] >= cost["table_bytes"]
         assert cost["copies"] == 0
 
 
-def test_cost_is_flat_in_the_vocabulary(costs):
-    small, large = costs
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_cost_is_flat_in_the_vocabulary(costs, exchange):
+    small, large = costs[exchange]
     assert large["touched"] == pytest.approx(small["touched"], rel=0.02)
     assert large["temporary"] == pytest.approx(small["temporary"], rel=0.02)
     assert large["exchanged"] == small["exchanged"]
 
 
-def test_tables_exchange_what_the_formula_says(costs):
-    for cost in costs:
-        exchanged = cost["exchanged"]["all-to-all"]
-        assert exchanged == pytest.approx(cost["predicted"], rel=0.02)
-        assert sum(cost["exchanged"].values()) <= 90e6
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_tables_exchange_what_the_formula_says(costs, exchange):
+    for cost in costs[exchange]:
+        # The gradients of the dense model are all-reduced.
+        exchanged = sum(cost["exchanged"].values()) - cost["dense_bytes"]
+        assert exchanged == pytest.approx(cost["predicted"], rel=0.01)

@@ -106,7 +106,7 @@ def for_each_round(
 def for_each_row(
     update: Callable[[Any, jax.Array, jax.Array], Any],
     carry: Any,
-    values_of: Callable[[jax.Array], jax.Array],
+    values_of: Callable[[jax.Array, jax.Array], jax.Array],
     positions: jax.Array,
     stack: Stack,
     axes: tuple[str, ...],
@@ -118,7 +118,8 @@ def for_each_row(
       update: takes int32 [n C] rows, ascending, then padding of R, and the float32 [n C, D] sums of their
         entries' gradients.
       carry: any pytree.
-      values_of: int32 [N] entries to the [N, D] gradients of their rows.
+      values_of: int32 [N] entries, and bool [N] which of them count, to the [N, D] gradients of their rows,
+        zeros for the others.
       positions: [N].
       stack: whose positions they are.
       axes: of the mesh.
@@ -131,11 +132,12 @@ def for_each_row(
     def body(state):
         now, carry = state
         rows, high, count = _rows_wanted(route, now, stack, axes, window)
-        values = values_of(route.order)
         offset = route.place - now.first[sorted_owner]
         valid = (offset >= 0) & (offset < count[sorted_owner]) & (route.place < size)
-        slot = jnp.where(valid, sorted_owner * window + offset, n * window)
-        sums = add_segments(jnp.zeros((n * window, values.shape[1]), jnp.float32), values, slot, False)
+        values = values_of(route.order, valid)
+        # Entries that do not count add zeros where the slots stay ascending: unsorted ones cost TPU a sort.
+        slot = sorted_owner * window + jnp.clip(offset, 0, window - 1)
+        sums = add_segments(jnp.zeros((n * window, values.shape[1]), jnp.float32), values, slot)
         sums = lax.all_to_all(sums.reshape(n, window, -1), axes, 0, 0, tiled=True)
         rows = lax.all_to_all(rows, axes, 0, 0, tiled=True)
         rows, sums = dedupe(rows.reshape(-1), sums.reshape(n * window, -1), stack.num_rows)
@@ -144,6 +146,26 @@ def for_each_row(
     return lax.while_loop(
         lambda state: jnp.any(state[0].low < stack.num_rows), body, (_start(route, stack), carry)
     )[1]
+
+
+def count_rounds(positions: jax.Array, stack: Stack, axes: tuple[str, ...], window: int) -> jax.Array:
+    """How many rounds a batch takes, int32, the same on all shards: 1 unless some shard asks an owner for more than C.
+
+    Args:
+      positions: [N].
+      stack: whose positions they are.
+      axes: of the mesh.
+      window: C.
+    """
+    route = _Route(*dedupe_ids(positions, stack.num_positions))
+
+    def body(state):
+        now, rounds = state
+        _, high, count = _rows_wanted(route, now, stack, axes, window)
+        return _Round(high, now.first + count), rounds + 1
+
+    start = (_start(route, stack), jnp.int32(0))
+    return lax.while_loop(lambda state: jnp.any(state[0].low < stack.num_rows), body, start)[1]
 
 
 def _start(route: _Route, stack: Stack) -> _Round:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import xla
+from . import routing, xla
 from .batch import BatchLayout, FeatureLayout, ShardedBatch
 from .placement import Stack
 from .segments import join_features, split_features
@@ -32,6 +32,7 @@ class StepProgram:
         self.stacks, self.mesh, self.axes, self.exchange = dict(stacks), mesh, axes, exchange
         self.look_up = jax.jit(self._look_up)
         self.update = jax.jit(self._update)
+        self.count_rounds = jax.jit(self._count_rounds)
 
     def specs(self) -> tuple[dict[str, PartitionSpec], dict[str, dict[str, PartitionSpec]]]:
         """How tables and slots are sharded, by stack."""
@@ -100,6 +101,22 @@ class StepProgram:
             ex = self.exchange_of(batch.layout, name, positions.shape[1])
             total += exchanged_bytes(ex.stack, ex.exchange, ex.num_segments, positions.shape[1])
         return total
+
+    def _count_rounds(self, batch: ShardedBatch) -> dict[str, jax.Array]:
+        """Rounds by stack, of those that all_to_all looks up."""
+        exchanges = {
+            name: self.exchange_of(batch.layout, name, positions.shape[1])
+            for name, positions in batch.positions.items()
+        }
+        routed = {name: ex for name, ex in exchanges.items() if xla.is_routed(ex)}
+
+        def body(positions):
+            return {
+                name: routing.count_rounds(positions[name][0], ex.stack, ex.axes, ex.window)
+                for name, ex in routed.items()
+            }
+
+        return self._shard_map(body, (PartitionSpec(self.axes),), PartitionSpec())(batch.positions)
 
     def _look_up(self, tables: dict[str, jax.Array], batch: ShardedBatch, weights: Any) -> list[jax.Array]:
         outputs = self._activations(batch.layout, tables, weights, batch.entries)

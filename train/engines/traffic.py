@@ -21,11 +21,11 @@ from .placement import Stack
 def pair_window(capacity: int, num_shards: int) -> int:
     """Room for rows between two shards in a round of all_to_all.
 
-    Different ids spread over the shards like balls over bins: six standard deviations leave a second
-    round to batches that do not.
+    Different ids spread over the shards like balls over bins: five standard deviations leave a second
+    round to one batch in hundreds, or skewed ones.
     """
     mean = capacity / num_shards
-    return min(capacity, -(-math.ceil(mean + 6 * math.sqrt(mean)) // 8) * 8)
+    return min(capacity, -(-math.ceil(mean + 5 * math.sqrt(mean)) // 8) * 8)
 
 
 def exchanged_bytes(

@@ -97,6 +97,11 @@ def one_to_one(ex: StackExchange, capacity: int) -> StackExchange:
     return dataclasses.replace(ex, exchange="all_to_all", window=pair_window(capacity, ex.stack.num_shards))
 
 
+def is_routed(ex: StackExchange) -> bool:
+    """Whether rows travel by all_to_all."""
+    return ex.stack.kind == "row" and ex.exchange == "all_to_all"
+
+
 def look_up(
     ex: StackExchange, table: jax.Array, positions: jax.Array, segments: jax.Array, weights: Any
 ) -> jax.Array:
@@ -124,7 +129,7 @@ def look_up(
         values = rows_of(positions)
         values = values if weights is None else values * weights[:, None]
         return add_segments(zeros, values, segments)
-    if stack.kind == "row" and ex.exchange == "all_to_all":
+    if is_routed(ex):
 
         def add(sums, chunk):
             values = chunk.values if weights is None else chunk.values * weights[:, None]
@@ -210,12 +215,14 @@ def weight_gradients(
 
 def _for_each_row(ex, function, carry, positions, segments, weights, gradients):
     stack = ex.stack
-    if stack.kind == "row" and ex.exchange == "all_to_all":
+    if is_routed(ex):
+        # A row of zeros to read is cheaper than zeros put in place of what was read.
+        padded = jnp.pad(gradients, ((0, 8), (0, 0)))
 
-        def values_of(order):
-            # Padding has no place in a round, so what it reads is dropped.
-            values = gradients.at[segments[order]].get(mode="clip", wrap_negative_indices=False)
-            return values if weights is None else values * weights[order][:, None]
+        def values_of(order, valid):
+            segment = jnp.where(valid, segments[order], ex.num_segments)
+            values = padded.at[segment].get(mode="clip", wrap_negative_indices=False)
+            return values if weights is None else values * jnp.where(valid, weights[order], 0)[:, None]
 
         return routing.for_each_row(function, carry, values_of, positions, stack, ex.axes, ex.window)
     owned = _owned(ex, positions, segments, weights)
