@@ -67,7 +67,7 @@ def serving_embedding_lookup(
     features = match(inputs, weights, feature_config)
     lookups, customs = [], []
     for item in features:
-        lookup = plan_lookup(item, table_of(tables, item.feature.table), custom=True)
+        lookup = plan_lookup(item, table_of(tables, item.feature.table))
         if not count_bad_ids and is_concrete(lookup.operands.ids):
             check_ids(item.path, item.feature.table, lookup)
         if isinstance(lookup.bag.combiner, CustomCombiner):
@@ -138,23 +138,17 @@ def _plan_custom(item: FeatureInput, lookup: Lookup, combiner_weights: Mapping[s
     )
 
 
-def plan_lookup(item: FeatureInput, table: Any, *, custom: bool = False) -> Lookup:
+def plan_lookup(item: FeatureInput, table: Any) -> Lookup:
     """What to run for one feature.
 
     Args:
       item: the feature.
       table: its table.
-      custom: whether the caller can run a CustomCombiner.
 
     Raises:
       ValueError: if ids or weights do not fit the feature.
     """
     path, feature, ids, weights = item
-    if isinstance(feature.table.combiner, CustomCombiner) and not custom:
-        raise ValueError(
-            f"Feature {path}: the CustomCombiner of table {feature.table.name!r} runs in serving_embedding_lookup "
-            "only; look the feature up there."
-        )
     if isinstance(ids, int | np.integer):
         ids = np.asarray(ids)
     if not isinstance(ids, RaggedTensor | SparseTensor | jax.Array | np.ndarray):

@@ -78,7 +78,7 @@ class EmbeddingForServing:
           ValueError: if the checkpoint does not fit its own feature configuration.
         """
         checkpoint = read_checkpoint(path, step, model=False)
-        return cls(checkpoint.feature_config, checkpoint.tables)
+        return cls(checkpoint.feature_config, checkpoint.tables, checkpoint.combiner_weights)
 
 
 def cpu_device() -> jax.Device:

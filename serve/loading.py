@@ -39,7 +39,9 @@ def load(path: str | pathlib.Path, step: int | None = None) -> Loaded:
     """
     checkpoint = read_checkpoint(path, step)
     return Loaded(
-        embedding=EmbeddingForServing(checkpoint.feature_config, checkpoint.tables),
+        embedding=EmbeddingForServing(
+            checkpoint.feature_config, checkpoint.tables, checkpoint.combiner_weights
+        ),
         params=checkpoint.model,
         step=checkpoint.step,
         metadata=checkpoint.metadata,

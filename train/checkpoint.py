@@ -16,6 +16,7 @@ from jaxembed.features import feature_tables
 from jaxembed.serialization import feature_config_to_json
 
 from .embedding import EmbeddingState, ShardedEmbedding
+from .engines.custom import checked_weights
 from .restoring import restore_data, restore_model, restore_stacks
 
 #: Small enough to be read a few at a time, large enough to be read fast.
@@ -122,6 +123,7 @@ class Checkpointer:
             "step": step,
             "feature_config": self._feature_config,
             "metadata": metadata or {},
+            "combiner_weights": layout.combiner_weights_to_json(state.combiner_weights),
             "digests": {
                 "tables": jax.tree.map(lambda _: next(digests), tables),
                 "slots": jax.tree.map(lambda _: next(digests), slots),
@@ -180,9 +182,12 @@ class Checkpointer:
         fresh = self._embedding.init(key) if grows and key is not None else None
         tables, slots = restore_stacks(self._embedding, opened.tables, opened.slots, fresh)
         step = opened.manifest["step"]
+        weights = checked_weights(self._embedding.tables, layout.combiner_weights(opened.manifest))
         return Restored(
             step=step,
-            state=EmbeddingState(tables, slots, jax.device_put(np.int32(step), self._embedding.replicated)),
+            state=EmbeddingState(
+                tables, slots, *jax.device_put((np.int32(step), weights), self._embedding.replicated)
+            ),
             model=None if model is None else restore_model(opened, model),
             data=restore_data(opened),
             metadata=opened.manifest["metadata"],

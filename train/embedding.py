@@ -16,7 +16,7 @@ from jaxembed.features import feature_tables
 from jaxembed.optimizers import Optimizer
 from jaxembed.preprocessing import preprocess
 
-from .engines import packing
+from .engines import custom, packing
 from .engines.batch import ShardedBatch, ShardedWeights
 from .engines.canonical import CanonicalTables
 from .engines.initial import draws_by_row, initial_rows, table_key
@@ -38,11 +38,13 @@ class EmbeddingState:
       tables: stack name to array.
       slots: stack name to slot name to float32 array.
       step: int32 scalar, number of updates taken.
+      combiner_weights: table name to the float32 [num_weights] of its CustomCombiner, whole on every device.
     """
 
     tables: dict[str, jax.Array]
     slots: dict[str, dict[str, jax.Array]]
     step: jax.Array
+    combiner_weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 class ShardedEmbedding:
@@ -71,7 +73,7 @@ class ShardedEmbedding:
       engine: "xla"; "sparsecore" (v5p, v6e and later, with jax-tpu-embedding installed), which leaves tables
         that SparseCores cannot hold to "xla", and says so; or "auto", the latter where the mesh has them.
       capacity: entries that a shard has room for in each stack, of all its features together. None takes
-        what the batches need, in steps of a sixteenth, and never less than before.
+        what the batches need, in steps of a thirty-second, and never less than before.
 
     Raises:
       ValueError: if an argument is not of the form above.
@@ -141,19 +143,23 @@ class ShardedEmbedding:
         special = [table for table in self.tables.values() if not draws_by_row(table)]
         if special or any(s.optimizer.slot_variable_creation_fn is not None for s in self.stacks.values()):
             tables, slots = self._init_whole(key, EmbeddingState(tables, slots, jnp.int32(0)), special)
-        return EmbeddingState(tables, slots, jax.device_put(jnp.int32(0), self.replicated))
+        weights = custom.initial_weights(self.tables, key)
+        return EmbeddingState(tables, slots, *jax.device_put((jnp.int32(0), weights), self.replicated))
 
     def abstract_state(self) -> EmbeddingState:
         """Shapes, types and shardings of a state, for compiling ahead of time."""
         tables, slots = self._program.abstract()
-        return EmbeddingState(tables, slots, jax.ShapeDtypeStruct((), jnp.int32, sharding=self.replicated))
+        whole = partial(jax.ShapeDtypeStruct, sharding=self.replicated)
+        weights = {name: whole(shape, jnp.float32) for name, shape in custom.weight_shapes(self.tables).items()}
+        return EmbeddingState(tables, slots, whole((), jnp.int32), weights)
 
     def lookup(
         self, state: EmbeddingState, batch: Any, weights: Any = None, *, count_bad_ids: bool = False
     ) -> Any:
         """Looks every input up, as `serving_embedding_lookup` does.
 
-        Differentiable with respect to the weights (and the tables, at the cost of whole ones).
+        Differentiable with respect to the weights and `state.combiner_weights` (and the tables, at the cost of
+        whole ones).
 
         Args:
           state: of this embedding.
@@ -170,6 +176,7 @@ class ShardedEmbedding:
         """
         batch, values = self._sharded(batch, weights)
         outputs = self._program.look_up(state.tables, batch, values)
+        outputs = custom.combine(batch.layout, outputs, batch.valencies, state.combiner_weights)
         activations = batch.layout.skeleton.pack(outputs)
         if not count_bad_ids:
             return activations
@@ -180,6 +187,9 @@ class ShardedEmbedding:
         self, state: EmbeddingState, batch: Any, activation_gradients: Any, weights: Any = None
     ) -> EmbeddingState:
         """One step of every table's optimizer on the rows that the batch looked up.
+
+        Weights of custom combiners take a step of SGD with their `combiner_weights_learning_rate`; the rows that
+        these combine are looked up once more.
 
         Args:
           state: of this embedding.
@@ -195,8 +205,15 @@ class ShardedEmbedding:
         """
         batch, values = self._sharded(batch, weights)
         gradients = batch.layout.skeleton.flatten(activation_gradients, "activation_gradients")
+        combiner_weights = state.combiner_weights
+        if batch.valencies:
+            outputs = self._program.look_up(state.tables, batch, values)
+            gradients, found = custom.pull_back(
+                batch.layout, outputs, batch.valencies, combiner_weights, gradients
+            )
+            combiner_weights = custom.updated_weights(self.tables, combiner_weights, found)
         tables, slots = self._program.update(state.tables, state.slots, batch, values, gradients, state.step)
-        return EmbeddingState(tables, slots, state.step + 1)
+        return EmbeddingState(tables, slots, state.step + 1, combiner_weights)
 
     def shard_batch(self, batch: Any, weights: Any = None) -> tuple[ShardedBatch, ShardedWeights | None]:
         """Lays a batch out over the shards, on the host; call it outside of `jax.jit`.
@@ -240,6 +257,17 @@ class ShardedEmbedding:
         """Bytes that a device exchanges for a lookup and an update of a batch, as `engines.traffic` says."""
         return self._program.predicted_bytes(batch)
 
+    def exchange_rounds(self, batch: ShardedBatch) -> dict[str, jax.Array]:
+        """How many rounds of all_to_all a batch takes, int32 by stack: more than 1 where it overflows a window.
+
+        Nothing is dropped then; the step takes that many times as long. Stacks that travel otherwise are left out.
+        The count is a program of its own: ask for it now and then.
+
+        Args:
+          batch: of `shard_batch`.
+        """
+        return self._program.count_rounds(batch)
+
     def unshard_weights(self, gradients: ShardedWeights, batch: Any, weights: Any) -> Any:
         """Gradients of sharded weights in the form of the weights that the caller gave, on the host.
 
@@ -276,16 +304,21 @@ class ShardedEmbedding:
         return *self._canonical.from_stacks(state.tables, state.slots), state.step
 
     def from_canonical(
-        self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]], step: Any
+        self,
+        tables: Mapping[str, Any],
+        slots: Mapping[str, Mapping[str, Any]],
+        step: Any,
+        combiner_weights: Mapping[str, Any] | None = None,
     ) -> EmbeddingState:
-        """The state that `to_canonical` of any mesh gave.
+        """The state that `to_canonical` of any mesh gave, and its `combiner_weights`.
 
         Raises:
-          ValueError: if a table or slot is missing or not of its shape.
+          ValueError: if a table, slot or weight is missing or not of its shape.
         """
         new_tables, new_slots = self._canonical.to_stacks(tables, slots)
-        step = jax.device_put(jnp.asarray(step, jnp.int32), self.replicated)
-        return EmbeddingState(new_tables, new_slots, step)
+        weights = custom.checked_weights(self.tables, combiner_weights)
+        small = jax.device_put((jnp.asarray(step, jnp.int32), weights), self.replicated)
+        return EmbeddingState(new_tables, new_slots, *small)
 
     def abstract_canonical(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Shapes, types and shardings of canonical tables and slots, without the values."""
@@ -293,7 +326,9 @@ class ShardedEmbedding:
 
     def _pack(self, plan: packing.Plan) -> Any:
         local = range(self.num_shards // jax.process_count())
-        return packing.pack_on_host(plan, self.stacks, local, self._room, self._sparsecore)
+        batch, values = packing.pack_on_host(plan, self.stacks, local, self._room, self._sparsecore)
+        valencies = custom.valencies_on_host(plan.layout, plan.lookups, len(local))
+        return dataclasses.replace(batch, valencies=valencies), values
 
     def _plan(self, batch: Any, weights: Any) -> packing.Plan:
         batch = preprocess(batch, self.feature_config)
@@ -358,8 +393,8 @@ def _mesh_axes(mesh: Mesh, axis: str | tuple[str, ...] | None) -> tuple[str, ...
 
 
 def _next_capacity(num_entries: int) -> int:
-    """The next of numbers in steps of 8, later of a sixteenth to a thirty-second"""
-    step = 1 << max(math.ceil(math.log2(max(num_entries, 1))) - 5, 3)
+    """The next of numbers in steps of 8, later of a thirty-second to a sixty-fourth."""
+    step = 1 << max(math.ceil(math.log2(max(num_entries, 1))) - 6, 3)
     return -(-num_entries // step) * step
 
 

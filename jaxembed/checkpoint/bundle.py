@@ -157,6 +157,7 @@ def _write_arrays(
         "step": opened.manifest["step"],
         "feature_config": opened.manifest["feature_config"],
         "metadata": opened.manifest["metadata"],
+        "combiner_weights": opened.manifest.get("combiner_weights", {}),
         "tables": tables,
         "base": None if base is None else {"version": int(base.directory.name), "digest": base.digest},
         "model": None if model is None else _write_model(scratch / MODEL_FILE, model),

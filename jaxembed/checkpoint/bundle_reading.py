@@ -43,6 +43,7 @@ class Bundle:
       metadata: what the trainer put in.
       digest: of its manifest, and so of everything in it.
       table_digests: by name, of the whole table: those of a chain of deltas are those of a full bundle.
+      combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
     """
 
     directory: pathlib.Path
@@ -55,6 +56,7 @@ class Bundle:
     table_digests: dict[str, str]
     _digests: list[tuple[str, np.ndarray, Digests]] = dataclasses.field(repr=False)
     _exported: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+    combiner_weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def exported(self) -> bytes | None:
@@ -172,6 +174,7 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
             },
             checks,
             _exported_entry(manifest.get("exported")),
+            layout.combiner_weights(manifest),
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e

@@ -2,7 +2,7 @@
 
     DIRECTORY/
       STEP/
-        manifest/   JSON: format, version, step, feature configuration, metadata, digests
+        manifest/   JSON: format, version, step, feature configuration, metadata, digests, weights of custom combiners
         tables/     Orbax arrays {table: [V, D]}
         slots/      Orbax arrays {table: {slot: [V, D]}}; absent where no optimizer has slots
         model/      Orbax arrays, any structure: dense parameters, optimizer state; may be absent
@@ -17,8 +17,11 @@ import json
 import pathlib
 import shutil
 import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, unquote
+
+import numpy as np
 
 from jaxembed.checkpoint.digests import CheckpointError, digest_bytes
 from jaxembed.checkpoint.files import read_regular
@@ -158,6 +161,29 @@ def encode_name(name: str) -> str:
 def decode_name(key: str) -> str:
     """The inverse of `encode_name`."""
     return unquote(key)
+
+
+def combiner_weights_to_json(weights: Mapping[str, Any]) -> dict[str, str]:
+    """The float32 weights of custom combiners by table, as bytes in hexadecimal: few, so kept in the manifest."""
+    return {name: np.asarray(values, "<f4").tobytes().hex() for name, values in weights.items()}
+
+
+def combiner_weights(manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The weights that a manifest holds; older ones hold none.
+
+    Raises:
+      CheckpointError: if they are not what `combiner_weights_to_json` gives.
+    """
+    try:
+        stored = manifest.get("combiner_weights", {})
+        return {
+            name: np.frombuffer(bytes.fromhex(content), "<f4").astype(np.float32)
+            for name, content in stored.items()
+        }
+    except (AttributeError, TypeError, ValueError) as e:
+        raise CheckpointError(
+            f"the combiner_weights of a manifest must be float32 in hexadecimal: {e}; restore another step."
+        ) from e
 
 
 def _is_whole(step: pathlib.Path) -> bool:

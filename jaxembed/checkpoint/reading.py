@@ -26,6 +26,7 @@ class Checkpoint:
       slots: by table and slot name, [V, D] arrays; empty unless asked for.
       model: nested dicts of arrays as saved, or None.
       metadata: what the trainer put in.
+      combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
     """
 
     step: int
@@ -34,6 +35,7 @@ class Checkpoint:
     slots: dict[str, dict[str, np.ndarray]]
     model: Any
     metadata: dict[str, Any]
+    combiner_weights: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,7 @@ def read_checkpoint(
         else {},
         model=opened.model() if model else None,
         metadata=opened.manifest["metadata"],
+        combiner_weights=layout.combiner_weights(opened.manifest),
     )
 
 
@@ -216,6 +219,7 @@ def _from_bundle(bundle: Bundle, slots: bool, model: bool, verify: bool) -> Chec
         slots={},
         model=bundle.model if model else None,
         metadata=bundle.metadata,
+        combiner_weights=bundle.combiner_weights,
     )
 
 

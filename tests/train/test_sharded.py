@@ -201,6 +201,25 @@ def test_a_batch_that_looks_up_one_shard_only_is_exact(exchange):
     np.testing.assert_allclose(embedding.embedding_tables(new)[table], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_extra_rounds_of_all_to_all_are_counted():
+    table = TableConfig(4096, 4, name="t", combiner="sum")
+    embedding = ShardedEmbedding({"t": FeatureConfig(table)}, SGD(1.0), mesh(), exchange="all_to_all")
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(512).astype(np.int32)
+
+    def rounds(ids):
+        bags = RaggedTensor.from_row_lengths(ids, np.full(16, 32))
+        batch, _ = embedding.shard_batch({"t": bags})
+        (count,) = embedding.exchange_rounds(batch).values()
+        return int(count)
+
+    assert rounds(ids) == 1
+    # Each shard asks one owner for 64 rows, and has room for 24 a round; a round ends where the first is full.
+    assert 3 <= rounds(ids * 8) <= 8
+    gathered = ShardedEmbedding({"t": FeatureConfig(table)}, SGD(1.0), mesh(), exchange="all_gather")
+    assert gathered.exchange_rounds(gathered.shard_batch({"t": ids})[0]) == {}
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_gradients_of_weights(exchange):
     embedding = ShardedEmbedding(CONFIG, Adagrad(0.1), mesh(), exchange=exchange)

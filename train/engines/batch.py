@@ -32,10 +32,11 @@ class FeatureLayout:
       bag: how it is combined.
       num_rows: B, over all shards.
       inner: output rows a batch row gives.
-      output_shape: of the activation.
+      output_shape: of what is looked up, the activation unless a custom combiner makes it.
       stack: name of the stack of its table.
       first_segment: where its segments start.
       num_segments: S_f.
+      combined_shape: of the activation, where a custom combiner makes it of what is looked up.
     """
 
     path: str
@@ -47,6 +48,7 @@ class FeatureLayout:
     stack: str
     first_segment: int
     num_segments: int
+    combined_shape: tuple[int, ...] | None = None
 
     @property
     def is_combined(self) -> bool:
@@ -113,6 +115,7 @@ class ShardedBatch:
       sparsecore: by stack, of those that SparseCores look up; these have no positions and segments.
       bad_ids: int32 [n, F], ids outside [0, V) by feature; they have no entry.
       layout: static.
+      valencies: int32 [n, bags a shard] by feature, of those with a custom combiner.
     """
 
     positions: dict[str, Any]
@@ -120,6 +123,7 @@ class ShardedBatch:
     sparsecore: dict[str, Any]
     bad_ids: Any
     layout: BatchLayout = dataclasses.field(metadata={"static": True})
+    valencies: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def entries(self) -> dict[str, Any]:

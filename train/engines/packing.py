@@ -14,6 +14,7 @@ from jaxembed.inputs.ids import is_concrete
 from jaxembed.lookup import Lookup, plan_lookup
 
 from .batch import BatchLayout, FeatureLayout, ShardedBatch, Skeleton, inner_size
+from .custom import as_sequence, is_custom
 from .placement import Stack, TablePlacement
 from .sparsecore import SparseCoreIds
 from .sparsecore_packing import Part, SparseCorePacking, slots_of
@@ -64,10 +65,14 @@ def plan_batch(
     features, lookups = [], []
     items = match(inputs, weights, feature_config)
     for item in items:
-        lookup = plan_lookup(item, None)
+        lookup, combined = plan_lookup(item, None), None
         stack = stack_of[item.feature.table.name]
         num_rows = lookup.bag.num_bags if lookup.bag.layout == "ragged" else (item.ids.shape or (1,))[0]
         inner = inner_size(lookup.bag, item.ids)
+        if is_custom(lookup):
+            inner *= lookup.bag.combiner.max_valency
+            combined = (lookup.output_shape[0] * num_hosts, *lookup.output_shape[1:])
+            lookup = as_sequence(lookup)
         num_shards, shape = stack.num_shards // num_hosts, lookup.output_shape
         cores = max(stack.cores, 1)
         size = -(-num_rows // (num_shards * cores)) * cores * inner
@@ -90,6 +95,7 @@ def plan_batch(
                 stack.name,
                 segments[stack.name],
                 size,
+                combined,
             )
         )
         segments[stack.name] += size

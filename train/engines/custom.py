@@ -1,0 +1,182 @@
+"""Custom combiners in training: bags are looked up as sequences of rows, and combined outside of the engines.
+
+Tables, exchanges and optimizers see a sequence feature of `max_valency` rows a bag. Its activation is then
+combined where it lies, bag by bag, and gradients are pulled back through the combiner, to the rows, the
+weights of the input and those of the combiner alike.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxembed.bag import Bag, BagOperands
+from jaxembed.combiners import CustomCombiner
+from jaxembed.config import TableConfig
+from jaxembed.inputs.ids import is_concrete
+from jaxembed.lookup import Lookup
+
+from .batch import BatchLayout, FeatureLayout
+from .initial import table_key
+
+CombinerWeights = Mapping[str, jax.Array]
+
+
+def is_custom(lookup: Lookup) -> bool:
+    """Whether the bags of a lookup are combined by a function of the user's."""
+    return isinstance(lookup.bag.combiner, CustomCombiner)
+
+
+def as_sequence(lookup: Lookup) -> Lookup:
+    """The lookup of a custom combiner's rows: [B, max_valency, D], in the order of the ids of each bag.
+
+    Ids that are pruned, and those beyond `max_valency`, have no row.
+    """
+    bag, operands = lookup.bag, lookup.operands
+    length, dim = bag.combiner.max_valency, lookup.output_shape[-1]
+    shape = (bag.num_bags, length, dim)
+    sequence = Bag("sparse", bag.num_bags, sequence_length=length)
+    if not all(is_concrete(x) for x in jax.tree.leaves((operands.ids, operands.bags, operands.weights))):
+        return Lookup(sequence, operands, shape)  # such a batch is refused where it is laid out
+    ids = np.asarray(operands.ids)
+    rows = _ragged_rows(np.asarray(operands.bags), ids.size) if bag.layout == "ragged" else operands.bags
+    rows = np.asarray(rows).astype(np.int64)
+    live = (rows >= 0) & (rows < bag.num_bags)
+    if bag.prune_ids:
+        live &= ids >= 0
+    if bag.prune_weights and operands.weights is not None:
+        live &= np.asarray(operands.weights) > 0
+    placed = BagOperands(operands.table, ids, rows, columns=_ranks(rows, live), weights=operands.weights)
+    return Lookup(sequence, placed, shape)
+
+
+def valencies_on_host(layout: BatchLayout, lookups: list[Lookup], num_shards: int) -> dict[str, np.ndarray]:
+    """The number of ids of each bag, by feature: int32 [n, bags a shard], 0 for padding.
+
+    Args:
+      layout: of the batch.
+      lookups: as of `as_sequence` where a combiner is custom.
+      num_shards: n, of this host.
+    """
+    found = {}
+    for feature, lookup in zip(layout.features, lookups, strict=True):
+        if feature.combined_shape is None:
+            continue
+        length, rows = lookup.bag.sequence_length, np.asarray(lookup.operands.bags)
+        counts = np.bincount(rows[np.asarray(lookup.operands.columns) >= 0], minlength=lookup.bag.num_bags)
+        padded = np.zeros(num_shards * feature.num_segments // length, np.int32)
+        padded[: counts.size] = np.minimum(counts, length)
+        found[feature.path] = padded.reshape(num_shards, -1)
+    return found
+
+
+def combine(
+    layout: BatchLayout,
+    outputs: list[jax.Array],
+    valencies: Mapping[str, jax.Array],
+    combiner_weights: CombinerWeights,
+) -> list[jax.Array]:
+    """The activations of all features, from outputs that are [B, max_valency, D] where a combiner is custom."""
+    return [
+        out
+        if f.combined_shape is None
+        else _combined(f, out, valencies[f.path], combiner_weights.get(f.feature.table.name))
+        for f, out in zip(layout.features, outputs, strict=True)
+    ]
+
+
+def pull_back(
+    layout: BatchLayout,
+    outputs: list[jax.Array],
+    valencies: Mapping[str, jax.Array],
+    combiner_weights: CombinerWeights,
+    gradients: list[Any],
+) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+    """Gradients of the outputs and of the combiners' weights, by table, from those of the activations.
+
+    Raises:
+      ValueError: if a gradient is not of the shape of its activation.
+    """
+    for f, gradient in zip(layout.features, gradients, strict=True):
+        if f.combined_shape is not None and jnp.shape(gradient) != f.combined_shape:
+            raise ValueError(
+                f"gradient of feature {f.path!r} must have the shape of its activation, "
+                f"{list(f.combined_shape)}, got {list(jnp.shape(gradient))}."
+            )
+    activations, vjp = jax.vjp(lambda o, w: combine(layout, o, valencies, w), outputs, dict(combiner_weights))
+    typed = [jnp.asarray(g).astype(a.dtype) for g, a in zip(gradients, activations, strict=True)]
+    return vjp(typed)
+
+
+def initial_weights(tables: Mapping[str, TableConfig], key: jax.Array) -> dict[str, jax.Array]:
+    """The weights of the tables' custom combiners at the start, float32 [num_weights], by table."""
+    found = {}
+    for name, shape in weight_shapes(tables).items():
+        # Folded in once more: rows take the keys of their ids.
+        own_key = jax.random.fold_in(table_key(key, tables[name]), 2**31)
+        found[name] = jnp.asarray(tables[name].combiner.initializer(own_key, shape, jnp.float32))
+    return found
+
+
+def weight_shapes(tables: Mapping[str, TableConfig]) -> dict[str, tuple[int]]:
+    """[num_weights] by table, of those whose custom combiner has weights."""
+    return {
+        name: (table.combiner.num_weights,)
+        for name, table in tables.items()
+        if isinstance(table.combiner, CustomCombiner) and table.combiner.num_weights
+    }
+
+
+def checked_weights(tables: Mapping[str, TableConfig], given: Mapping[str, Any] | None) -> dict[str, jax.Array]:
+    """Combiner weights from elsewhere, float32.
+
+    Raises:
+      ValueError: if they are not those that the tables need.
+    """
+    expected = weight_shapes(tables)
+    values = {name: jnp.asarray(value, jnp.float32) for name, value in (given or {}).items()}
+    found = {name: value.shape for name, value in values.items()}
+    if found != expected:
+        raise ValueError(
+            f"combiner_weights must have the shapes {expected} of the tables' custom combiners, got {found}."
+        )
+    return values
+
+
+def updated_weights(
+    tables: Mapping[str, TableConfig], weights: CombinerWeights, gradients: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """One step of SGD with each combiner's `combiner_weights_learning_rate`."""
+    return {
+        name: value - np.float32(tables[name].combiner.combiner_weights_learning_rate) * gradients[name]
+        for name, value in weights.items()
+    }
+
+
+def _combined(feature: FeatureLayout, out: jax.Array, valency: jax.Array, weights: Any) -> jax.Array:
+    combiner: CustomCombiner = feature.feature.table.combiner
+    if combiner.num_weights and weights is None:
+        raise ValueError(
+            f"Feature {feature.path!r}: the CustomCombiner of table {feature.feature.table.name!r} needs its weights; "
+            "take a state of `init` or `from_canonical(..., combiner_weights=...)`."
+        )
+    combined = combiner(valency.reshape(-1)[: out.shape[0]], out.astype(jnp.float32), weights)
+    return combined.astype(out.dtype).reshape(feature.combined_shape)
+
+
+def _ragged_rows(splits: np.ndarray, num_ids: int) -> np.ndarray:
+    rows = np.full(num_ids, -1)
+    rows[splits[0] : splits[-1]] = np.repeat(np.arange(splits.size - 1), np.diff(splits))
+    return rows
+
+
+def _ranks(rows: np.ndarray, live: np.ndarray) -> np.ndarray:
+    """Where each live entry comes in its row, -1 for the others."""
+    source = np.flatnonzero(live)
+    source = source[np.argsort(rows[source], kind="stable")]
+    ordered = rows[source]
+    ranks = np.full(rows.size, -1)
+    ranks[source] = np.arange(source.size) - np.searchsorted(ordered, ordered)
+    return ranks
