@@ -100,10 +100,11 @@ def pull_back(
       ValueError: if a gradient is not of the shape of its activation.
     """
     for f, gradient in zip(layout.features, gradients, strict=True):
-        if f.combined_shape is not None and jnp.shape(gradient) != f.combined_shape:
+        shape = f.output_shape if f.combined_shape is None else f.combined_shape
+        if jnp.shape(gradient) != shape:
             raise ValueError(
-                f"gradient of feature {f.path!r} must have the shape of its activation, "
-                f"{list(f.combined_shape)}, got {list(jnp.shape(gradient))}."
+                f"gradient of feature {f.path!r} must have the shape of its activation, {list(shape)}, got "
+                f"{list(jnp.shape(gradient))}."
             )
     activations, vjp = jax.vjp(lambda o, w: combine(layout, o, valencies, w), outputs, dict(combiner_weights))
     typed = [jnp.asarray(g).astype(a.dtype) for g, a in zip(gradients, activations, strict=True)]
