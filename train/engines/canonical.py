@@ -121,7 +121,9 @@ def canonical_sharding(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]
     others = tuple(axis for axis in mesh.axis_names if axis not in axes)
     devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in (*axes, *others)])
     split = Mesh(devices.reshape(rows, columns, -1), ("rows", "columns", "copies"))
-    return NamedSharding(split, PartitionSpec("rows" if rows > 1 else None, "columns" if columns > 1 else None))
+    spec = ("rows" if rows > 1 else None, "columns" if columns > 1 else None)
+    # Slots may have one number a row.
+    return NamedSharding(split, PartitionSpec(*spec[: len(shape)]))
 
 
 def table_of_stack(stack: Stack, placement: TablePlacement, array: jax.Array) -> jax.Array:
