@@ -16,6 +16,7 @@ first, so a directory named by a number is whole.
 import json
 import pathlib
 import shutil
+import stat
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -31,8 +32,8 @@ FORMAT = "jaxembed-checkpoint"
 VERSION = 1
 MANIFEST, TABLES, SLOTS, MODEL, DATA = "manifest", "tables", "slots", "model", "data"
 DELETING, UNFINISHED = ".deleting", ".orbax-checkpoint-tmp"
-# Digests of 7 TB of tables.
-MAX_JSON = 256 << 20
+# Digests of 1.8 TB of tables.
+MAX_JSON = 64 << 20
 
 
 def whole_steps(directory: str | pathlib.Path) -> list[int]:
@@ -84,6 +85,21 @@ def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib
     if step not in steps:
         raise FileNotFoundError(f"no step {step} at {path}; whole steps are {steps}.")
     return path / str(step)
+
+
+def check_files(directory: pathlib.Path) -> None:
+    """Whoever reads a pipe or a device waits for ever, and Orbax reads whatever is there.
+
+    Raises:
+      CheckpointError: naming what is neither a file nor a folder.
+    """
+    try:
+        for path in directory.rglob("*"):
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise CheckpointError(f"{path} must be a regular file.")
+    except OSError as e:
+        raise CheckpointError(f"{e.filename} cannot be opened: {e.strerror}; restore another step.") from e
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:

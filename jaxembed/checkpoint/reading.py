@@ -125,6 +125,7 @@ def open_checkpoint(
       ValueError: if what is stored does not fit its own feature configuration.
     """
     directory = layout.step_directory(path, step)
+    layout.check_files(directory)
     manifest = layout.read_manifest(directory)
     try:
         feature_config = feature_config_from_json(manifest["feature_config"])

@@ -1,0 +1,161 @@
+"""Fuzzed bundles: an error within a second, or the very values that were written; never a crash.
+
+With `-m slow -s` it prints how many were refused and how many loaded.
+"""
+
+import collections
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxembed import FeatureConfig, QuantizationConfig, TableConfig
+from jaxembed.checkpoint import convert_to_bundle, open_bundle, read_checkpoint
+from jaxembed.features import feature_tables
+from jaxembed.optimizers import Adagrad
+from jaxembed.quantized_table import QuantizedTable
+from jaxembed.train import Checkpointer, ShardedEmbedding
+
+from .mutations import MUTATIONS, RESEALED, Files
+
+CONFIG = {
+    "x": FeatureConfig(TableConfig(300, 4, name="a")),
+    "y": [FeatureConfig(TableConfig(20, 3, name="b", dtype=jnp.bfloat16))],
+    "z": FeatureConfig(TableConfig(40, 5, name="c", quantization_config=QuantizationConfig(16, -1, 1))),
+}
+VARIANTS = ("plain", "int8", "chain")
+SECONDS = 1.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    own = ShardedEmbedding(CONFIG, Adagrad(0.1), jax.make_mesh((1,), ("d",)))
+    tables, slots, _ = own.to_canonical(own.init(jax.random.key(0)))
+    model = {"w": jnp.arange(6.0).reshape(2, 3), "l": [jnp.ones(2), jnp.zeros(())]}
+    with Checkpointer(directory, own) as checkpointer:
+        for step in range(3):
+            checkpointer.save(own.from_canonical(tables, slots, step), model=model, metadata={"auc": 0.5})
+            tables = {**tables, "a": tables["a"].at[jnp.array([3, 299 - step])].add(1.0)}
+    return directory
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def bundles(request, checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bundles")
+    if request.param == "chain":
+        for step in range(3):
+            convert_to_bundle(checkpoint, out, step=step, delta_from=step - 1 if step else None)
+    else:
+        quantize = None if request.param == "plain" else request.param
+        convert_to_bundle(checkpoint, out, step=2, quantize=quantize, exported=b"model")
+    return out
+
+
+def load(path):
+    """Everything that can be read of it, verified."""
+    bundle = open_bundle(path)
+    bundle.verify()
+    values = {name: stored.read() for name, stored in bundle.stored().items()}
+    arrays = {
+        f"{name}.{part}": array
+        for name, table in bundle.tables.items()
+        for part, array in (table.arrays if isinstance(table, QuantizedTable) else {"rows": table}).items()
+    }
+    return bundle, {name: array.copy() for name, array in {**values, **arrays}.items()}
+
+
+def timed(path):
+    """What `load` gave, or None for an error that it is documented to raise; again, if the machine was busy."""
+    for _ in range(3):
+        since = time.perf_counter()
+        try:
+            result = load(path)
+        except (ValueError, FileNotFoundError):
+            result = None
+        if time.perf_counter() - since < SECONDS:
+            return result
+    raise AssertionError(f"took over {SECONDS} s, three times")
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
+def test_mutated_bundles(bundles, tmp_path, count):
+    copy = shutil.copytree(bundles, tmp_path / "out")
+    files, (expected, arrays) = Files(copy), load(bundles)
+    outcomes = collections.Counter()
+
+    @settings(max_examples=count, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def mutate(data):
+        mutation = data.draw(st.sampled_from(MUTATIONS))
+        try:
+            mutation(data.draw, files)
+            result = timed(copy)
+        finally:
+            files.restore()
+        outcomes[mutation.__name__, "refused" if result is None else "loaded"] += 1
+        if result is None:
+            return
+        found, values = result
+        if mutation in RESEALED or found.directory.name != expected.directory.name:
+            for name, config in feature_tables(found.feature_config).items():
+                assert values[name].shape == (config.vocabulary_size, config.dim)
+            return
+        assert found.feature_config == expected.feature_config
+        assert (found.step, found.metadata, found.exported) == (
+            expected.step,
+            expected.metadata,
+            expected.exported,
+        )
+        assert values.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert (values[name].dtype, values[name].tobytes()) == (array.dtype, array.tobytes())
+        jax.tree.map(np.testing.assert_array_equal, found.model, expected.model)
+
+    mutate()
+    print(f"\n{sum(outcomes.values())} mutated bundles:", dict(sorted(outcomes.items())))
+    assert {kind for kind, how in outcomes if how == "refused"} == {m.__name__ for m in MUTATIONS}
+
+
+# Orbax's futures of reads that failed come back to event loops that are closed by then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("count", [15, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_checkpoints(checkpoint, tmp_path, count):
+    """The same of one step of a training checkpoint, tables, slots and model."""
+    copy = shutil.copytree(checkpoint / "2", tmp_path / "2")
+    files, expected = Files(copy), read_checkpoint(checkpoint, 2, slots=True)
+    kinds = [m for m in MUTATIONS if m.__name__ in ("change_bytes", "change_files")]
+    outcomes = collections.Counter()
+
+    @settings(max_examples=count, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def mutate(data):
+        mutation = data.draw(st.sampled_from(kinds))
+        try:
+            mutation(data.draw, files)
+            since = time.perf_counter()
+            try:
+                read = read_checkpoint(copy, slots=True)
+            except (ValueError, FileNotFoundError):
+                outcomes["refused"] += 1
+                return
+            finally:
+                assert time.perf_counter() - since < 10 * SECONDS
+        finally:
+            files.restore()
+        outcomes["loaded"] += 1
+        assert (read.step, read.metadata, read.feature_config) == (expected.step, expected.metadata, CONFIG)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            (read.tables, read.slots, read.model),
+            (expected.tables, expected.slots, expected.model),
+        )
+
+    mutate()
+    print(f"\n{sum(outcomes.values())} mutated checkpoints:", dict(outcomes))
+    assert outcomes["refused"]
