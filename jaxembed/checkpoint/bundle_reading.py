@@ -23,7 +23,6 @@ from jaxembed.checkpoint.vocabularies import load_vocabularies, locate_vocabular
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 from jaxembed.quantized_table import QuantizedTable
-from jaxembed.serialization import feature_config_from_json
 
 FORMAT = "jaxembed-bundle"
 MANIFEST_FILE, MODEL_FILE, EXPORTED_FILE = "manifest.json", "model.safetensors", "model.stablehlo"
@@ -134,7 +133,7 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
       CheckpointError: if it is damaged.
     """
     try:
-        feature_config = locate_vocabularies(feature_config_from_json(manifest["feature_config"]), directory)
+        feature_config = locate_vocabularies(layout.read_feature_config(manifest, directory), directory)
         if (directory / "tables").is_symlink():
             raise CheckpointError(f"{directory / 'tables'} is a symbolic link; a bundle holds its own files.")
         checks, tables = [], {}

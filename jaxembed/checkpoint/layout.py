@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxembed.checkpoint.digests import CheckpointError, digest_bytes
 from jaxembed.checkpoint.files import read_regular
-from jaxembed.serialization import strict_json
+from jaxembed.serialization import feature_config_from_json, strict_json
 
 FORMAT = "jaxembed-checkpoint"
 VERSION = 1
@@ -124,6 +124,18 @@ def read_manifest(
             "upgrade jaxembed."
         )
     return _unseal(manifest, directory, file)
+
+
+def read_feature_config(manifest: dict[str, Any], directory: pathlib.Path) -> Any:
+    """The feature configuration in a manifest.
+
+    Raises:
+      CheckpointError: if it is none that this program knows.
+    """
+    try:
+        return feature_config_from_json(manifest["feature_config"])
+    except ValueError as e:
+        raise CheckpointError(f"{directory}: {e}") from e
 
 
 def read_sealed(directory: pathlib.Path, file: str) -> dict[str, Any]:

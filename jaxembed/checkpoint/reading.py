@@ -12,7 +12,6 @@ from jaxembed.checkpoint.bundle_reading import Bundle, is_bundle, open_bundle
 from jaxembed.checkpoint.digests import CheckpointError, Digests
 from jaxembed.checkpoint.stored import StoredArray, open_array, shared_cache
 from jaxembed.features import feature_tables
-from jaxembed.serialization import feature_config_from_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +127,7 @@ def open_checkpoint(
     layout.check_files(directory)
     manifest = layout.read_manifest(directory)
     try:
-        feature_config = feature_config_from_json(manifest["feature_config"])
+        feature_config = layout.read_feature_config(manifest, directory)
         table_digests, slot_digests = manifest["digests"]["tables"], manifest["digests"]["slots"]
         tables, slots, cache = {}, {}, shared_cache()
         for name, config in feature_tables(feature_config).items():
