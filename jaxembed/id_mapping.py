@@ -5,6 +5,7 @@ import functools
 import operator
 import os
 import pathlib
+import stat
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,8 @@ class VocabularyFile:
           ValueError: if it cannot be read, or does not have the digest.
         """
         try:
+            if not stat.S_ISREG(os.stat(self.file).st_mode):  # reading a pipe would never end
+                raise ValueError(f"vocabulary file {self.file} must be a regular file.")
             content = pathlib.Path(self.file).read_bytes()
         except OSError as e:
             raise ValueError(f"vocabulary file {self.file} cannot be read ({e}); put it there again.") from e

@@ -24,6 +24,7 @@ from jaxembed.checkpoint import (
 )
 from jaxembed.checkpoint.reading import open_checkpoint
 from jaxembed.cli import main
+from jaxembed.id_mapping import VocabularyFile
 from jaxembed.optimizers import SGD
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
@@ -202,6 +203,7 @@ import sys
 import jax
 from jaxembed.cli import main
 from jaxembed.train import Checkpointer, ShardedEmbedding
+from jaxembed.id_mapping import VocabularyFile
 from jaxembed.optimizers import SGD
 from jaxembed import FeatureConfig, TableConfig
 folder = sys.argv[1]
@@ -247,3 +249,13 @@ def test_read_only_folder(checkpoint, tmp_path):
     assert "Read-only file system" in run.stderr
     assert any(line.startswith("not saved: ") and "Read-only file system" in line for line in lines)
     assert [line for line in lines if line.isdecimal()] == ["0", "1", "1"]
+
+
+def test_pipe_for_a_vocabulary(tmp_path):
+    """It is refused at once; whoever reads it would wait for ever."""
+    file = tmp_path / "words.txt"
+    file.write_text("a\nb\n")
+    vocabulary = VocabularyFile(str(file))
+    pipe(file)
+    with pytest.raises(ValueError, match=r"words\.txt must be a regular file"):
+        vocabulary.read()

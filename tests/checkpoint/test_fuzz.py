@@ -17,25 +17,33 @@ from hypothesis import strategies as st
 from jaxembed import FeatureConfig, QuantizationConfig, TableConfig
 from jaxembed.checkpoint import convert_to_bundle, open_bundle, read_checkpoint
 from jaxembed.features import feature_tables
+from jaxembed.id_mapping import VocabularyFile
 from jaxembed.optimizers import Adagrad
 from jaxembed.quantized_table import QuantizedTable
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
 from .mutations import MUTATIONS, RESEALED, Files
 
-CONFIG = {
-    "x": FeatureConfig(TableConfig(300, 4, name="a")),
-    "y": [FeatureConfig(TableConfig(20, 3, name="b", dtype=jnp.bfloat16))],
-    "z": FeatureConfig(TableConfig(40, 5, name="c", quantization_config=QuantizationConfig(16, -1, 1))),
-}
 VARIANTS = ("plain", "int8", "chain")
 SECONDS = 1.0
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def config(tmp_path_factory):
+    vocabulary = tmp_path_factory.mktemp("vocabulary") / "words.txt"
+    vocabulary.write_text("".join(f"word{i}\n" for i in range(18)))
+    b = TableConfig(20, 3, name="b", dtype=jnp.bfloat16)
+    return {
+        "x": FeatureConfig(TableConfig(300, 4, name="a")),
+        "y": [FeatureConfig(b, preprocessing=VocabularyFile(str(vocabulary), num_oov_buckets=2))],
+        "z": FeatureConfig(TableConfig(40, 5, name="c", quantization_config=QuantizationConfig(16, -1, 1))),
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(config, tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
-    own = ShardedEmbedding(CONFIG, Adagrad(0.1), jax.make_mesh((1,), ("d",)))
+    own = ShardedEmbedding(config, Adagrad(0.1), jax.make_mesh((1,), ("d",)))
     tables, slots, _ = own.to_canonical(own.init(jax.random.key(0)))
     model = {"w": jnp.arange(6.0).reshape(2, 3), "l": [jnp.ones(2), jnp.zeros(())]}
     with Checkpointer(directory, own) as checkpointer:
@@ -125,7 +133,7 @@ def test_mutated_bundles(bundles, tmp_path, count):
 # Orbax's futures of reads that failed come back to event loops that are closed by then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("count", [15, pytest.param(2000, marks=pytest.mark.slow)])
-def test_mutated_checkpoints(checkpoint, tmp_path, count):
+def test_mutated_checkpoints(config, checkpoint, tmp_path, count):
     """The same of one step of a training checkpoint, tables, slots and model."""
     copy = shutil.copytree(checkpoint / "2", tmp_path / "2")
     files, expected = Files(copy), read_checkpoint(checkpoint, 2, slots=True)
@@ -149,7 +157,7 @@ def test_mutated_checkpoints(checkpoint, tmp_path, count):
         finally:
             files.restore()
         outcomes["loaded"] += 1
-        assert (read.step, read.metadata, read.feature_config) == (expected.step, expected.metadata, CONFIG)
+        assert (read.step, read.metadata, read.feature_config) == (expected.step, expected.metadata, config)
         jax.tree.map(
             np.testing.assert_array_equal,
             (read.tables, read.slots, read.model),
