@@ -30,7 +30,7 @@ GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 VALUE = "VARIABLE_VALUE"
 NAME = "ckpt"
 #: What a writer hands to TensorFlow at once.
-PART_BYTES = 128 << 20
+PART_BYTES = 32 << 20
 
 
 def matches(path: pathlib.Path) -> bool:
