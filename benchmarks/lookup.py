@@ -56,7 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Measuring how fast memory reads rows at random.", file=sys.stderr)
         largest = max(cell.vocabulary for cell in cells)
         results.limit = measure_memory_limit((largest, row_bytes(c)) for c in cells if c.vocabulary == largest)
-    run_cells(cells, results, options.cell_seconds, options.peers)
+    full = {name: tuple(values) for name, values in axes.items()} == FULL_GRID and options.peers is None
+    path = options.out / ("lookup.md" if full else "lookup-part.md")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if options.resume and path.with_suffix(".csv").exists():
+        results.read_csv(path.with_suffix(".csv"))
+        results.facts["runs"] = "several, one after another; all contenders of a cell in the same one"
+    run_cells(cells, results, options.cell_seconds, options.peers, path.with_suffix(".csv"))
     if not options.no_whole_call:
         print("Timing the whole call.", file=sys.stderr)
         spec = WholeCall() if not options.quick else WholeCall(seconds=2.0)
@@ -65,20 +71,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.whole = pool.submit(measure_whole_call, spec, options.peers).result()
         results.wrong += results.whole.wrong
     results.facts["took"] = f"{(time.time() - started) / 60:.1f} minutes"
-    full = {name: tuple(values) for name, values in axes.items()} == FULL_GRID and options.peers is None
-    path = options.out / ("lookup.md" if full else "lookup-part.md")
     _write(results, path)
     return 1 if results.wrong else 0
 
 
-def run_cells(cells: list[Cell], results: Results, seconds: float, only: list[str] | None = None) -> None:
-    """Times every installed contender in every cell, after checking that its outputs are right."""
+def run_cells(
+    cells: list[Cell], results: Results, seconds: float, only: list[str] | None = None, keep: Path | None = None
+) -> None:
+    """Times every installed contender in every cell, after checking that its outputs are right.
+
+    Args:
+      cells: to run; those that `results` has already are left out.
+      results: takes the timings.
+      seconds: for each cell.
+      only: names of the peers that are wanted; default: all.
+      keep: CSV file of all timings so far, written after each table.
+    """
     peers, results.left_out = installed_peers(only)
-    run_peers(peers, cells, results, seconds)
+    run_peers(peers, cells, results, seconds, keep)
 
 
-def run_peers(peers: list[Peer], cells: list[Cell], results: Results, seconds: float) -> None:
+def run_peers(
+    peers: list[Peer], cells: list[Cell], results: Results, seconds: float, keep: Path | None = None
+) -> None:
     """`run_cells` of given contenders, among them numpy's, whose outputs are the reference."""
+    done = set(results.cells)
+    cells = [cell for cell in cells if cell not in done]
     results.contenders = [peer.name for peer in peers]
     pools: dict[tuple[int, str], Ids] = {}
     with tqdm(total=len(cells), unit="cell", disable=None) as progress:
@@ -97,6 +115,8 @@ def run_peers(peers: list[Peer], cells: list[Cell], results: Results, seconds: f
                 peer.unload()
             jax.clear_caches()
             gc.collect()
+            if keep is not None:
+                results.write_csv(keep)
 
 
 def _run_cell(cell: Cell, peers: list[Peer], ids: Ids, results: Results, seconds: float) -> None:
@@ -129,7 +149,6 @@ def _lookups_per_call(cell: Cell) -> int:
 
 
 def _write(results: Results, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     results.write_csv(path.with_suffix(".csv"))
     write_report(results, path)
     if any(name == OURS for _, name in results.timings):
@@ -156,6 +175,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=FULL_GRID["dtype"], nargs="+")
     parser.add_argument("--peers", nargs="*", choices=("torch", "FBGEMM", "TensorFlow"), help="only these")
     parser.add_argument("--cell-seconds", type=float, default=0.5, help="time for each cell (default 0.5)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cells that the report in --out has; run the others"
+    )
     parser.add_argument("--no-limit", action="store_true", help="leave out the memory limit")
     parser.add_argument("--no-whole-call", action="store_true", help="leave out the whole call")
     parser.add_argument(

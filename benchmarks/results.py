@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from cells import Cell
 from memory_limit import MemoryLimit
@@ -81,6 +81,18 @@ class Results:
             for (cell, name), timing in self.timings.items():
                 times = [f"{seconds * 1e6:.3f}" for seconds in timing[:3]]
                 writer.writerow([*dataclasses.astuple(cell), name, *times, timing.rounds])
+
+    def read_csv(self, path: Path) -> None:
+        """Takes in what `write_csv` wrote, of a run that was cut short or of other cells."""
+        parse = {int: int, str: str, bool: lambda text: text == "True"}
+        fields = [(name, parse[kind]) for name, kind in get_type_hints(Cell).items()]
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                cell = Cell(*(read(line[name]) for name, read in fields))
+                times = [
+                    float(line[name]) / 1e6 for name in ("median_us", "low_quartile_us", "high_quartile_us")
+                ]
+                self.timings[cell, line["contender"]] = Timing(*times, int(line["rounds"]))
 
 
 class Target(NamedTuple):

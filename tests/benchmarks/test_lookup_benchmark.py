@@ -52,6 +52,14 @@ def test_report_has_every_cell_and_contender(load, tiny, tmp_path):
     lines = path.with_suffix(".csv").read_text().splitlines()
     assert len(lines) == 1 + len(tiny) * 3
     assert path.with_suffix(".png").stat().st_size > 10_000
+    again = load("results").Results()
+    again.read_csv(path.with_suffix(".csv"))
+    assert again.timings.keys() == results.timings.keys()
+    for key, timing in results.timings.items():
+        np.testing.assert_allclose(again.timings[key], timing, atol=1e-9)
+    before = dict(again.timings)
+    lookup.run_cells(tiny, again, seconds=0.01, only=[])
+    assert again.timings == before
 
 
 @pytest.mark.parametrize("fault", ["value", "bag", "nan", "missing"])
