@@ -17,7 +17,7 @@ from jaxembed.optimizers import Optimizer
 from jaxembed.preprocessing import preprocess
 
 from .engines import custom, packing
-from .engines.batch import ShardedBatch, ShardedWeights
+from .engines.batch import PackedBatch, ShardedBatch, ShardedWeights
 from .engines.canonical import CanonicalTables
 from .engines.initial import draws_by_row, initial_rows, table_key
 from .engines.placement import stack_tables
@@ -126,6 +126,7 @@ class ShardedEmbedding:
         )
         self._capacity = dict.fromkeys(self.stacks, capacity or 0)
         self._is_capacity_fixed = capacity is not None
+        self._largest = jax.jit(partial(jnp.max, axis=0), out_shardings=self.replicated)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -218,7 +219,9 @@ class ShardedEmbedding:
     def shard_batch(self, batch: Any, weights: Any = None) -> tuple[ShardedBatch, ShardedWeights | None]:
         """Lays a batch out over the shards, on the host; call it outside of `jax.jit`.
 
-        With several hosts, each passes its own rows, and all get the one global batch.
+        With several hosts, each passes its own rows, in turn, and all get the one global batch. They agree
+        on its shapes, so all of them must call it on the same batches in the same order, on one thread;
+        `pack_batch`, `agree` and `place_batch` are its parts.
 
         Args:
           batch: inputs as of `serving_embedding_lookup`; raw ids where a feature has preprocessing.
@@ -233,25 +236,83 @@ class ShardedEmbedding:
         plan = self._plan(batch, weights)
         if packing.is_traced(plan):
             return packing.pack_in_trace(plan, self.stacks, self.num_shards), None
-        packed, values = self._pack(plan)
+        packed = self._pack(plan)
+        return self.place_batch(packed, self.agree(packed))
+
+    def pack_batch(self, batch: Any, weights: Any = None) -> PackedBatch:
+        """The host's half of `shard_batch`: for a thread of its own, while a step runs.
+
+        Args:
+          batch: as of `shard_batch`.
+          weights: likewise.
+
+        Raises:
+          ValueError: as `shard_batch`.
+        """
+        return self._pack(self._plan(batch, weights))
+
+    @property
+    def packs_alone(self) -> bool:
+        """Whether `pack_batch` asks no other host, and so may run on a thread; with SparseCores it does ask."""
+        return jax.process_count() == 1 or not any(stack.cores for stack in self.stacks.values())
+
+    def agree(self, packed: PackedBatch) -> jax.Array | None:
+        """Starts to agree with the other hosts on how many entries a shard has room for.
+
+        A computation over all hosts: each must call it on its part of the same batch, in the same order.
+        It does not wait; begun a step or two before its `place_batch`, it costs no time.
+
+        Returns:
+          int32 by stack, or None where there is nothing to agree on.
+        """
+        if jax.process_count() == 1 or not packed.needs_agreement:
+            return None
+        local = np.tile(np.asarray(list(packed.room.values()), np.int32), (self._num_local_shards(), 1))
+        return self._largest(jax.make_array_from_process_local_data(self.batch_sharding, local))
+
+    def place_batch(
+        self, packed: PackedBatch, agreed: jax.Array | None = None
+    ) -> tuple[ShardedBatch, ShardedWeights | None]:
+        """The devices' half of `shard_batch`.
+
+        Args:
+          packed: what `pack_batch` returned.
+          agreed: what `agree` returned for it.
+        """
+        if agreed is not None:
+            room = dict(zip(packed.room, np.asarray(agreed).tolist(), strict=True))
+            self.reserve(room)
+            packed = packing.widen(packed, self.stacks, room)
         put = partial(jax.make_array_from_process_local_data, self.batch_sharding)
-        packed = jax.tree.map(put, packed)
-        return packed, None if values is None else ShardedWeights(jax.tree.map(put, values))
+        placed = jax.tree.map(put, packed.batch)
+        return placed, None if packed.weights is None else ShardedWeights(jax.tree.map(put, packed.weights))
+
+    @property
+    def capacities(self) -> dict[str, int]:
+        """Entries that a shard has room for, by stack, as the batches so far needed them."""
+        return dict(self._capacity)
+
+    def reserve(self, capacities: Mapping[str, int]) -> None:
+        """Makes room for at least these, so that a resumed run compiles the programs that it was in."""
+        for stack in self._capacity:
+            if not self._is_capacity_fixed:
+                self._capacity[stack] = max(self._capacity[stack], int(capacities.get(stack, 0)))
 
     def abstract_batch(self, batch: Any, weights: Any = None) -> tuple[ShardedBatch, ShardedWeights | None]:
         """Shapes, types and shardings of what `shard_batch` returns for a batch, for compiling ahead of time.
 
         The devices of the mesh need not be there: `jax.experimental.topologies` describes them.
         """
-        packed, values = self._pack(self._plan(batch, weights))
+        packed = self._pack(self._plan(batch, weights))
         hosts = jax.process_count()
 
         def abstract(x):
             shape = (x.shape[0] * hosts, *x.shape[1:])
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.batch_sharding)
 
-        packed = jax.tree.map(abstract, packed)
-        return packed, None if values is None else ShardedWeights(jax.tree.map(abstract, values))
+        weights = packed.weights
+        weights = None if weights is None else ShardedWeights(jax.tree.map(abstract, weights))
+        return jax.tree.map(abstract, packed.batch), weights
 
     def predicted_bytes(self, batch: ShardedBatch) -> int:
         """Bytes that a device exchanges for a lookup and an update of a batch, as `engines.traffic` says."""
@@ -324,11 +385,14 @@ class ShardedEmbedding:
         """Shapes, types and shardings of canonical tables and slots, without the values."""
         return self._canonical.abstract()
 
-    def _pack(self, plan: packing.Plan) -> Any:
-        local = range(self.num_shards // jax.process_count())
-        batch, values = packing.pack_on_host(plan, self.stacks, local, self._room, self._sparsecore)
-        valencies = custom.valencies_on_host(plan.layout, plan.lookups, len(local))
-        return dataclasses.replace(batch, valencies=valencies), values
+    def _pack(self, plan: packing.Plan) -> PackedBatch:
+        num_shards = self._num_local_shards()
+        packed = packing.pack_on_host(plan, self.stacks, range(num_shards), self._room, self._sparsecore)
+        valencies = custom.valencies_on_host(plan.layout, plan.lookups, num_shards)
+        return dataclasses.replace(packed, batch=dataclasses.replace(packed.batch, valencies=valencies))
+
+    def _num_local_shards(self) -> int:
+        return self.num_shards // jax.process_count()
 
     def _plan(self, batch: Any, weights: Any) -> packing.Plan:
         batch = preprocess(batch, self.feature_config)

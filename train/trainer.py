@@ -90,28 +90,46 @@ class Trainer:
         return Batch(features, weights, *rest)
 
     def shard_batch(self, batch: Batch) -> Batch:
-        """A host batch laid out over the mesh; what `step` and `predict` take."""
-        features, weights = self.embedding.shard_batch(batch.features, batch.weights)
-        rest = jax.device_put((batch.dense, batch.labels, batch.mask), self.embedding.batch_sharding)
-        return Batch(features, weights, *rest)
+        """A host batch laid out over the mesh; what `step` and `predict` take.
+
+        With several hosts, each passes its own rows, as `ShardedEmbedding.shard_batch` says.
+        """
+        return self._with_rest(batch, *self.embedding.shard_batch(batch.features, batch.weights))
+
+    def pack_batch(self, batch: Batch) -> Batch:
+        """The host's half of `shard_batch`: for a thread of its own, while a step runs."""
+        packed = self.embedding.pack_batch(batch.features, batch.weights)
+        return dataclasses.replace(batch, features=packed, weights={})
+
+    def place_batch(self, packed: Batch, agreed: jax.Array | None = None) -> Batch:
+        """The devices' half: a packed batch, and what `ShardedEmbedding.agree` returned for its features."""
+        return self._with_rest(packed, *self.embedding.place_batch(packed.features, agreed))
 
     def apply_model(self, params: Any, dense: jax.Array, activations: Any) -> jax.Array:
         """The dense model as a pure function: [B] logits."""
         return nnx.merge(self.graphdef, nnx.State(params))(dense, activations)
 
+    def _with_rest(self, batch: Batch, features: Any, weights: Any) -> Batch:
+        rest = jax.make_array_from_process_local_data(
+            self.embedding.batch_sharding, (batch.dense, batch.labels, batch.mask)
+        )
+        return Batch(features, weights, *rest)
+
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         activations = self.embedding.lookup(state.embedding, batch.features, batch.weights)
 
         def loss_of(params, activations):
-            return self.loss(self.apply_model(params, batch.dense, activations), batch)
+            logits = self.apply_model(params, batch.dense, activations)
+            return self.loss(logits, batch), logits
 
-        loss, (param_grads, activation_grads) = jax.value_and_grad(loss_of, (0, 1))(state.params, activations)
+        gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
+        (loss, logits), (param_grads, activation_grads) = gradient(state.params, activations)
         embedding = self.embedding.apply_gradients(
             state.embedding, batch.features, activation_grads, batch.weights
         )
         updates, opt_state = self.optimizer.update(param_grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(embedding, params, opt_state), {"loss": loss}
+        return TrainState(embedding, params, opt_state), {"loss": loss, "logits": logits}
 
     def _predict(self, state: TrainState, batch: Batch) -> jax.Array:
         activations = self.embedding.lookup(state.embedding, batch.features, batch.weights)

@@ -143,6 +143,28 @@ class ShardedWeights:
     values: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """This host's part of a ShardedBatch, as numpy arrays of its own shards.
+
+    Attributes:
+      batch: [n', N] arrays, n' being the host's shards.
+      weights: float32 [n', N] by stack, or None.
+      needs_agreement: whether N depends on the values of the inputs, so that hosts may differ.
+    """
+
+    batch: ShardedBatch
+    weights: dict[str, Any] | None
+    needs_agreement: bool
+
+    @property
+    def room(self) -> dict[str, int]:
+        """N of each stack that has entries in the batch."""
+        on_sparsecores = {name: ids.segments for name, ids in self.batch.sparsecore.items()}
+        segments = self.batch.segments | on_sparsecores
+        return {name: x.shape[1] for name, x in segments.items() if x is not None}
+
+
 def inner_size(bag: Bag, ids: Any) -> int:
     """Output rows that one batch row of this input gives."""
     if bag.layout == "dense":

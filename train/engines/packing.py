@@ -13,7 +13,7 @@ from jaxembed.features import FeatureInput, match
 from jaxembed.inputs.ids import is_concrete
 from jaxembed.lookup import Lookup, plan_lookup
 
-from .batch import BatchLayout, FeatureLayout, ShardedBatch, Skeleton, inner_size
+from .batch import BatchLayout, FeatureLayout, PackedBatch, ShardedBatch, Skeleton, inner_size
 from .custom import as_sequence, is_custom
 from .placement import Stack, TablePlacement
 from .sparsecore import SparseCoreIds
@@ -105,7 +105,7 @@ def plan_batch(
 
 def pack_on_host(
     plan: Plan, stacks: Mapping[str, Stack], shards: range, capacity: Any, sparsecore: SparseCorePacking
-) -> tuple[ShardedBatch, dict[str, np.ndarray] | None]:
+) -> PackedBatch:
     """The entries of some shards, as numpy arrays whose first axis is `shards`.
 
     Args:
@@ -114,9 +114,6 @@ def pack_on_host(
       shards: which shards; the inputs hold the rows of just these.
       capacity: called as `capacity(stack name, number of entries) -> N`, at least that number.
       sparsecore: packs the stacks that lie on SparseCores.
-
-    Returns:
-      The batch, and float32 [len(shards), N] weights by stack, or None where no feature has any.
     """
     weighted = any(lookup.operands.weights is not None for lookup in plan.lookups)
     parts: dict[str, list] = {name: [] for name in stacks}
@@ -157,7 +154,34 @@ def pack_on_host(
         else:
             on_sparsecores[name] = _with_slots(ids, stack, plan.layout, *joined[:2])
     batch = ShardedBatch(positions, segments, on_sparsecores, bad_ids, plan.layout)
-    return batch, values if weighted else None
+    needs_agreement = any(feature.bag.layout != "dense" for feature in plan.layout.features)
+    return PackedBatch(batch, values if weighted else None, needs_agreement)
+
+
+def widen(packed: PackedBatch, stacks: Mapping[str, Stack], room: Mapping[str, int]) -> PackedBatch:
+    """The batch with room for `room[stack]` entries a shard, never fewer than it has."""
+
+    def pad(array, name, value):
+        return np.pad(array, ((0, 0), (0, room[name] - array.shape[1])), constant_values=value)
+
+    batch, weights = packed.batch, packed.weights
+    if dict(room) == packed.room:
+        return packed
+    no_segment = {name: batch.layout.num_segments(name) for name in room}
+    on_sparsecores = dict(batch.sparsecore)
+    for name, ids in batch.sparsecore.items():
+        if name in room:
+            segments = pad(ids.segments, name, no_segment[name])
+            slots = pad(ids.slots, name, ids.embedding_ids.shape[1])
+            on_sparsecores[name] = dataclasses.replace(ids, segments=segments, slots=slots)
+    wider = dataclasses.replace(
+        batch,
+        positions={name: pad(x, name, stacks[name].num_positions) for name, x in batch.positions.items()},
+        segments={name: pad(x, name, no_segment[name]) for name, x in batch.segments.items()},
+        sparsecore=on_sparsecores,
+    )
+    weights = None if weights is None else {name: pad(x, name, 0) for name, x in weights.items()}
+    return dataclasses.replace(packed, batch=wider, weights=weights)
 
 
 def _with_slots(ids: SparseCoreIds, stack: Stack, layout: BatchLayout, positions, segments) -> SparseCoreIds:
@@ -220,7 +244,11 @@ def _join(parts, stack: Stack, num_segments: int, num_shards: int, capacity):
     for feature, entries, _ in parts:
         edges = np.arange(num_shards + 1) * feature.num_segments
         borders.append(np.searchsorted(entries.segments, edges))
-    totals = sum(np.diff(border) for border in borders)
+    # Dense features have room for all of their ids, bad ones too: a number that all hosts know.
+    totals = sum(
+        np.full(num_shards, feature.num_segments) if feature.bag.layout == "dense" else np.diff(border)
+        for (feature, _, _), border in zip(parts, borders, strict=True)
+    )
     shape = (num_shards, capacity(int(totals.max(initial=0))))
     positions = np.full(shape, stack.num_positions, np.int32)
     segments = np.full(shape, num_segments, np.int32)

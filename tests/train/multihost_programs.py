@@ -1,0 +1,84 @@
+"""One of several processes on CPU: trains, checkpoints and resumes. Started by test_multihost."""
+
+import json
+import sys
+
+import jax
+
+if __name__ == "__main__":
+    address, count, index, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    jax.config.update("jax_num_cpu_devices", devices)
+    if count > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, count, index)
+
+import grain
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxembed import FeatureConfig, TableConfig
+from jaxembed.optimizers import Adagrad
+from jaxembed.train import Checkpointer, ShardedEmbedding, Trainer, TrainState
+from jaxembed.train.data import Examples, RaggedColumn, batches
+from jaxembed.train.dlrm import DLRM
+
+BATCH, STEPS = 16, 6
+
+
+def examples():
+    """Bags whose lengths differ so much that hosts need different room for them."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 4, 200) * rng.integers(1, 12, 200)
+    starts = np.cumsum(lengths) - lengths
+    weights = rng.uniform(0.5, 2, lengths.sum()).astype(np.float32)
+    features = {
+        "bag": RaggedColumn(rng.integers(0, 103, lengths.sum()), starts, lengths, weights),
+        "id": rng.integers(0, 50, 200),
+    }
+    dense = rng.normal(size=(200, 3)).astype(np.float32)
+    return Examples(features, dense, (rng.random(200) < 0.5).astype(np.float32))
+
+
+def trainer():
+    config = {
+        "bag": FeatureConfig(TableConfig(103, 8, combiner="mean", name="bag")),
+        "id": FeatureConfig(TableConfig(50, 8, name="id")),
+    }
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+    own = ShardedEmbedding(config, Adagrad(0.1), mesh, plan={"id": "div"})
+    return Trainer(own, DLRM(3, 2, 8, rngs=nnx.Rngs(0)), optax.adam(1e-2))
+
+
+def train(own, state, iterator, steps):
+    losses = []
+    for _ in range(steps):
+        state, metrics = own.step(state, own.shard_batch(next(iterator)))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def main(directory):
+    """Trains half the steps, saves, restores into a fresh trainer and goes on; process 0 prints the losses."""
+    shard = grain.sharding.ShardByJaxProcess() if jax.process_count() > 1 else None
+    dataset = batches(examples(), BATCH, seed=3, shard=shard)
+    own, iterator = trainer(), iter(dataset)
+    state, losses = train(own, own.init(jax.random.key(0)), iterator, STEPS // 2)
+    with Checkpointer(directory, own.embedding) as checkpointer:
+        model = {"params": state.params, "opt_state": state.opt_state}
+        checkpointer.save(state.embedding, model=model, data=iterator.get_state())
+    own, iterator = trainer(), iter(dataset)
+    fresh = own.init(jax.random.key(1))
+    with Checkpointer(directory, own.embedding) as checkpointer:
+        restored = checkpointer.restore(model={"params": fresh.params, "opt_state": fresh.opt_state})
+        iterator.set_state(restored.data)
+        state = TrainState(restored.state, restored.model["params"], restored.model["opt_state"])
+        state, more = train(own, state, iterator, STEPS - STEPS // 2)
+        model = {"params": state.params, "opt_state": state.opt_state}
+        checkpointer.save(state.embedding, model=model, data=iterator.get_state())
+    if jax.process_index() == 0:
+        print(json.dumps({"losses": losses + more, "step": restored.step}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[5])
