@@ -59,6 +59,7 @@ class Trainer:
         self._initial_params = nnx.to_pure_dict(params)
         self.step = jax.jit(self._step, donate_argnums=0)
         self.predict = jax.jit(self._predict)
+        self.replicate = jax.jit(lambda arrays: arrays, out_shardings=embedding.replicated)
 
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state."""

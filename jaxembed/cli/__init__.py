@@ -23,6 +23,7 @@ class Command(NamedTuple):
 
 #: Those outside the core are named, not imported: the core imports neither train nor serve.
 COMMANDS = {
+    "train": Command("jaxembed.train.job.command", "a model, from a configuration file", "train", on_cpu=False),
     "inspect": Command(
         "jaxembed.cli.inspect", "what is in a checkpoint, a bundle, or tables of another framework"
     ),

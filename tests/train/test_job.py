@@ -1,0 +1,159 @@
+"""The training job: resumes to the very bits, stops on SIGTERM and on NaN, logs and evaluates."""
+
+import dataclasses
+import os
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from jaxembed.checkpoint import read_checkpoint, whole_steps
+from jaxembed.train import data
+from jaxembed.train.job import TrainingDiverged, load_config, open_sources, train
+from jaxembed.train.job.loop import evaluate
+from jaxembed.train.metrics import auc, log_loss
+
+from .jobs import BATCH, EXAMPLES, assert_same_bits, job, write_config, write_data
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion():
+    """optax's Adam takes a power of a float to an integer, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A job that ran to its end without a stop."""
+    directory = tmp_path_factory.mktemp("whole")
+    return job(directory), train(job(directory))
+
+
+def test_evaluates_logs_and_saves(whole):
+    config, result = whole
+    assert (result.step, result.preempted) == (9, False)
+    assert whole_steps(result.checkpoints) == [6, 9]
+    assert [entry["step"] for entry in result.history] == [6, 9]
+    assert all(0 < entry["train"]["loss"] < 2 for entry in result.history)
+    assert result.history[-1]["evaluation"]["examples"] == EXAMPLES
+    events = next((result.checkpoints.parent / "logs").iterdir()).read_bytes()
+    for tag in (b"train/loss", b"train/auc", b"train/examples_per_second", b"evaluation/auc"):
+        assert tag in events
+    again = load_config(result.checkpoints.parent / "config.json")
+    assert again == config
+
+
+def test_evaluation_is_that_of_the_saved_state(whole):
+    config, result = whole
+    sources = open_sources(config.data, config.model.dim)
+    labels, logits = [], []
+    for batch in data.batches(sources.evaluation, BATCH, shuffle=False, num_epochs=1):
+        real = batch.mask > 0
+        placed = result.trainer.shard_batch(batch)
+        logits.append(np.asarray(result.trainer.predict(result.state, placed))[real])
+        labels.append(batch.labels[real])
+    labels, logits = np.concatenate(labels), np.concatenate(logits)
+    found = read_checkpoint(result.checkpoints).metadata["evaluation"]
+    assert found["auc"] == pytest.approx(auc(labels, logits), abs=1e-3)
+    assert found["log_loss"] == pytest.approx(log_loss(labels, logits), abs=1e-6)
+
+
+def test_id_frequency_is_in_the_checkpoint(whole):
+    _, result = whole
+    found = read_checkpoint(result.checkpoints).metadata["id_frequency"]
+    assert set(found) == {"bag", "id"}
+    # Batches made ahead are counted too: of 9 steps at most two.
+    assert 9 * BATCH <= found["id"]["lookups"] <= 12 * BATCH
+    assert found["id"]["counters"] == 50
+    for table in found.values():
+        assert table["counts"] == sorted(table["counts"], reverse=True)
+        assert table["ranks"][-1] == table["distinct"]
+        assert table["shares"][-1] == pytest.approx(1)
+
+
+class Interrupting:
+    """A source that sends this process SIGTERM when batch `at` is read."""
+
+    def __init__(self, examples, at):
+        self._examples, self._at, self._reads = examples, at, 0
+
+    def __getattr__(self, name):
+        return getattr(self._examples, name)
+
+    def __len__(self):
+        return len(self._examples)
+
+    def take(self, *args):
+        self._reads += 1
+        if self._reads == self._at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self._examples.take(*args)
+
+
+def test_sigterm_saves_and_the_next_start_ends_in_the_same_bits(whole, tmp_path):
+    _, expected = whole
+    path = write_config(tmp_path, write_data(tmp_path))
+    config = load_config(path, ["training.prefetch=0"])
+    sources = open_sources(config.data, config.model.dim)
+    interrupted = dataclasses.replace(sources, train=Interrupting(sources.train, at=5))
+    before = signal.getsignal(signal.SIGTERM)
+    result = train(config, interrupted)
+    assert (result.preempted, result.step) == (True, 5)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert whole_steps(result.checkpoints)[-1] == 5
+    result = train(load_config(path))
+    assert (result.preempted, result.step) == (False, 9)
+    # The batches of the data differ in `train`'s path alone, which the bits do not.
+    assert_same_bits(result.checkpoints, expected.checkpoints)
+
+
+def test_a_finished_job_does_nothing(whole):
+    config, result = whole
+    again = train(config)
+    assert (again.step, again.history) == (9, [])
+    jax.tree.map(np.testing.assert_array_equal, again.state.params, result.state.params)
+    canonical = [r.trainer.embedding.to_canonical(r.state.embedding) for r in (again, result)]
+    jax.tree.map(np.testing.assert_array_equal, *canonical)
+
+
+def test_nan_stops_and_the_last_good_checkpoint_stays(tmp_path):
+    (tmp_path / "bad").mkdir()
+    bad = write_data(tmp_path / "bad", nan_at=EXAMPLES - 1)
+    good = str(write_data(tmp_path))
+    changes = {"checkpoints.every": 1, "training.steps": 40, "data.evaluation": [good]}
+    message = r"the loss \(nan\) is not finite at step (\d+)\. .* the checkpoint of step (\d+) in .* is whole"
+    with pytest.raises(TrainingDiverged, match=message) as e:
+        train(job(tmp_path, bad, **changes))
+    at, last = map(int, re.search(message, str(e.value)).groups())
+    read = read_checkpoint(tmp_path / "run" / "checkpoints", slots=True)
+    assert read.step == last == at - 1
+    leaves = jax.tree.leaves((read.tables, read.slots, read.model))
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in leaves)
+
+
+def test_nan_in_the_evaluation_is_told_apart(whole, tmp_path):
+    config, result = whole
+    bad = write_data(tmp_path, nan_at=EXAMPLES - 1)
+    examples = open_sources(job(tmp_path, bad).data, config.model.dim).evaluation
+    with pytest.raises(ValueError, match="look for bad dense features or weights in the evaluation data"):
+        evaluate(result.trainer, result.state, examples, BATCH)
+
+
+def test_other_batches_are_an_error(whole, tmp_path):
+    _, result = whole
+    values = tmp_path / "job.json"
+    values.write_text((result.checkpoints.parent / "config.json").read_text())
+    changed = load_config(values, ["training.batch_size=24"])
+    with pytest.raises(
+        ValueError, match=r"batch_size changed from \{'batch_size': 16\} to \{'batch_size': 24\}"
+    ):
+        train(changed)
+    assert whole_steps(result.checkpoints) == [6, 9]
+
+
+def test_batches_must_divide_over_the_devices(tmp_path):
+    with pytest.raises(ValueError, match=r"training.batch_size must be a multiple of the 8 devices, got 12"):
+        train(job(tmp_path, **{"training.batch_size": 12}))

@@ -1,0 +1,43 @@
+"""Training from a configuration file: what `jaxembed train` and `python -m jaxembed.train` run."""
+
+from .config import (
+    Checkpoints,
+    CriteoData,
+    DenseOptimizer,
+    Distributed,
+    JobConfig,
+    Logs,
+    Model,
+    MovieLensData,
+    ParquetData,
+    SyntheticData,
+    TableOptimizer,
+    Tables,
+    Training,
+)
+from .config_file import load_config
+from .loop import Result, train
+from .sources import Sources, open_sources
+from .watch import TrainingDiverged
+
+__all__ = [
+    "Checkpoints",
+    "CriteoData",
+    "DenseOptimizer",
+    "Distributed",
+    "JobConfig",
+    "Logs",
+    "Model",
+    "MovieLensData",
+    "ParquetData",
+    "Result",
+    "Sources",
+    "SyntheticData",
+    "TableOptimizer",
+    "Tables",
+    "Training",
+    "TrainingDiverged",
+    "load_config",
+    "open_sources",
+    "train",
+]

@@ -1,0 +1,294 @@
+"""The configuration of a training job: frozen dataclasses, their types and ranges checked by pydantic."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import optax
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from jaxembed.optimizers import Optimizer, optimizer_class
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Sizes = PositiveInt | tuple[PositiveInt, ...]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MovieLensData:
+    """MovieLens: the oldest ratings train, the next evaluate.
+
+    Args:
+      path: its folder; None takes MovieLens-100K, fetched to data/ml-100k if it is not there.
+      max_history: the longest history of a user.
+      validation: fraction of the ratings to evaluate on.
+      test: fraction kept for a last test, which a job does not read.
+    """
+
+    kind: Literal["movielens"] = "movielens"
+    path: str | None = None
+    max_history: PositiveInt = 50
+    validation: Fraction = 0.1
+    test: Fraction = 0.1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CriteoData:
+    """Criteo's click logs, Kaggle's or the terabyte's: the first examples train, the last evaluate.
+
+    Args:
+      path: folder that `convert_criteo` wrote; made from `text` where it does not exist.
+      text: the tab-separated files, in order; may be empty where `path` exists.
+      vocabulary_sizes: V of every feature, or one for all, for the conversion.
+      validation: fraction of the examples to evaluate on.
+    """
+
+    path: str
+    kind: Literal["criteo"] = "criteo"
+    text: tuple[str, ...] = ()
+    vocabulary_sizes: Sizes = 1_000_000
+    validation: Fraction = 0.05
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ParquetFeature:
+    """One feature in Parquet files.
+
+    Args:
+      vocabulary_size: V of its table.
+      column: of ids, integers or lists of them; None takes the feature's name.
+      weights: column of weights, parallel to the ids; None for no weights.
+      table: name of its table, which features may share; None takes the feature's name.
+      combiner: of bags.
+    """
+
+    vocabulary_size: PositiveInt
+    column: str | None = None
+    weights: str | None = None
+    table: str | None = None
+    combiner: Literal["sum", "mean", "sqrtn"] = "mean"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ParquetData:
+    """Parquet files, read row group by row group.
+
+    Args:
+      train: files, or patterns such as "train/*.parquet".
+      labels: name of the label column.
+      features: by name.
+      evaluation: like `train`; empty evaluates nothing.
+      dense: names of the dense columns.
+    """
+
+    train: tuple[str, ...]
+    labels: str
+    features: dict[str, ParquetFeature]
+    kind: Literal["parquet"] = "parquet"
+    evaluation: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SyntheticData:
+    """Made-up click logs of Criteo's shape (`synthetic_criteo`).
+
+    Args:
+      examples: to train on.
+      evaluation_examples: to evaluate on.
+      vocabulary_sizes: V of every feature, or one for all.
+      ids_per_feature: mean length of a bag; 1 gives one id an example.
+      exponent: of the Zipf law of ids.
+      seed: of the examples.
+    """
+
+    kind: Literal["synthetic"] = "synthetic"
+    examples: PositiveInt = 100_000
+    evaluation_examples: Count = 10_000
+    vocabulary_sizes: Sizes = 10_000
+    ids_per_feature: Annotated[float, Field(ge=1)] = 1.0
+    exponent: PositiveFloat = 1.05
+    seed: int = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    """The DLRM: D, and the widths of the hidden layers of its two MLPs."""
+
+    dim: PositiveInt = 16
+    bottom: tuple[PositiveInt, ...] = (64,)
+    top: tuple[PositiveInt, ...] = (64, 32)
+    concat_embeddings: bool = False
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TableOptimizer:
+    """Optimizer of the tables.
+
+    Args:
+      name: "sgd", "adagrad", "adagrad_momentum", "ftrl" or "adam", or that of a registered one.
+      learning_rate: a number.
+      arguments: others of its constructor.
+    """
+
+    name: str = "adagrad"
+    learning_rate: PositiveFloat = 0.05
+    arguments: dict[str, bool | int | float | tuple[float, float]] = Field(default_factory=dict)
+
+    def __post_init__(self):
+        self.build()
+
+    def build(self) -> Optimizer:
+        """The optimizer.
+
+        Raises:
+          ValueError: if there is none of that name, or its arguments are not its own.
+        """
+        cls = optimizer_class(self.name)
+        try:
+            return cls(learning_rate=self.learning_rate, **self.arguments)
+        except TypeError as e:
+            raise ValueError(f"arguments of {self.name} cannot be {self.arguments!r}: {e}") from e
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DenseOptimizer:
+    """optax optimizer of the dense parameters."""
+
+    name: Literal["adam", "adagrad", "sgd"] = "adam"
+    learning_rate: PositiveFloat = 1e-3
+
+    def build(self) -> optax.GradientTransformation:
+        """The optimizer."""
+        return getattr(optax, self.name)(self.learning_rate)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Tables:
+    """How tables are trained and spread; arguments of `ShardedEmbedding`."""
+
+    optimizer: TableOptimizer = Field(default_factory=TableOptimizer)
+    plan: dict[str, Literal["mod", "div", "table", "column", "replicated"]] = Field(default_factory=dict)
+    exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
+    engine: str = "auto"
+    capacity: PositiveInt | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Training:
+    """How long, and on what batches.
+
+    Args:
+      batch_size: B, over all hosts.
+      epochs: passes over the data; of no effect where `steps` is given.
+      steps: training steps in all; None takes `epochs`.
+      seed: of the initial parameters and the order of the examples.
+      evaluate_every: steps between evaluations; None evaluates after every epoch. The end evaluates too.
+      evaluation_batches: how many batches an evaluation reads at most; None for all.
+      prefetch: batches made ahead while a step runs; 0 makes each when it is asked for.
+    """
+
+    batch_size: PositiveInt = 4096
+    epochs: PositiveInt = 1
+    steps: PositiveInt | None = None
+    seed: Count = 0
+    evaluate_every: PositiveInt | None = None
+    evaluation_batches: PositiveInt | None = None
+    prefetch: Count = 2
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Checkpoints:
+    """When to save.
+
+    Args:
+      every: steps between checkpoints; None saves after every epoch. The end saves too.
+      keep: how many; None keeps all.
+    """
+
+    every: PositiveInt | None = None
+    keep: PositiveInt | None = 3
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Logs:
+    """What is shown: every how many steps, whether to TensorBoard (OUT/logs) and on a progress bar."""
+
+    every: PositiveInt = 20
+    tensorboard: bool = True
+    progress: bool = True
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Distributed:
+    """Processes of one job; arguments of `jax.distributed.initialize`.
+
+    Args:
+      enabled: whether there are several. On Cloud TPU the rest may stay None: the slice says it.
+      coordinator_address: HOST:PORT of process 0.
+      num_processes: how many there are.
+      process_id: which one this is.
+      cpu_devices: how many devices a process has, on CPU.
+    """
+
+    enabled: bool = False
+    coordinator_address: str | None = None
+    num_processes: PositiveInt | None = None
+    process_id: Count | None = None
+    cpu_devices: PositiveInt | None = None
+
+    def __post_init__(self):
+        given = [self.coordinator_address, self.num_processes, self.process_id]
+        if any(x is None for x in given) and any(x is not None for x in given):
+            raise ValueError(
+                "coordinator_address, num_processes and process_id must be given together, or none of them, "
+                f"got {given}"
+            )
+        if any(x is not None for x in given) and not self.enabled:
+            raise ValueError(f"enabled must be true where processes are named, got false and {given}")
+
+
+Data = Annotated[MovieLensData | CriteoData | ParquetData | SyntheticData, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class JobConfig:
+    """A training job.
+
+    Args:
+      out: where checkpoints (OUT/checkpoints) and logs go. A job that finds its own checkpoints goes on.
+      data: what to train on, by `kind`.
+      model: the dense model.
+      tables: optimizer and sharding of the tables.
+      dense_optimizer: of the dense model.
+      training: how long, and on what batches.
+      checkpoints: when to save.
+      logs: what is shown.
+      distributed: processes of the job.
+
+    Raises:
+      ValueError: if a value is not of its type or out of range (pydantic's ValidationError).
+    """
+
+    out: str
+    data: Data
+    model: Model = Field(default_factory=Model)
+    tables: Tables = Field(default_factory=Tables)
+    dense_optimizer: DenseOptimizer = Field(default_factory=DenseOptimizer)
+    training: Training = Field(default_factory=Training)
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
+    logs: Logs = Field(default_factory=Logs)
+    distributed: Distributed = Field(default_factory=Distributed)
+
+    def batches_key(self) -> dict[str, Any]:
+        """JSON-able: what decides which examples batch i holds. A run may only resume on the same."""
+        from pydantic import TypeAdapter
+
+        data = TypeAdapter(Data).dump_python(self.data, mode="json")
+        return {"data": data, "batch_size": self.training.batch_size, "seed": self.training.seed}
+
+
+def sizes_of(sizes: int | Sequence[int]) -> int | list[int]:
+    """Vocabulary sizes as the loaders take them."""
+    return sizes if isinstance(sizes, int) else list(sizes)

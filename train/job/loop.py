@@ -1,0 +1,298 @@
+"""The loop of a training job: step, log, evaluate, save; resumed at the very batch it had come to."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from pydantic import TypeAdapter
+
+from ..checkpoint import Checkpointer, Restored
+from ..dlrm import DLRM
+from ..embedding import ShardedEmbedding
+from ..metrics import StreamingMetrics
+from ..trainer import Trainer, TrainState
+from .config import JobConfig
+from .feeding import feed
+from .frequency import IdFrequency
+from .preemption import Preemption
+from .report import Report
+from .sources import Sources, open_sources
+from .watch import Watch, figures, gather
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a job came to.
+
+    Attributes:
+      step: number of steps taken.
+      preempted: whether SIGTERM stopped it; the same job started again goes on.
+      history: for each evaluation of this process, its step, the training loss and AUC since the one
+        before, and its figures, as "step", "train" and "evaluation".
+      checkpoints: where they are.
+      trainer: what trained.
+      state: after the last step.
+    """
+
+    step: int
+    preempted: bool
+    history: list[dict[str, Any]]
+    checkpoints: Path
+    trainer: Trainer
+    state: TrainState
+
+
+def train(config: JobConfig, sources: Sources | None = None) -> Result:
+    """Runs a job from its last checkpoint, or from the start.
+
+    Args:
+      config: of the job.
+      sources: what `config.data` says, where it is open already.
+
+    Raises:
+      TrainingDiverged: if the loss or a parameter is not finite; the last checkpoint stays as it is.
+      ValueError: if the data or a checkpoint does not fit the configuration.
+    """
+    start_processes(config)
+    sources = sources or open_sources(config.data, config.model.dim)
+    job = Job(config, sources)
+    try:
+        return job.run()
+    finally:
+        job.close()
+
+
+def start_processes(config: JobConfig) -> None:
+    """Joins the processes of the job, once; before anything asks JAX for its devices."""
+    distributed = config.distributed
+    if distributed.cpu_devices is not None and not jax.distributed.is_initialized():
+        jax.config.update("jax_num_cpu_devices", distributed.cpu_devices)
+    if distributed.enabled and not jax.distributed.is_initialized():
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            distributed.coordinator_address, distributed.num_processes, distributed.process_id
+        )
+
+
+def build_trainer(config: JobConfig, sources: Sources) -> Trainer:
+    """The tables, the DLRM and their optimizers, over all devices of all processes."""
+    tables = config.tables
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+    embedding = ShardedEmbedding(
+        sources.feature_config,
+        tables.optimizer.build(),
+        mesh,
+        plan=tables.plan,
+        exchange=tables.exchange,
+        engine=tables.engine,
+        capacity=tables.capacity,
+    )
+    model = build_model(config, sources, nnx.Rngs(config.training.seed))
+    return Trainer(embedding, model, config.dense_optimizer.build())
+
+
+def build_model(config: JobConfig, sources: Sources, rngs: nnx.Rngs) -> DLRM:
+    """The dense model; the same code builds it for training and for serving."""
+    return DLRM(
+        sources.num_dense,
+        len(sources.feature_config),
+        config.model.dim,
+        bottom=config.model.bottom,
+        top=config.model.top,
+        concat_embeddings=config.model.concat_embeddings,
+        rngs=rngs,
+    )
+
+
+class Job:
+    """A job that is open: trainer, checkpoints and reports.
+
+    Args:
+      config: of the job.
+      sources: its data.
+    """
+
+    def __init__(self, config: JobConfig, sources: Sources):
+        training = config.training
+        num_shards = jax.device_count()
+        if training.batch_size % num_shards:
+            raise ValueError(
+                f"training.batch_size must be a multiple of the {num_shards} devices, got {training.batch_size}."
+            )
+        self._config, self._sources, self._out = config, sources, Path(config.out).expanduser()
+        self._per_epoch = -(-len(sources.train) // training.batch_size)
+        self._total = training.steps or training.epochs * self._per_epoch
+        self.trainer = build_trainer(config, sources)
+        self._frequency = IdFrequency(sources.feature_config)
+        self._checkpointer = Checkpointer(
+            self._out / "checkpoints", self.trainer.embedding, max_to_keep=config.checkpoints.keep
+        )
+        self._report: Report | None = None
+        self._watch = Watch(self.trainer, self._checkpointer.directory)
+        self._evaluation: dict[str, float] = {}
+        self._history: list[dict[str, Any]] = []
+
+    def close(self) -> None:
+        """Waits for the checkpoint under way."""
+        if self._report is not None:
+            self._report.close()
+        self._checkpointer.close()
+
+    def run(self) -> Result:
+        """Trains to the end, or until SIGTERM."""
+        config = self._config
+        state, place = self._start()
+        step = first = int(state.embedding.step)
+        self._report = report = Report(
+            config.logs, self._out, config.training.batch_size, step, max(self._total, step)
+        )
+        if step:
+            report.say(f"goes on from step {step:,} of {self._total:,}")
+        self._write_config()
+        preempted = False
+        with Preemption() as preemption:
+            fed = self._batches(place)
+            for batch, place in itertools.islice(fed, max(self._total - step, 0)):
+                state, metrics = self.trainer.step(state, batch)
+                step += 1
+                report.step()
+                self._watch.add(step, metrics, batch)
+                if step % config.logs.every == 0:
+                    report.training(step, self._watch.result())
+                last = step == self._total
+                preempted = preemption.reached(step) and not last
+                if not preempted and (last or step % (config.training.evaluate_every or self._per_epoch) == 0):
+                    self._evaluate(step, state)
+                if preempted or last or step % (config.checkpoints.every or self._per_epoch) == 0:
+                    self._save(state, place)
+                if preempted:
+                    self._checkpointer.wait()
+                    report.say(f"SIGTERM: saved step {step:,}; the same command goes on from there")
+                    break
+        if step == first and not preempted:
+            report.say(f"nothing to do: step {step:,} of {self._total:,} is in {self._checkpointer.directory}")
+        self._checkpointer.wait()
+        return Result(step, preempted, self._history, self._checkpointer.directory, self.trainer, state)
+
+    def _start(self) -> tuple[TrainState, Any]:
+        """The state to go on from, and the place in the input."""
+        fresh = self.trainer.init(jax.random.key(self._config.training.seed))
+        latest = self._checkpointer.latest_step()
+        if latest is None:
+            return fresh, None
+        like = {"params": fresh.params, "opt_state": fresh.opt_state}
+        restored = self._checkpointer.restore(latest, model=like)
+        self._check_batches(restored)
+        self.trainer.embedding.reserve(restored.metadata.get("capacities", {}))
+        self._watch.last_good = restored.step
+        model = restored.model
+        return TrainState(restored.state, model["params"], model["opt_state"]), restored.data
+
+    def _check_batches(self, restored: Restored) -> None:
+        saved, own = restored.metadata.get("batches"), _json(self._config.batches_key())
+        if restored.data is None or saved is None:
+            raise ValueError(
+                f"{self._checkpointer.directory} holds checkpoints that no training job wrote; take another `out`."
+            )
+        if saved != own:
+            differing = sorted(key for key in own if saved.get(key) != own[key])
+            raise ValueError(
+                f"{self._checkpointer.directory} holds a run on other batches: {', '.join(differing)} changed from "
+                f"{ {key: saved.get(key) for key in differing} } to { {key: own[key] for key in differing} }. "
+                "Change it back to go on at the exact batch, or take another `out`."
+            )
+
+    def _batches(self, place: Any) -> Iterator[tuple[Any, Any]]:
+        training = self._config.training
+        return feed(
+            self.trainer,
+            self._sources.train,
+            training.batch_size,
+            state=place,
+            observe=self._frequency.update,
+            prefetch=training.prefetch,
+            seed=training.seed,
+        )
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        assert self._report is not None
+        self._report.pause()
+        self._watch.finish(state)
+        trained = self._watch.result()
+        self._watch.reset()
+        if self._sources.evaluation is not None:
+            self._evaluation = evaluate(
+                self.trainer,
+                state,
+                self._sources.evaluation,
+                self._config.training.batch_size,
+                self._config.training.evaluation_batches,
+            )
+            self._report.evaluation(step, self._evaluation)
+        self._history.append({"step": step, "train": trained, "evaluation": self._evaluation})
+        self._report.resume()
+
+    def _save(self, state: TrainState, place: Any) -> None:
+        assert self._report is not None
+        self._report.pause()
+        self._watch.finish(state)
+        step = int(state.embedding.step)
+        self._checkpointer.save(
+            state.embedding,
+            model={"params": state.params, "opt_state": state.opt_state},
+            data=place,
+            metadata={
+                "batches": _json(self._config.batches_key()),
+                "capacities": self.trainer.embedding.capacities,
+                "evaluation": self._evaluation,
+                "id_frequency": self._frequency.summary(),
+            },
+            force=True,
+        )
+        self._watch.last_good = step
+        self._report.resume()
+
+    def _write_config(self) -> None:
+        if jax.process_index() == 0:
+            self._out.mkdir(parents=True, exist_ok=True)
+            text = TypeAdapter(JobConfig).dump_json(self._config, indent=2)
+            (self._out / "config.json").write_bytes(text)
+
+
+def evaluate(
+    trainer: Trainer, state: TrainState, examples: Any, batch_size: int, max_batches: int | None = None
+) -> dict[str, float]:
+    """AUC, log loss and calibration of a state; empty where labels are all alike.
+
+    Args:
+      trainer: of the state.
+      state: to evaluate.
+      examples: to predict.
+      batch_size: B, over all hosts.
+      max_batches: how many at most; None for all.
+
+    Raises:
+      ValueError: if a logit is not finite.
+    """
+    metrics = StreamingMetrics()
+    fed = feed(trainer, examples, batch_size, shuffle=False, num_epochs=1)
+    for batch, _ in itertools.islice(fed, max_batches):
+        logits = trainer.predict(state, batch)
+        logits, labels, mask = map(np.asarray, gather(trainer, (logits, batch.labels, batch.mask)))
+        if not np.isfinite(logits[mask > 0]).all():
+            raise ValueError(
+                "evaluation gives NaN or infinity; look for bad dense features or weights in the evaluation data."
+            )
+        metrics.update(labels, logits, mask)
+    return figures(metrics)
+
+
+def _json(value: Any) -> Any:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(value))

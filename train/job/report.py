@@ -1,0 +1,102 @@
+"""What a job shows: a progress bar, lines, and TensorBoard logs."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from .config import Logs
+
+
+class Report:
+    """Shows figures on process 0; the others stay silent.
+
+    Args:
+      config: what to show.
+      out: of the job.
+      batch_size: B, over all hosts.
+      start: step to begin at.
+      total: steps in all.
+    """
+
+    def __init__(self, config: Logs, out: Path, batch_size: int, start: int, total: int):
+        first = jax.process_index() == 0
+        self._bar = tqdm(
+            total=total, initial=start, unit="step", disable=not (config.progress and first), dynamic_ncols=True
+        )
+        self._writer = _writer(out / "logs", start) if config.tensorboard and first else None
+        self._batch_size, self._quiet = batch_size, not first
+        self._since, self._steps, self._is_first = time.perf_counter(), 0, True
+        self._paused = self._since
+
+    def step(self) -> None:
+        """A step was begun; the first, which compiles, is not counted in the speed."""
+        if self._is_first:
+            self._is_first, self._since = False, time.perf_counter()
+        else:
+            self._steps += 1
+        self._bar.update()
+
+    def training(self, step: int, figures: Mapping[str, float]) -> dict[str, float]:
+        """Shows the figures of the steps since the last call, and their speed; returns both."""
+        now = time.perf_counter()
+        speed = self._batch_size * self._steps / max(now - self._since, 1e-9)
+        self._since, self._steps = now, 0
+        shown = {**figures, "examples_per_second": speed}
+        self._bar.set_postfix_str(_text(shown), refresh=False)
+        self._write("train", step, shown)
+        return shown
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Shows an evaluation on a line of its own."""
+        self.say(f"step {step:,}: evaluation " + (_text(figures) or "had labels of one kind only"))
+        self._write("evaluation", step, figures)
+
+    def pause(self) -> None:
+        """What follows until the next step (evaluation, saving) is not training time."""
+        self._paused = time.perf_counter()
+
+    def resume(self) -> None:
+        """Training goes on."""
+        self._since += time.perf_counter() - self._paused
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if not self._quiet:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Flushes the logs."""
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, group: str, step: int, figures: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def _writer(directory: Path, start: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as e:
+        raise ImportError(
+            "TensorBoard logs need tensorboardX: pip install 'jaxembed[train]', or set logs.tensorboard = false."
+        ) from e
+    # What a run logged beyond the step it resumes from is taken back.
+    return SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+
+
+def _text(figures: Mapping[str, float]) -> str:
+    parts = []
+    for name, value in figures.items():
+        if name == "examples_per_second":
+            parts.append(f"{value:,.0f} examples/s")
+        elif name == "examples":
+            parts.append(f"{value:,.0f} examples")
+        else:
+            parts.append(f"{name} {value:.4f}")
+    return ", ".join(parts)

@@ -1,0 +1,177 @@
+"""Opens the data of a job: examples to train and to evaluate on, and their feature configuration."""
+
+import dataclasses
+import glob
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxembed.config import FeatureConfig, TableConfig
+
+from ..data import (
+    ParquetExamples,
+    convert_criteo,
+    criteo_feature_config,
+    fetch,
+    load,
+    load_criteo,
+    movielens_examples,
+    movielens_feature_config,
+    split_by_time,
+    synthetic_criteo,
+)
+from ..data.examples import Examples
+from ..data.pipeline import ExampleSource
+from .config import CriteoData, Data, MovieLensData, ParquetData, SyntheticData, sizes_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The data of a job.
+
+    Attributes:
+      train: examples to train on.
+      evaluation: to evaluate on, or None.
+      feature_config: feature name to FeatureConfig.
+      num_dense: K.
+      test: examples that a job does not read, or None.
+    """
+
+    train: ExampleSource
+    evaluation: ExampleSource | None
+    feature_config: dict[str, FeatureConfig]
+    num_dense: int
+    test: ExampleSource | None = None
+
+
+def open_sources(data: Data, dim: int) -> Sources:
+    """Opens the data.
+
+    Args:
+      data: which.
+      dim: D of every table.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ValueError: if it is not of the form that `data` says.
+    """
+    if isinstance(data, MovieLensData):
+        return _movielens(data, dim)
+    if isinstance(data, CriteoData):
+        return _criteo(data, dim)
+    if isinstance(data, ParquetData):
+        return _parquet(data, dim)
+    return _synthetic(data, dim)
+
+
+def _movielens(data: MovieLensData, dim: int) -> Sources:
+    path = data.path
+    if path is None:
+        path = _first_on_one_process(fetch)
+    source = load(path)
+    examples = movielens_examples(source, data.max_history)
+    train, validation, test = split_by_time(source, data.validation, data.test)
+    config = movielens_feature_config(source, dim)
+    return Sources(
+        examples.select(train),
+        _some(examples, validation),
+        config,
+        examples.dense.shape[1],
+        _some(examples, test),
+    )
+
+
+def _criteo(data: CriteoData, dim: int) -> Sources:
+    path = Path(data.path)
+    if data.text:
+        sizes = sizes_of(data.vocabulary_sizes)
+        _first_on_one_process(lambda: path.exists() or convert_criteo(data.text, path, sizes))
+    source = load_criteo(path)
+    count = len(source.examples)
+    border = count - int(count * data.validation)
+    return Sources(
+        _blocks(source.examples, 0, border),
+        _blocks(source.examples, border, count) if border < count else None,
+        dict(criteo_feature_config(source.vocabulary_sizes, dim)),
+        source.examples.dense.shape[1],
+    )
+
+
+def _parquet(data: ParquetData, dim: int) -> Sources:
+    config = _parquet_features(data, dim)
+    columns = {name: feature.column or name for name, feature in data.features.items()}
+    weights = {name: f.weights for name, f in data.features.items() if f.weights is not None}
+
+    def opened(patterns):
+        return ParquetExamples(_paths(patterns), columns, data.labels, data.dense, weights)
+
+    return Sources(
+        opened(data.train), opened(data.evaluation) if data.evaluation else None, config, len(data.dense)
+    )
+
+
+def _synthetic(data: SyntheticData, dim: int) -> Sources:
+    sizes = sizes_of(data.vocabulary_sizes)
+    # Drawn together: the hidden effects of the ids are then the same for both.
+    examples = synthetic_criteo(
+        data.examples + data.evaluation_examples,
+        sizes,
+        ids_per_feature=data.ids_per_feature,
+        exponent=data.exponent,
+        seed=data.seed,
+    )
+    return Sources(
+        examples.select(slice(0, data.examples)),
+        _some(examples, np.arange(data.examples, len(examples))),
+        dict(criteo_feature_config(sizes, dim)),
+        examples.dense.shape[1],
+    )
+
+
+def _parquet_features(data: ParquetData, dim: int) -> dict[str, FeatureConfig]:
+    tables: dict[str, TableConfig] = {}
+    config = {}
+    for name, feature in data.features.items():
+        table = TableConfig(feature.vocabulary_size, dim, combiner=feature.combiner, name=feature.table or name)
+        known = tables.setdefault(table.name, table)
+        if (known.vocabulary_size, known.combiner) != (table.vocabulary_size, table.combiner):
+            raise ValueError(
+                f"data.features.{name}: features that share the table {table.name!r} must have one vocabulary_size "
+                f"and combiner, got {table.vocabulary_size} and {table.combiner!r} beside {known.vocabulary_size} "
+                f"and {known.combiner!r}."
+            )
+        config[name] = FeatureConfig(known)
+    return config
+
+
+def _paths(patterns: tuple[str, ...]) -> list[str]:
+    found = []
+    for pattern in patterns:
+        paths = sorted(glob.glob(pattern))
+        if not paths:
+            raise FileNotFoundError(f"no Parquet file is at {pattern!r}.")
+        found += paths
+    return found
+
+
+def _some(examples: Examples, rows: np.ndarray) -> Examples | None:
+    return examples.select(rows) if rows.size else None
+
+
+def _blocks(examples: Examples, start: int, stop: int) -> Examples:
+    """Neighbouring examples, still mapped from disk, that shuffle in the same blocks."""
+    part = examples.select(slice(start, stop))
+    inner = [edge - start for edge in examples.block_splits or () if start < edge < stop]
+    return dataclasses.replace(part, block_splits=(0, *inner, stop - start))
+
+
+def _first_on_one_process(make):
+    """Runs `make` on process 0, then on the others, which find what it made (on a disk they share)."""
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    result = make() if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("data")
+    return result if jax.process_index() == 0 else make()
