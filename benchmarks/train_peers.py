@@ -1,4 +1,4 @@
-"""One training step of one table in each library: a lookup of summed bags, a given gradient, an update.
+"""One training step of one table in each library: a lookup of summed bags, a squared loss, an update.
 
 Each contender is built once for a table and has `step(i)`, which trains on batch i and returns when the table is
 updated, and `rows(ids)`, the rows it then has.
@@ -23,7 +23,7 @@ class Problem:
       optimizer: "sgd" or "adagrad".
       learning_rate: of it.
       ids: a list of int32 [B, L] batches.
-      gradients: float32 [B, D] with respect to the sums of the bags, one a batch.
+      targets: float32 [B, D], one a batch; the loss is half the squared distance of the bags' sums from them.
     """
 
     vocabulary: int
@@ -31,11 +31,16 @@ class Problem:
     optimizer: str
     learning_rate: float
     ids: list[np.ndarray]
-    gradients: list[np.ndarray]
+    targets: list[np.ndarray]
 
     def table(self) -> np.ndarray:
         """float32 [V, D], the same for all."""
         return np.random.default_rng(1).standard_normal((self.vocabulary, self.dim), np.float32) * 0.01
+
+
+def squared(out, target):
+    """Half the squared distance."""
+    return 0.5 * jnp.sum((out - target) ** 2)
 
 
 class Jaxembed:
@@ -62,17 +67,18 @@ class Jaxembed:
         ]
         self._own = own
         self._batches = [own.shard_batch(inputs)[0] for inputs in self._inputs]
-        self._gradients = [jax.device_put(g, own.batch_sharding) for g in problem.gradients]
+        self._targets = [jax.device_put(target, own.batch_sharding) for target in problem.targets]
 
-        def step(state, batch, gradient):
-            out, pull = own.lookup(state, batch)["ids"], {"ids": gradient}
-            return own.apply_gradients(state, batch, pull), jnp.sum(out)
+        def step(state, batch, target):
+            out = own.lookup(state, batch)["ids"]
+            loss, gradient = jax.value_and_grad(squared)(out, target)
+            return own.apply_gradients(state, batch, {"ids": gradient}), loss
 
         self._step = jax.jit(step, donate_argnums=0)
 
     def step(self, i):
-        self._state, out = self._step(self._state, self._batches[i], self._gradients[i])
-        jax.block_until_ready((self._state, out))
+        self._state, loss = self._step(self._state, self._batches[i], self._targets[i])
+        jax.block_until_ready((self._state, loss))
 
     def lay_out(self, i):
         """The host's part of a step, which a thread does ahead."""
@@ -95,20 +101,22 @@ class DenseOptax:
         table = jnp.asarray(problem.table())
         self._state = table, optimizer.init(table)
         self._batches = [
-            (jnp.asarray(i), jnp.asarray(g)) for i, g in zip(problem.ids, problem.gradients, strict=True)
+            (jnp.asarray(i), jnp.asarray(t)) for i, t in zip(problem.ids, problem.targets, strict=True)
         ]
 
-        def step(state, ids, gradient):
+        def step(state, ids, target):
             table, slots = state
-            out, pull = jax.vjp(lambda table: jnp.sum(table[ids], axis=1), table)
-            updates, slots = optimizer.update(*pull(gradient), slots)
-            return (optax.apply_updates(table, updates), slots), jnp.sum(out)
+            loss, gradient = jax.value_and_grad(lambda table: squared(jnp.sum(table[ids], axis=1), target))(
+                table
+            )
+            updates, slots = optimizer.update(gradient, slots)
+            return (optax.apply_updates(table, updates), slots), loss
 
         self._step = jax.jit(step, donate_argnums=0)
 
     def step(self, i):
-        self._state, out = self._step(self._state, *self._batches[i])
-        jax.block_until_ready((self._state, out))
+        self._state, loss = self._step(self._state, *self._batches[i])
+        jax.block_until_ready((self._state, loss))
 
     def rows(self, ids):
         return np.asarray(self._state[0][ids])
@@ -153,25 +161,25 @@ class KerasRs:
         )
         # The layer and the optimizer would keep the table a second time.
         self._batches = [
-            (jnp.asarray(i), jnp.asarray(g)) for i, g in zip(problem.ids, problem.gradients, strict=True)
+            (jnp.asarray(i), jnp.asarray(t)) for i, t in zip(problem.ids, problem.targets, strict=True)
         ]
 
-        def step(state, ids, gradient):
+        def step(state, ids, target):
             trainable, others, slots = state
 
-            def loss(trainable):
+            def loss_of(trainable):
                 out, updated = layer.stateless_call(trainable, others, {"ids": ids})
-                return jnp.sum(out["ids"] * gradient), (out["ids"], updated)
+                return squared(out["ids"], target), updated
 
-            (_, (out, others)), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+            (loss, others), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
             trainable, slots = optimizer.stateless_apply(slots, gradients, trainable)
-            return (trainable, others, slots), jnp.sum(out)
+            return (trainable, others, slots), loss
 
         self._step = jax.jit(step, donate_argnums=0)
 
     def step(self, i):
-        self._state, out = self._step(self._state, *self._batches[i])
-        jax.block_until_ready((self._state, out))
+        self._state, loss = self._step(self._state, *self._batches[i])
+        jax.block_until_ready((self._state, loss))
 
     def rows(self, ids):
         return np.asarray(self._state[0][0][ids])
@@ -197,17 +205,17 @@ class Torch:
             ),
         }[problem.optimizer](self._bag.parameters())
         self._batches = [
-            (torch.from_numpy(i.astype(np.int64)), torch.from_numpy(g))
-            for i, g in zip(problem.ids, problem.gradients, strict=True)
+            (torch.from_numpy(i.astype(np.int64)), torch.from_numpy(t))
+            for i, t in zip(problem.ids, problem.targets, strict=True)
         ]
 
     def step(self, i):
-        ids, gradient = self._batches[i]
+        ids, target = self._batches[i]
         self._optimizer.zero_grad(set_to_none=True)
-        out = self._bag(ids)
-        out.backward(gradient)
+        loss = 0.5 * (self._bag(ids) - target).square().sum()
+        loss.backward()
         self._optimizer.step()
-        float(out.detach().sum())
+        loss.item()
 
     def rows(self, ids):
         with self._torch.no_grad():

@@ -66,8 +66,8 @@ def make_problem(vocabulary, options, optimizer, law):
         return permute(ranks, vocabulary, seed=0).astype(np.int32).reshape(shape)
 
     ids = [draw() for _ in range(NUM_BATCHES)]
-    gradients = [rng.standard_normal((options.batch, options.dim)).astype(np.float32) for _ in ids]
-    return Problem(vocabulary, options.dim, optimizer, 0.01, ids, gradients)
+    targets = [rng.standard_normal((options.batch, options.dim)).astype(np.float32) for _ in ids]
+    return Problem(vocabulary, options.dim, optimizer, 0.01, ids, targets)
 
 
 def measure(problem, options):

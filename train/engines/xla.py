@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.buckets import simulate_quantization
-from jaxembed.optimizers import sparse_update, update_unique
+from jaxembed.optimizers import native, sparse_update, update_unique
 
 from . import gathering, routing
 from .batch import FeatureLayout
@@ -124,8 +125,13 @@ def look_up(
         # Gradients pass it straight through: those below are of the rows themselves.
         return values if stack.quantization is None else simulate_quantization(values, stack.quantization)
 
+    if stack.num_shards == 1 and stack.quantization is None and table.dtype == jnp.float32:
+        # Nothing is exchanged: one bag a segment, which has a kernel of its own on CPU.
+        bag = Bag("sparse", ex.num_segments)
+        (sums,), _ = embedding_bags([bag], [BagOperands(table, positions, segments, None, weights)])
+        return sums
     zeros = jnp.zeros((ex.num_segments, stack.dim), jnp.float32)
-    if stack.kind == "replicated":
+    if stack.kind == "replicated" or stack.num_shards == 1:
         values = rows_of(positions)
         values = values if weights is None else values * weights[:, None]
         return add_segments(zeros, values, segments)
@@ -157,6 +163,8 @@ def update(
     """One optimizer step on a shard's piece, from the float32 [S, D] gradients of its segments' sums."""
     stack, optimizer = ex.stack, ex.stack.optimizer
     learning_rate = optimizer.learning_rate_at(step)
+    if stack.num_shards == 1:
+        return _update_alone(ex, table, slots, positions, segments, weights, gradients, learning_rate, step)
     if stack.kind == "replicated" or not optimizer.is_lazy:
         summed, touched = sum_gradients(ex, table.shape, positions, segments, weights, gradients)
         rows, new_slots = optimizer.update_rows(summed, table, slots, learning_rate, step)
@@ -176,6 +184,25 @@ def update(
         return update_unique(optimizer, *carry, rows, sums, learning_rate, step)
 
     return _for_each_row(ex, apply, (table, slots), positions, segments, weights, gradients)
+
+
+def _update_alone(ex, table, slots, positions, segments, weights, gradients, learning_rate, step):
+    """The update where there is one shard: without exchange, and without a loop that would copy the table."""
+    optimizer = ex.stack.optimizer
+
+    def portable(table, slots, positions, segments, weights, gradients, learning_rate, step):
+        values = gradients.at[segments].get(mode="fill", fill_value=0)
+        values = values if weights is None else values * weights[:, None]
+        return sparse_update(optimizer, table, slots, positions, values, step, learning_rate=learning_rate)
+
+    arguments = (table, slots, positions, segments, weights, gradients, learning_rate, step)
+    if not native.supports(optimizer, table):
+        return portable(*arguments)
+    return lax.platform_dependent(
+        *arguments,
+        cpu=lambda *arguments: native.update_entries(optimizer, *arguments[:-1]),
+        default=portable,
+    )
 
 
 def sum_gradients(
