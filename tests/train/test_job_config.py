@@ -61,6 +61,7 @@ def test_overrides(tmp_path):
             r"dense_optimizer.learning_rate: must be greater than 0, got -1.0",
         ),
         ("distributed.process_id=1", r"distributed: .* must be given together"),
+        ("out=gs://bucket/run", r"out must be a folder that is mounted, got the address 'gs://bucket/run'"),
         ("out.x=1", r"'out' is a value, not a table"),
         ("out", r"--set must be of the form a.b=c, got 'out'"),
     ],

@@ -1,13 +1,17 @@
 """Real processes under jax.distributed train, checkpoint and resume as one process does."""
 
 import json
+import signal
+import time
 
+import jax
 import numpy as np
 import pytest
 
-from jaxembed.checkpoint import read_checkpoint
+from jaxembed.checkpoint import latest_step, read_checkpoint
 
-from .processes import HERE, free_port, outputs
+from .jobs import write_config, write_data
+from .processes import HERE, free_port, outputs, started
 
 pytestmark = pytest.mark.multihost
 DEVICES = 4
@@ -44,3 +48,51 @@ def test_processes_train_checkpoint_and_resume_as_one(single, tmp_path, num_proc
             ours.slots[name]["accumulators"], theirs.slots[name]["accumulators"], rtol=0, atol=1e-5
         )
         assert np.abs(table).max() > 1e-2, "nothing was trained"
+
+
+def job_commands(config, num_processes, steps):
+    """The training command, once for each process."""
+    settings = [f"training.steps={steps}", f"distributed.cpu_devices={DEVICES // num_processes}"]
+    if num_processes > 1:
+        address = f"localhost:{free_port()}"
+        settings += [
+            "distributed.enabled=true",
+            f"distributed.coordinator_address={address}",
+            f"distributed.num_processes={num_processes}",
+        ]
+    commands = []
+    for index in range(num_processes):
+        own = [*settings, f"distributed.process_id={index}"] if num_processes > 1 else settings
+        sets = [part for setting in own for part in ("--set", setting)]
+        commands.append(["-m", "jaxembed.train", "--config", config, *sets])
+    return commands
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_processes_and_sigterm_to_one_stops_both(tmp_path):
+    (tmp_path / "one").mkdir()
+    data = write_data(tmp_path)
+    alone, config = write_config(tmp_path / "one", data), write_config(tmp_path, data)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with started(job_commands(config, 2, 1_000_000)) as processes:
+        wait_for_a_step(checkpoints, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=120)[1][-3000:] for process in processes]
+        assert [process.returncode for process in processes] == [143, 143], errors
+    stopped = latest_step(checkpoints)
+    outputs(job_commands(config, 2, stopped + 4))
+    outputs(job_commands(alone, 1, stopped + 4))
+    ours, theirs = (read_checkpoint(p, slots=True) for p in (checkpoints, tmp_path / "one/run/checkpoints"))
+    assert ours.step == theirs.step == stopped + 4
+    for found, wanted in ((ours.tables, theirs.tables), (ours.slots, theirs.slots), (ours.model, theirs.model)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, wanted)
+    assert ours.metadata["evaluation"]["auc"] == pytest.approx(theirs.metadata["evaluation"]["auc"], abs=1e-3)
+
+
+def wait_for_a_step(checkpoints, processes, timeout=300):
+    end = time.monotonic() + timeout
+    while latest_step(checkpoints) is None:
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < end, "no checkpoint"
+        time.sleep(0.02)

@@ -281,6 +281,10 @@ class JobConfig:
     logs: Logs = Field(default_factory=Logs)
     distributed: Distributed = Field(default_factory=Distributed)
 
+    def __post_init__(self):
+        if "://" in self.out:
+            raise ValueError(f"out must be a folder that is mounted, got the address {self.out!r}")
+
     def batches_key(self) -> dict[str, Any]:
         """JSON-able: what decides which examples batch i holds. A run may only resume on the same."""
         from pydantic import TypeAdapter
