@@ -18,7 +18,9 @@ from train_peers import CONTENDERS, Jaxembed, Problem
 from jaxembed.train.data.shuffle import permute
 from jaxembed.train.data.synthetic import zipf
 
-NUM_BATCHES, AGREE = 4, 1e-4
+NUM_BATCHES, AGREE = 4, 1e-3
+# Of SGD, small: the id that a Zipf law draws most is in a batch ten thousand times, and its row would diverge.
+LEARNING_RATES = {"sgd": 1e-5, "adagrad": 0.01}
 
 
 def main(arguments=None):
@@ -67,7 +69,7 @@ def make_problem(vocabulary, options, optimizer, law):
 
     ids = [draw() for _ in range(NUM_BATCHES)]
     targets = [rng.standard_normal((options.batch, options.dim)).astype(np.float32) for _ in ids]
-    return Problem(vocabulary, options.dim, optimizer, 0.01, ids, targets)
+    return Problem(vocabulary, options.dim, optimizer, LEARNING_RATES[optimizer], ids, targets)
 
 
 def measure(problem, options):
@@ -81,10 +83,14 @@ def measure(problem, options):
         for i in range(NUM_BATCHES):
             contender.step(i)
         found[name] = contender.rows(seen)
+    own = found[Jaxembed.name]
+    change = float(np.abs(own - problem.table()[seen]).max())
     for name, rows in found.items():
-        gap = float(np.abs(rows - found[Jaxembed.name]).max())
-        if not gap <= AGREE:
-            raise AssertionError(f"{name} trained another table than jaxembed: they differ by {gap}")
+        gap = float(np.abs(rows - own).max())
+        if not 0 < change or not gap <= AGREE * change:
+            raise AssertionError(
+                f"{name} trained another table than jaxembed: they differ by {gap} of {change}"
+            )
     programs = {name: contender.step for name, contender in contenders.items()}
     programs["jaxembed's layout on the host"] = contenders[Jaxembed.name].lay_out
     return {

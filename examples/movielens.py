@@ -2,12 +2,13 @@
 
     python examples/movielens.py [--data DIR] [--out DIR] [--epochs N]
 
-Predicts whether a rating is 4 or more. Trains a DLRM on sharded tables, saves an Orbax checkpoint per
-epoch, converts the best one into a bundle, serves that without any code of the model, asserts that the served predictions are the trainer's
+Predicts whether a rating is 4 or more. Trains a DLRM on sharded tables as movielens.toml says, saves an
+Orbax checkpoint per epoch, converts the best one into a bundle, serves that without any code of the model, asserts that the served predictions are the trainer's
 own, and prints the AUC beside that of a logistic regression on the same features.
 """
 
 import argparse
+import json
 import pathlib
 import shutil
 import time
@@ -15,25 +16,21 @@ import time
 import jax
 import matplotlib
 import numpy as np
-import optax
-from flax import nnx
 from sklearn.linear_model import LogisticRegression
-from tqdm import tqdm
 
 import jaxembed
 from jaxembed.checkpoint import convert_to_bundle
-from jaxembed.optimizers import Adagrad
 from jaxembed.serve import ServingModel, export_model
-from jaxembed.train import Checkpointer, ShardedEmbedding, Trainer, TrainState
-from jaxembed.train import data as movielens
-from jaxembed.train.dlrm import DLRM
+from jaxembed.train import Checkpointer, TrainState
+from jaxembed.train.data import batches
+from jaxembed.train.job import load_config, open_sources, train
 from jaxembed.train.metrics import auc, log_loss
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from baseline import baseline_features
 
-DIM, BATCH = 16, 512
+CONFIG, BATCH = pathlib.Path(__file__).with_name("movielens.toml"), 512
 
 
 def main(arguments=None):
@@ -45,67 +42,43 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     out = pathlib.Path(options.out)
 
-    source = movielens.load(options.data or movielens.fetch())
-    examples = movielens.movielens_examples(source)
-    splits = dict(zip(("train", "validation", "test"), movielens.split_by_time(source), strict=True))
-    sets = {name: examples.select(rows) for name, rows in splits.items()}
-    print("examples: " + ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items()))
+    overrides = [f"out={json.dumps(str(out))}", f"training.epochs={options.epochs}"]
+    overrides += [f"data.path={json.dumps(options.data)}"] if options.data else []
+    config = load_config(CONFIG, overrides)
+    sources = open_sources(config.data, config.model.dim)
+    sets = {"train": sources.train, "validation": sources.evaluation, "test": sources.test}
+    print("examples: " + ", ".join(f"{name} {len(examples):,}" for name, examples in sets.items()))
 
-    trainer, checkpoint, curve = train(source, sets, out / "checkpoints", options.epochs)
+    result, checkpoint = run(config, sources)
+    trainer, curve = result.trainer, result.history
     plot(curve, out / "loss.png")
     bundle = convert(trainer, sets["train"], checkpoint, out / "bundles")
     labels, logits = restored_predictions(trainer, sets["test"], checkpoint)
     serve = serve_and_compare(bundle, sets["test"], logits)
     print_tables(serve.embedding)
     show_one(sets["test"], serve)
-    ours, theirs = auc(labels, logits), baseline(source, sets)
+    ours, theirs = auc(labels, logits), baseline(sources.feature_config, sets)
     print(
         f"test AUC: DLRM {ours:.4f}, logistic regression {theirs:.4f}; log-loss {log_loss(labels, logits):.4f}"
     )
     print(f"loss curve: {out / 'loss.png'}\ncheckpoint: {checkpoint}\nbundle: {bundle}")
 
 
-def train(source, sets, directory, epochs):
-    """Trains, saves every epoch, and returns the trainer, the best epoch's checkpoint and the losses."""
-    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
-    embedding = ShardedEmbedding(movielens.movielens_feature_config(source, DIM), Adagrad(0.05), mesh)
-    examples = sets["train"]
-    model = DLRM(
-        examples.dense.shape[1], len(examples.features), DIM, bottom=(32,), top=(64, 32), rngs=nnx.Rngs(0)
+def run(config, sources):
+    """Trains, as `jaxembed train` does; returns its result and the checkpoint of the best epoch."""
+    since = time.perf_counter()
+    result = train(config, sources)
+    print(
+        f"trained to step {result.step:,} on {jax.device_count()} devices in {time.perf_counter() - since:.1f} s"
     )
-    trainer = Trainer(embedding, model, optax.adam(1e-3))
-    state = trainer.init(jax.random.key(0))
-    steps = -(-len(sets["train"]) // BATCH)
-    batches = iter(movielens.batches(sets["train"], BATCH, seed=0))
-    best, curve, since = (0.0, None), [], time.perf_counter()
-    with Checkpointer(directory, embedding, max_to_keep=None) as checkpointer:
-        for epoch in range(epochs):
-            losses = []
-            for _ in tqdm(range(steps), desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False):
-                state, metrics = trainer.step(state, trainer.shard_batch(next(batches)))
-                losses.append(metrics["loss"])
-            labels, logits = predict(trainer, state, sets["validation"])
-            score = auc(labels, logits)
-            curve.append((float(np.mean(losses)), log_loss(labels, logits), score))
-            print(
-                f"epoch {epoch + 1}: loss {curve[-1][0]:.4f}, validation loss {curve[-1][1]:.4f}, AUC {score:.4f}"
-            )
-            checkpointer.save(
-                state.embedding,
-                model={"params": state.params, "opt_state": state.opt_state},
-                data=batches.get_state(),
-                metadata={"validation_auc": score},
-            )
-            best = max(best, (score, (epoch + 1) * steps))
-    seconds = time.perf_counter() - since
-    print(f"trained {epochs} epochs on {mesh.devices.size} devices in {seconds:.1f} s")
-    return trainer, directory / str(best[1]), curve
+    best = max(result.history, key=lambda entry: entry["evaluation"]["auc"])
+    return result, result.checkpoints / str(best["step"])
 
 
 def predict(trainer, state, examples):
     """Labels and logits of all examples, in their order."""
     labels, logits = [], []
-    for batch in movielens.batches(examples, BATCH, shuffle=False, num_epochs=1):
+    for batch in batches(examples, BATCH, shuffle=False, num_epochs=1):
         real = batch.mask > 0
         logits.append(np.asarray(trainer.predict(state, trainer.shard_batch(batch)))[real])
         labels.append(batch.labels[real])
@@ -191,9 +164,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def baseline(source, sets):
+def baseline(config, sets):
     """Test AUC of a logistic regression on the same features, its strength chosen on the validation set."""
-    config = movielens.movielens_feature_config(source, DIM)
     x = {name: baseline_features(examples, config) for name, examples in sets.items()}
     scores = []
     for c in (0.01, 0.1, 1.0):
@@ -219,7 +191,9 @@ def print_tables(embedding):
 def plot(curve, path):
     """Training and validation loss, and validation AUC, by epoch."""
     epochs = np.arange(1, len(curve) + 1)
-    train_loss, validation_loss, score = np.array(curve).T
+    train_loss = [entry["train"]["loss"] for entry in curve]
+    validation_loss = [entry["evaluation"]["log_loss"] for entry in curve]
+    score = [entry["evaluation"]["auc"] for entry in curve]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     left.plot(epochs, train_loss, "o-", label="training")
     left.plot(epochs, validation_loss, "o-", label="validation")

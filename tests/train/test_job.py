@@ -4,6 +4,8 @@ import dataclasses
 import os
 import re
 import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from jaxembed.checkpoint import read_checkpoint, whole_steps
 from jaxembed.train import data
 from jaxembed.train.job import TrainingDiverged, load_config, open_sources, train
+from jaxembed.train.job.feeding import feed
 from jaxembed.train.job.loop import evaluate
 from jaxembed.train.metrics import auc, log_loss
 
@@ -110,10 +113,28 @@ def test_sigterm_saves_and_the_next_start_ends_in_the_same_bits(whole, tmp_path)
     assert_same_bits(result.checkpoints, expected.checkpoints)
 
 
+def test_batches_are_laid_out_on_another_thread_ahead_of_the_step(whole):
+    config, result = whole
+    examples = open_sources(config.data, config.model.dim).train
+    threads = []
+    fed = feed(result.trainer, examples, BATCH, observe=lambda batch: threads.append(threading.get_ident()))
+    batch, state = next(fed)
+    assert isinstance(batch.dense, jax.Array)
+    end = time.monotonic() + 30
+    while len(threads) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(threads) >= 3, "batches are made only when they are asked for"
+    assert threading.get_ident() not in threads
+    # The place to resume from is that of the batch taken, whatever was made ahead.
+    following = next(fed)[0]
+    again, _ = next(feed(result.trainer, examples, BATCH, state=state))
+    np.testing.assert_array_equal(again.dense, following.dense)
+
+
 def test_a_finished_job_does_nothing(whole):
     config, result = whole
     again = train(config)
-    assert (again.step, again.history) == (9, [])
+    assert (again.step, again.history) == (9, result.history)
     jax.tree.map(np.testing.assert_array_equal, again.state.params, result.state.params)
     canonical = [r.trainer.embedding.to_canonical(r.state.embedding) for r in (again, result)]
     jax.tree.map(np.testing.assert_array_equal, *canonical)

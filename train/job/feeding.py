@@ -30,7 +30,8 @@ def feed(
 
     All host work (reading, padding, the layout over the shards) is done on Grain's thread while steps run.
     One host's batches are also copied to the devices there. Several hosts must first agree on shapes, in
-    one order, which the caller's thread starts some steps ahead.
+    one order, which the caller's thread starts some steps ahead; with SparseCores, packing itself asks the
+    other hosts, and is done on the caller's thread too.
 
     Args:
       trainer: lays the batches out.
@@ -45,11 +46,12 @@ def feed(
       A batch, and the JSON-able state of the input after it.
     """
     several = jax.process_count() > 1
+    alone = trainer.embedding.packs_alone
     lay_out = trainer.pack_batch if several else trainer.shard_batch
 
     def transform(batch: Batch) -> Batch:
         observe(batch)
-        return lay_out(batch)
+        return lay_out(batch) if alone else batch
 
     dataset = batches(
         examples,
@@ -62,7 +64,7 @@ def feed(
     iterator = iter(dataset)
     if state is not None:
         iterator.set_state(state)
-    pairs = ((batch, iterator.get_state()) for batch in iterator)
+    pairs = ((batch if alone else lay_out(batch), iterator.get_state()) for batch in iterator)
     return _agreed(trainer, pairs) if several else pairs
 
 

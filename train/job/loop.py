@@ -33,8 +33,8 @@ class Result:
     Attributes:
       step: number of steps taken.
       preempted: whether SIGTERM stopped it; the same job started again goes on.
-      history: for each evaluation of this process, its step, the training loss and AUC since the one
-        before, and its figures, as "step", "train" and "evaluation".
+      history: for each evaluation since step 0, its step, the training loss and AUC since the one before,
+        and its figures, as "step", "train" and "evaluation".
       checkpoints: where they are.
       trainer: what trained.
       state: after the last step.
@@ -191,6 +191,7 @@ class Job:
         self._check_batches(restored)
         self.trainer.embedding.reserve(restored.metadata.get("capacities", {}))
         self._watch.last_good = restored.step
+        self._history = list(restored.metadata.get("history", []))
         model = restored.model
         return TrainState(restored.state, model["params"], model["opt_state"]), restored.data
 
@@ -251,6 +252,7 @@ class Job:
                 "batches": _json(self._config.batches_key()),
                 "capacities": self.trainer.embedding.capacities,
                 "evaluation": self._evaluation,
+                "history": self._history,
                 "id_frequency": self._frequency.summary(),
             },
             force=True,
