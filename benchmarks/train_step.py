@@ -87,7 +87,7 @@ def measure(problem, options):
     change = float(np.abs(own - problem.table()[seen]).max())
     for name, rows in found.items():
         gap = float(np.abs(rows - own).max())
-        if not 0 < change or not gap <= AGREE * change:
+        if not change > 0 or not gap <= AGREE * change:
             raise AssertionError(
                 f"{name} trained another table than jaxembed: they differ by {gap} of {change}"
             )
