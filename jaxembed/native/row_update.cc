@@ -77,7 +77,7 @@ void StepAdagrad(float* row, float* accumulator, const float* sum, const Update&
   }
 }
 
-void Fetch(const float* row, int64_t dim) {
+__attribute__((always_inline)) inline void Fetch(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(row + d, 1);
 }
 
