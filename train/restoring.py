@@ -52,6 +52,7 @@ def restore_stacks(
                 leaf,
                 {member: slots[member][slot] for member in members},
                 state.slots.get(name, {}).get(slot),
+                stack.optimizer.slot_initial_values[slot],
             )
             for slot, leaf in abstract.slots[name].items()
         }
@@ -59,37 +60,51 @@ def restore_stacks(
 
 
 def _restore(
-    stack: Stack, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, StoredArray], fresh: jax.Array | None
+    stack: Stack,
+    leaf: jax.ShapeDtypeStruct,
+    stored: Mapping[str, StoredArray],
+    fresh: jax.Array | None,
+    padding: float = 0,
 ) -> jax.Array:
     sharding = leaf.sharding
     assert sharding is not None
     shard_shape = sharding.shard_shape(leaf.shape)
     before = {} if fresh is None else {shard.device: shard.data for shard in fresh.addressable_shards}
-    places = []
+    places, writers = [], []
     indices = sharding.addressable_devices_indices_map(leaf.shape)
+    cores = max(stack.cores, 1)
     for device, index in indices.items():
         rows, *columns = index or (slice(None),)
-        shard = (rows.start or 0) // stack.num_rows if stack.kind == "row" else 0
+        shard = (rows.start or 0) // shard_shape[0] if stack.kind == "row" else 0
         writer = ShardWriter(
-            shard_shape, leaf.dtype, device, before.get(device), WINDOW_BYTES // max(len(indices), 1)
+            shard_shape, leaf.dtype, device, before.get(device), WINDOW_BYTES // max(len(indices) * cores, 1)
         )
-        places.append((shard, columns, writer))
+        writers.append(writer)
+        for core in range(cores):
+            places.append((shard * cores + core, core * (stack.num_rows // cores), columns, writer))
     for p in stack.placements:
         array = stored[p.table.name]
-        _check_form(array, (p.table.vocabulary_size, *leaf.shape[1:]), leaf.dtype, fresh is not None)
-        shares = [(stack.share(p, shard), columns, writer) for shard, columns, writer in places]
-        held = [share for share, _, _ in shares if share]
+        trailing = (p.table.dim,) if stack.cores else leaf.shape[1:]
+        _check_form(array, (p.table.vocabulary_size, *trailing), leaf.dtype, fresh is not None)
+        shares = [
+            (stack.share(p, block), base + p.first_row, columns, writer)
+            for block, base, columns, writer in places
+        ]
+        held = [share for share, *_ in shares if share]
         if not held:
             continue
         first, stop = min(share[0] for share in held), max(share[-1] for share in held) + 1
         for start, rows in array.blocks(start=first, stop=stop):
-            for share, columns, writer in shares:
+            if stack.cores:
+                missing = stack.dim - p.table.dim
+                rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=padding) if missing else rows
+            for share, first_row, columns, writer in shares:
                 low = _index_from(share, start)
                 part = share[low : _index_from(share, start + rows.shape[0])]
                 if part:
                     piece = rows[part[0] - start : part[-1] - start + 1 : part.step]
-                    writer.write(p.first_row + low, piece[(slice(None), *columns)])
-    pieces = [writer.finish() for _, _, writer in places]
+                    writer.write(first_row + low, piece if stack.cores else piece[(slice(None), *columns)])
+    pieces = [writer.finish() for writer in writers]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, pieces)
 
 

@@ -33,13 +33,29 @@ class ShardWriter:
         self._start = 0
 
     def write(self, row: int, rows: np.ndarray) -> None:
-        """Puts `rows` [N, ...] at row `row` of the shard and after."""
+        """Puts `rows` [N, ...] at row `row` of the shard and after.
+
+        Rows of another width than the shard's are those of a shard that holds them one after the other in
+        lines of its own width.
+        """
+        if rows.shape[1:] != self._shape[1:]:
+            self._write_lines(row * rows.shape[1], rows.reshape(-1))
+            return
         done = 0
         while done < rows.shape[0]:
             window = self._open_window(row + done)
             at = row + done - self._start
             count = min(rows.shape[0] - done, window.shape[0] - at)
             window[at : at + count] = rows[done : done + count]
+            done += count
+
+    def _write_lines(self, place: int, values: np.ndarray) -> None:
+        width, done = self._shape[1], 0
+        while done < values.size:
+            window = self._open_window((place + done) // width).reshape(-1)
+            at = place + done - self._start * width
+            count = min(values.size - done, window.size - at)
+            window[at : at + count] = values[done : done + count]
             done += count
 
     def finish(self) -> jax.Array:

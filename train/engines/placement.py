@@ -143,8 +143,11 @@ class Stack:
         return row
 
     def share(self, placement: TablePlacement, shard: int) -> range:
-        """The ids whose rows a shard holds, in order; the first is at its row `first_row`, the others follow."""
-        n, p, vocabulary = self.num_shards, placement, placement.table.vocabulary_size
+        """The ids whose rows a shard, or a SparseCore of `num_blocks`, holds, in order.
+
+        The first is at its row `first_row`, the others follow.
+        """
+        n, p, vocabulary = self.num_blocks, placement, placement.table.vocabulary_size
         if p.sharding == "mod":
             return range((shard - p.shift) % n, vocabulary, n)
         if p.sharding == "div":
