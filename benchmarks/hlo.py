@@ -100,7 +100,9 @@ def whole_copies(text: str, shapes: set[tuple[int, ...]]) -> list[Instruction]:
         root = i
         while root.opcode == "fusion" and root.calls in roots:
             root = roots[root.calls]
-        if root.opcode not in _NO_COPY and not i.opcode.endswith(("while", "tuple", "conditional", "-done")):
+        # A SparseCore's program is a call of its own.
+        passed_on = i.opcode == "call-start" or i.opcode.endswith(("while", "tuple", "conditional", "-done"))
+        if root.opcode not in _NO_COPY and not passed_on:
             found.append(i)
     return found
 

@@ -4,22 +4,11 @@ Five features are enough for tables that no device keeps in its fast memory; `be
 compiles the whole model.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-pytestmark = [
-    pytest.mark.tpu,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jaxembed[tpu]'"
-    ),
-]
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.tpu.processes import answer, needs_libtpu, start
+
+pytestmark = [pytest.mark.tpu, needs_libtpu]
 EXCHANGES = ("all_gather", "all_to_all")
 VOCABULARIES = (1_000_000, 10_000_000)
 STEPS = f"""
@@ -52,22 +41,6 @@ json.dump(
     sys.stdout,
 )
 """
-
-
-def start(program, *arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(BENCHMARKS)}
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def answer(process):
-    try:
-        output, errors = process.communicate(timeout=900)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == 0, errors[-3000:]
-    return json.loads(output.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -340,16 +340,10 @@ def test_checkpoints_know_nothing_of_the_engine(tmp_path):
     assert_equal(jax.tree.map(np.asarray, ours.to_canonical(moved)), ours.to_canonical(state))
 
 
-def whole(parameters, values):
-    return values
-
-
 def test_tables_that_sparsecores_cannot_hold_are_named_once(caplog):
-    custom = CustomCombiner(whole, max_valency=2, num_weights=0)
     tables = {
         "kept": {},
         "half": {"dtype": jnp.bfloat16},
-        "custom": {"combiner": custom},
         "dense": {"optimizer": Adam(0.1, lazy_adam=False)},
         "apart": {"optimizer": SGD(0.1, use_gradient_accumulation=False)},
         "mine": {"optimizer": CustomOptimizer(lambda g, w, *rest: w)},
@@ -363,7 +357,6 @@ def test_tables_that_sparsecores_cannot_hold_are_named_once(caplog):
     (message,) = [record.getMessage() for record in caplog.records]
     for reason in (
         "'half': its dtype is bfloat16",
-        "'custom': its combiner is custom",
         "'dense': its optimizer Adam updates rows that are not looked up",
         "'apart': its optimizer has use_gradient_accumulation=False",
         "'mine': its optimizer CustomOptimizer may mix",
@@ -376,12 +369,19 @@ def test_tables_that_sparsecores_cannot_hold_are_named_once(caplog):
     assert {p.table.name for stack in ours.stacks.values() for p in stack.placements} == set(tables)
 
 
+def largest(valency, vectors):
+    valid = jnp.arange(vectors.shape[0]) < valency
+    return jnp.max(jnp.where(valid[:, None], vectors, -9), axis=0)
+
+
 def test_tables_of_both_engines_are_looked_up_together():
-    config = {**CONFIG, "half": FeatureConfig(TableConfig(40, 8, name="half", dtype=jnp.bfloat16))}
+    custom = TableConfig(60, 8, name="custom", combiner=CustomCombiner(largest, max_valency=4))
+    half = TableConfig(40, 8, name="half", dtype=jnp.bfloat16)
+    config = {**CONFIG, "half": FeatureConfig(half), "custom": FeatureConfig(custom)}
     ours = embedding(config, devices=2)
     state = ours.init(jax.random.key(0))
     inputs, _ = random_batch(0)
-    inputs["half"] = np.arange(16, dtype=np.int32)
+    inputs |= {"half": np.arange(16, dtype=np.int32), "custom": inputs["items"]}
     tables = jax.tree.map(np.asarray, ours.embedding_tables(state))
     assert_close(
         jax.tree.map(lambda x: np.asarray(x, np.float32), ours.lookup(state, inputs)),

@@ -137,8 +137,6 @@ def _why_not(table: TableConfig, optimizer: Optimizer, sharding: str) -> str:
         return f"its plan is {sharding!r}, SparseCores shard by 'mod'"
     if table.dtype != np.float32:
         return f"its dtype is {table.dtype}, SparseCores hold float32"
-    if not isinstance(table.combiner, str):
-        return "its combiner is custom"
     if not optimizer.is_elementwise:
         return f"its optimizer {type(optimizer).__name__} may mix the components of a row"
     if not optimizer.is_lazy:

@@ -15,7 +15,7 @@ from .batch import BatchLayout, FeatureLayout, ShardedBatch
 from .placement import Stack
 from .segments import join_features, split_features
 from .sparsecore import SparseCoreEngine, SparseCoreIds
-from .traffic import cheaper_exchange, exchanged_bytes, pair_window
+from .traffic import cheaper_exchange, exchanged_bytes, pair_window, sparsecore_bytes
 
 
 class StepProgram:
@@ -100,6 +100,8 @@ class StepProgram:
         for name, positions in batch.positions.items():
             ex = self.exchange_of(batch.layout, name, positions.shape[1])
             total += exchanged_bytes(ex.stack, ex.exchange, ex.num_segments, positions.shape[1])
+        for name, ids in batch.sparsecore.items():
+            total += sparsecore_bytes(self.stacks[name], ids.max_unique_ids)
         return total
 
     def _count_rounds(self, batch: ShardedBatch) -> dict[str, jax.Array]:

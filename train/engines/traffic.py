@@ -7,6 +7,8 @@ a shard gives and gets:
     row, all_to_all    n C (2 * 4 + (item + 4) D)      rows wanted, rows, and their gradients
     column             2 n 8 N + 2 * 4 S D             entries; of the sums just a shard's own columns
     replicated         4 (R D + R)                     gradient of the whole table, and which rows it has
+    sparsecore         C K U (4 + 2 * 4 W)             rows that each of C SparseCores wants of each of all K, at
+                                                       most U of each, of W columns, and their gradients
 
 Entries with weights take 12 bytes in place of 8. `mod`, `div` and `table` placements are all rows.
 """
@@ -49,6 +51,11 @@ def exchanged_bytes(
         return 2 * n * (entry * capacity + 4 * num_segments * stack.dim)
     # Weights stay where they are.
     return n * pair_window(capacity, n) * (8 + stack.dim * (jnp.dtype(stack.dtype).itemsize + 4))
+
+
+def sparsecore_bytes(stack: Stack, max_unique_ids: int) -> int:
+    """Bytes that the SparseCores of one device exchange at most for a lookup and an update of this stack."""
+    return stack.cores * stack.num_blocks * max_unique_ids * (4 + 8 * stack.dim)
 
 
 def cheaper_exchange(stack: Stack, num_segments: int, capacity: int, is_weighted: bool = False) -> str:
