@@ -23,7 +23,7 @@ from .engines.initial import draws_by_row, initial_rows, table_key
 from .engines.placement import stack_tables
 from .engines.planner import ShardingPlan
 from .engines.sparsecore_packing import SparseCorePacking
-from .engines.sparsecore_stacks import sparse_cores, split_tables, stack_on_sparsecores
+from .engines.sparsecore_stacks import sparse_cores, refused_tables, stack_on_sparsecores
 from .engines.step import StepProgram
 
 EXCHANGES = ("auto", "all_gather", "all_to_all")
@@ -438,7 +438,7 @@ def _stack(tables, optimizer: Optimizer | None, shardings: dict[str, str], num_s
     """The stacks of both engines."""
     if not cores:
         return stack_tables(tables, optimizer, shardings, num_shards)
-    refused = split_tables(tables, optimizer, shardings)
+    refused = refused_tables(tables, optimizer, shardings, num_shards * cores)
     left = {name: table for name, table in tables.items() if name in refused}
     held = {name: table for name, table in tables.items() if name not in refused}
     return (

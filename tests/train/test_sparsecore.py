@@ -348,9 +348,10 @@ def test_tables_that_sparsecores_cannot_hold_are_named_once(caplog):
         "apart": {"optimizer": SGD(0.1, use_gradient_accumulation=False)},
         "mine": {"optimizer": CustomOptimizer(lambda g, w, *rest: w)},
         "copied": {},
+        "full": {"vocabulary_size": 2**31 - 32},
     }
     config = {
-        name: FeatureConfig(TableConfig(20, 8, name=name, **{"combiner": "sum", **arguments}))
+        name: FeatureConfig(TableConfig(**{"vocabulary_size": 20, "dim": 8, "name": name, **arguments}))
         for name, arguments in tables.items()
     }
     ours = embedding(config, plan={"copied": "replicated"})
@@ -361,6 +362,7 @@ def test_tables_that_sparsecores_cannot_hold_are_named_once(caplog):
         "'apart': its optimizer has use_gradient_accumulation=False",
         "'mine': its optimizer CustomOptimizer may mix",
         "'copied': its plan is 'replicated'",
+        "'full': its vocabulary_size 2147483616 leaves no room",
     ):
         assert reason in message
     assert "kept" not in message

@@ -2,10 +2,10 @@
 
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxembed.config import TableConfig
@@ -55,8 +55,8 @@ def sparse_cores(engine: str, device: Any) -> int:
         ) from None
 
 
-def split_tables(
-    tables: Mapping[str, TableConfig], optimizer: Optimizer | None, shardings: Mapping[str, str]
+def refused_tables(
+    tables: Mapping[str, TableConfig], optimizer: Optimizer | None, shardings: Mapping[str, str], blocks: int
 ) -> dict[str, str]:
     """The tables that SparseCores cannot hold, and why not; says so.
 
@@ -64,10 +64,11 @@ def split_tables(
       tables: by name.
       optimizer: of the tables without one of their own.
       shardings: table name to the sharding that was asked for.
+      blocks: SparseCores of all devices.
     """
     refused = {}
     for name, table in tables.items():
-        reason = _why_not(table, optimizer_of(table, optimizer), shardings[name])
+        reason = _why_not(table, optimizer_of(table, optimizer), shardings[name], blocks)
         if reason:
             refused[name] = reason
     if refused:
@@ -85,7 +86,7 @@ def stack_on_sparsecores(
     lines. Each table starts on the SparseCores of another device.
 
     Args:
-      tables: by name; `split_tables` refuses none of them.
+      tables: by name; `refused_tables` refuses none of them.
       optimizer: of the tables without one of their own.
       num_shards: devices.
       cores: SparseCores a device.
@@ -117,12 +118,10 @@ def stack_on_sparsecores(
 
 def _place(tables: list[TableConfig], blocks: int, cores: int, width: int):
     """Splits tables into stacks whose positions fit int32, with the rows that one SparseCore has of each."""
-    # A SparseCore's rows fill whole tiles of 8 lines.
-    unit = 8 * LINE // np.gcd(8 * LINE, width)
-    limit = MAX_POSITIONS // blocks // unit * unit
+    unit, limit = _unit(width), _most_rows(blocks, width)
     done, placements, first = [], [], 0
     for table in tables:
-        rows = _round_up(-(-table.vocabulary_size // blocks), 8)
+        rows = _rows(table, blocks)
         if placements and first + rows > limit:
             done.append((placements, _round_up(first, unit)))
             placements, first = [], 0
@@ -132,7 +131,21 @@ def _place(tables: list[TableConfig], blocks: int, cores: int, width: int):
     return [*done, (placements, _round_up(first, unit))]
 
 
-def _why_not(table: TableConfig, optimizer: Optimizer, sharding: str) -> str:
+def _rows(table: TableConfig, blocks: int) -> int:
+    return _round_up(-(-table.vocabulary_size // blocks), 8)
+
+
+def _unit(width: int) -> int:
+    """A SparseCore's rows fill whole tiles of 8 lines: they are a multiple of this."""
+    return 8 * LINE // math.gcd(8 * LINE, width)
+
+
+def _most_rows(blocks: int, width: int) -> int:
+    """That one SparseCore can have of a stack, so that positions fit int32."""
+    return MAX_POSITIONS // blocks // _unit(width) * _unit(width)
+
+
+def _why_not(table: TableConfig, optimizer: Optimizer, sharding: str, blocks: int) -> str:
     if sharding != "mod":
         return f"its plan is {sharding!r}, SparseCores shard by 'mod'"
     if table.dtype != np.float32:
@@ -143,8 +156,7 @@ def _why_not(table: TableConfig, optimizer: Optimizer, sharding: str) -> str:
         return f"its optimizer {type(optimizer).__name__} updates rows that are not looked up"
     if not optimizer.use_gradient_accumulation:
         return "its optimizer has use_gradient_accumulation=False, SparseCores sum the gradients of an id"
-    rows = -(-table.vocabulary_size // 8) * 8
-    if rows > MAX_POSITIONS - 8 * LINE * jax.device_count():
+    if _rows(table, blocks) > _most_rows(blocks, _round_up(table.dim, 8)):
         return f"its vocabulary_size {table.vocabulary_size} leaves no room for padding below 2**31"
     return ""
 
