@@ -1,0 +1,62 @@
+"""All optimizers with every option on 8 devices, against the formulas in float64, with repeated ids."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxembed import FeatureConfig, TableConfig
+from jaxembed.train import ShardedEmbedding
+from tests.test_optimizers import MATRIX, OPTIMIZERS, OPTIONS, D, R, V, batch, reference_update
+
+STEPS = 2
+EXCHANGES = ("all_gather", "all_to_all")
+
+
+def check(cases, exchange):
+    """A table a case in one embedding: one program for all of them."""
+    config, tables, slots, expected = {}, {}, {}, {}
+    for index, (name, options) in enumerate(cases):
+        optimizer = dataclasses.replace(OPTIMIZERS[name], **OPTIONS[options])
+        key = f"{name}/{options}"
+        config[key] = FeatureConfig(TableConfig(V, D, name=key, optimizer=optimizer))
+        tables[key], ids, gradients = batch(index)
+        slots[key] = {k: np.asarray(slot) for k, slot in optimizer.init_slots((V, D)).items()}
+        wide = {k: slot.astype(np.float64) for k, slot in slots[key].items()}
+        expected[key] = (tables[key].astype(np.float64), wide, ids, gradients)
+    mesh = jax.make_mesh((8,), ("devices",))
+    embedding = ShardedEmbedding(config, None, mesh, exchange=exchange)
+    state = embedding.from_canonical(tables, slots, 0)
+    update = jax.jit(embedding.apply_gradients)
+    for step in range(STEPS):
+        inputs = {key: ids[step].reshape(R // 3, 3) for key, (_, _, ids, _) in expected.items()}
+        gradients = {key: jnp.asarray(g[step].reshape(R // 3, 3, D)) for key, (_, _, _, g) in expected.items()}
+        state = update(state, embedding.shard_batch(inputs)[0], gradients)
+        for key, (table, wide, ids, given) in expected.items():
+            reference_update(config[key].table.optimizer, table, wide, ids[step], given[step], step)
+    new_tables, new_slots, _ = jax.tree.map(np.asarray, embedding.to_canonical(state))
+    for key, (table, wide, ids, _) in expected.items():
+        np.testing.assert_allclose(new_tables[key], table, rtol=1e-6, atol=1e-6, err_msg=key)
+        for k, slot in wide.items():
+            np.testing.assert_allclose(new_slots[key][k], slot, rtol=1e-6, atol=1e-6, err_msg=f"{key} {k}")
+        if config[key].table.optimizer.is_lazy:
+            untouched = ~np.isin(np.arange(V), ids[:STEPS])
+            assert untouched.any()
+            np.testing.assert_array_equal(new_tables[key][untouched], tables[key][untouched])
+            for k in wide:
+                np.testing.assert_array_equal(new_slots[key][k][untouched], slots[key][k][untouched])
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_each_optimizer(exchange):
+    names = ("sgd", "adagrad", "adagrad_momentum_nesterov", "adam", "adam_not_lazy", "ftrl", "custom")
+    check([(name, "plain") for name in names], exchange)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option(options, exchange):
+    check([case for case in MATRIX if case[1] == options], exchange)
