@@ -1,5 +1,6 @@
 """Random changes to the files of a bundle, and to the JSON in them, for fuzzing."""
 
+import copy
 import json
 import os
 import pathlib
@@ -131,12 +132,12 @@ def _change_json(draw, root):
     for _ in range(draw(st.integers(1, 3))):
         places = _places(root)
         if not places:
-            return draw(st.sampled_from(ODD_VALUES))
+            return copy.deepcopy(draw(st.sampled_from(ODD_VALUES)))
         holder, key = draw(st.sampled_from(places))
         how = draw(st.sampled_from(["odd", "odd", "near", "remove", "other", "nest", "rename", "string"]))
         value = holder[key]
         if how == "odd":
-            holder[key] = draw(st.sampled_from(ODD_VALUES))
+            holder[key] = copy.deepcopy(draw(st.sampled_from(ODD_VALUES)))  # it may be changed in its turn
         elif how == "near" and isinstance(value, int | float):
             holder[key] = value + draw(st.sampled_from([-1, 1, 2**31, -(2**31), 0.5]))
         elif how == "remove":
