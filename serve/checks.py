@@ -10,6 +10,14 @@ from .features import ServedFeature
 _KINDS = "a list of lists of ints, a list of ints (one id a row), a RaggedTensor, a SparseTensor or an integer array [B]"
 
 
+class BadIdError(ValueError):
+    """An id outside [0, V) or that is no int; `feature` is the path of its feature."""
+
+    def __init__(self, feature: ServedFeature, message: str):
+        super().__init__(message)
+        self.feature = feature.path
+
+
 def leaf_kind(feature: ServedFeature, leaf: Any) -> ValueError:
     """For a leaf that is no ids at all."""
     if isinstance(leaf, list | tuple):
@@ -75,8 +83,8 @@ def listed_ids(features: Sequence[ServedFeature], ids: Sequence[Any], splits: np
     for at, value in enumerate(ids):
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             feature, where = _locate(features, splits, at)
-            return ValueError(
-                f"Feature {feature.path!r}, {where}: ids must be ints, got {value!r}{_hint(value)}."
+            return BadIdError(
+                feature, f"Feature {feature.path!r}, {where}: ids must be ints, got {value!r}{_hint(value)}."
             )
         if not -(2**31) <= value < 2**31:
             return _outside(features, splits, at, value)
@@ -195,10 +203,11 @@ def sparse_sequence(feature: ServedFeature) -> ValueError:
 def _outside(features: Sequence[ServedFeature], splits: np.ndarray, at: int, value: Any) -> ValueError:
     feature, where = _locate(features, splits, at)
     table = feature.config.table
-    return ValueError(
+    return BadIdError(
+        feature,
         f"Feature {feature.path!r}, {where}: id {value} is outside of table {table.name!r} with "
         f"vocabulary_size {table.vocabulary_size}; ids must be in [0, {table.vocabulary_size}). "
-        "Map or drop unknown ids first."
+        "Map or drop unknown ids first.",
     )
 
 

@@ -23,6 +23,7 @@ from .ladder import Rung, make_ladder
 from .layout import Layout, pack_alone
 from .packing import Packer, Request
 from .program import Program, compile_program
+from .rows import Rows
 from .structures import Reader
 
 
@@ -168,27 +169,76 @@ class ServingFunction:
           ValueError: naming the feature, row, position, id and limit, if the request is not of the form
             above, an id lies outside [0, V), or a number is not finite.
         """
-        leaves = self._reader.inputs(inputs)
-        request = self._packer.measure(leaves, None if weights is None else self._reader.weights(weights))
-        rows, largest = request.rows, self._ladder.batch_sizes[-1]
-        arrays = self._dense.read(dense, rows)
-        if rows <= largest:
-            rung = self._rung(rows, request)
-            return self._run(
-                rung, rows, lambda ids, w: self._layout.write(self._packer, request, rung, ids, w), arrays
-            )
-        packed = pack_alone(self._packer, request)
+        request, arrays = self._read(inputs, weights, dense)
+        rows = request.rows
+        if rows > self._ladder.batch_sizes[-1]:
+            return self.run(Rows(pack_alone(self._packer, request), arrays))
+        rung = self._rung(rows, request)
+        return self._run(
+            rung, rows, lambda ids, w: self._layout.write(self._packer, request, rung, ids, w), arrays
+        )
+
+    def pack(self, inputs: Any, weights: Any = None, dense: Mapping[str, Any] | None = None) -> Rows:
+        """Reads and checks one request, to be `run` alone or (see `rows.concatenate`) with others.
+
+        Args and Raises are those of a call.
+        """
+        request, arrays = self._read(inputs, weights, dense)
+        return Rows(pack_alone(self._packer, request), arrays)
+
+    def run(self, rows: Rows) -> Any:
+        """Serves rows that were packed by this function; what a call returns for them."""
+        packed, largest = rows.packed, self._ladder.batch_sizes[-1]
         parts = []
-        for first in range(0, rows, largest):
-            last = min(first + largest, rows)
+        for first in range(0, max(len(rows), 1), largest):
+            last = min(first + largest, len(rows))
             counts = packed.splits[:, last] - packed.splits[:, first]
             rung = self._ladder.rung(last - first, counts.tolist(), self._limits)
 
             def copy(ids, weights, first=first, last=last, rung=rung):
                 return self._layout.copy(packed, first, last, rung, ids, weights)
 
-            parts.append(self._run(rung, last - first, copy, [array[first:last] for array in arrays]))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+            parts.append(self._run(rung, last - first, copy, [array[first:last] for array in rows.dense]))
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    def padded_size(self, rows: int) -> int:
+        """The rows that are computed for a batch of `rows`: those of its rungs."""
+        sizes = self._ladder.batch_sizes
+        whole, rest = divmod(rows, sizes[-1])
+        return whole * sizes[-1] + (
+            self._ladder.rung(rest, (0,) * len(self._limits), self._limits).batch if rest else 0
+        )
+
+    def share_programs(self, other: "ServingFunction") -> bool:
+        """Takes the programs that `other` compiled, if this function would compile the same ones.
+
+        They are the same if only values of tables and parameters differ, as between versions of one model.
+
+        Returns:
+          Whether they are the same.
+        """
+        mine, theirs = (
+            (
+                f._feature_config,
+                f._model,
+                f._dense.shapes,
+                f._ladder,
+                f._layout,
+                f._path,
+                _shapes_of(f._constants),
+            )
+            for f in (self, other)
+        )
+        if mine != theirs:
+            return False
+        with self._lock:
+            self._programs = {**other._programs, **self._programs}
+        return True
+
+    def _read(self, inputs: Any, weights: Any, dense: Any) -> tuple[Request, list[np.ndarray]]:
+        leaves = self._reader.inputs(inputs)
+        request = self._packer.measure(leaves, None if weights is None else self._reader.weights(weights))
+        return request, self._dense.read(dense, request.rows)
 
     def _rung(self, rows: int, request: Request) -> Rung:
         if len(self._ladder.row_lengths) == 1:
@@ -287,6 +337,11 @@ def _pad(array: np.ndarray, batch: int) -> np.ndarray:
     padded = np.zeros((batch, *array.shape[1:]), array.dtype)
     padded[: len(array)] = array
     return padded
+
+
+def _shapes_of(constants: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(constants)
+    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def print_progress(done: int, total: int) -> None:

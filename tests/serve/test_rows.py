@@ -1,0 +1,81 @@
+"""Requests that are packed one by one and run together give what each gives alone."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxembed.serve import EmbeddingForServing, ServingFunction
+from jaxembed.serve.checks import BadIdError
+from jaxembed.serve.rows import concatenate
+from tests.serve import requests
+
+
+def make(seed=0, **options):
+    def model(params, activations, dense):
+        pooled = activations["items"]["history"].sum(axis=1) + activations["user"].sum(axis=1)
+        return {"score": pooled + dense["dense"].sum(axis=1), "user": activations["user"]}
+
+    embedding = EmbeddingForServing(requests.FEATURE_CONFIG, requests.make_tables(seed))
+    model = options.pop("model", model)
+    return ServingFunction(
+        embedding,
+        model,
+        dense_inputs={"dense": 3},
+        weighted=requests.WEIGHTED,
+        batch_sizes=(1, 4, 8),
+        max_ids_per_row=requests.MAX_IDS,
+        **options,
+    )
+
+
+FUNCTION = make()
+
+
+def dense_of(rows, seed=0):
+    return {"dense": np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)}
+
+
+@given(st.lists(requests.requests(rows=(0, 1, 2, 5)), min_size=1, max_size=5))
+def test_together_as_alone(drawn):
+    parts, expected = [], []
+    for i, (inputs, weights, _, rows) in enumerate(drawn):
+        parts.append(FUNCTION.pack(inputs, weights, dense_of(rows, i)))
+        expected.append(FUNCTION(inputs, weights, dense_of(rows, i)))
+    merged = concatenate(parts)
+    assert len(merged) == sum(map(len, parts))
+    assert merged.num_ids == sum(part.num_ids for part in parts)
+    result = FUNCTION.run(merged)
+    jax.tree.map(
+        lambda found, *alone: np.testing.assert_allclose(found, np.concatenate(alone), rtol=1e-5, atol=1e-6),
+        result,
+        *expected,
+    )
+
+
+def test_pack_refuses_what_a_call_refuses():
+    inputs = requests.random_inputs(0, 2) | {"user": [3, 50]}
+    with pytest.raises(BadIdError, match=r"'user', row 1, position 0: id 50 is outside") as caught:
+        FUNCTION.pack(inputs, None, dense_of(2))
+    assert caught.value.feature == "user"
+
+
+def test_programs_are_shared_between_versions():
+    def model(params, activations, dense):
+        return activations["user"] + dense["dense"].sum()
+
+    first, second = make(0, model=model).warm_up(), make(1, model=model)
+    assert second.share_programs(first)
+    assert second.ready
+    inputs = requests.random_inputs(1, 3)
+    fresh = make(1, model=model)
+    np.testing.assert_array_equal(second(inputs, None, dense_of(3)), fresh(inputs, None, dense_of(3)))
+    assert second.compile_count == 0
+    other = make(0)  # another model
+    assert not other.share_programs(first)
+    assert not other.ready
+
+
+def test_padded_size():
+    assert [FUNCTION.padded_size(n) for n in (1, 2, 4, 5, 8, 9, 17)] == [1, 4, 4, 8, 8, 9, 17]
