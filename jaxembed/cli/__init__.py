@@ -29,6 +29,7 @@ COMMANDS = {
     ),
     "convert": Command("jaxembed.cli.convert", "a checkpoint into another form"),
     "diff": Command("jaxembed.cli.diff", "what changed between two, by table"),
+    "serve": Command("jaxembed.serve.server.command", "a bundle, over HTTP and gRPC", extra="server"),
 }
 
 

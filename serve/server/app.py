@@ -1,0 +1,263 @@
+"""The routes over HTTP: v2, TensorFlow Serving's predict, health, metrics and switching of versions."""
+
+import asyncio
+import dataclasses
+import hmac
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from . import tf_predict, v2_binary, v2_json
+from .body import read_body
+from .errors import RequestError
+from .openapi import openapi
+from .request import InferenceRequest, timeout_from
+from .service import Service
+from .status import page, status
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+_JSON = "application/json"
+_EXTENSIONS = ["binary_tensor_data"]
+_VERSION = "0.1.0"
+
+
+def make_app(
+    service: Service, *, predict_route: str | None = None, health_route: str | None = None
+) -> Starlette:
+    """The application.
+
+    Args:
+      service: started.
+      predict_route: another path for TensorFlow Serving's predict, as Vertex AI names it.
+      health_route: another path for readiness.
+    """
+    routes = Routes(service)
+    name = service.config.name
+    v1, v2 = f"/v1/models/{name}", f"/v2/models/{name}"
+    table = [
+        Route("/", routes.page),
+        Route("/status", routes.status),
+        Route("/metrics", routes.metrics),
+        Route("/openapi.json", routes.openapi),
+        Route("/v2", routes.server_metadata),
+        Route("/v2/health/live", routes.live),
+        Route("/v2/health/ready", routes.ready),
+        Route("/admin/versions/{version}:activate", routes.activate, methods=["POST"]),
+        Route("/admin/versions:latest", routes.follow, methods=["POST"]),
+    ]
+    for prefix in (v2, v2 + "/versions/{version}"):
+        table += [
+            Route(prefix, routes.metadata),
+            Route(prefix + "/ready", routes.model_ready),
+            Route(prefix + "/infer", routes.infer, methods=["POST"]),
+        ]
+    for prefix in (v1 + "/versions/{version}", v1):
+        table += [
+            Route(prefix + "/metadata", routes.tf_metadata),
+            Route(prefix + ":predict", routes.predict, methods=["POST"]),
+            Route(prefix, routes.tf_status),
+        ]
+    if predict_route:
+        table.insert(0, Route(predict_route, routes.predict, methods=["POST"]))
+    if health_route:
+        table.insert(0, Route(health_route, routes.ready))
+    return Starlette(routes=table, exception_handlers={404: _not_found, 405: _not_found})
+
+
+class Routes:
+    """A handler for every route."""
+
+    def __init__(self, service: Service):
+        self._service, self._config = service, service.config
+
+    async def infer(self, request: Request) -> Response:
+        """v2, in JSON or with binary tensors."""
+
+        async def answer(body: bytes, begin: float) -> Response:
+            service, loop = self._service, asyncio.get_running_loop()
+            started = loop.time()
+            model = service.versions.model(request.path_params.get("version"))
+            data, binary = v2_binary.split(body, request.headers.get(v2_binary.HEADER))
+            read = v2_json.read(model.signature, data, binary)
+            wanted = v2_json.binary_outputs(data)
+            service.metrics.stage("parse", loop.time() - started)
+            read = _with_header_timeout(read, request)
+            outputs = await service.infer(model, read, begin)
+            written = loop.time()
+            head, parts = v2_json.write(model, self._config.name, read, outputs, wanted)
+            service.metrics.stage("write", loop.time() - written)
+            if not parts:
+                return Response(head, media_type=_JSON)
+            headers = {"Inference-Header-Content-Length": str(len(head))}
+            return Response(b"".join([head, *parts]), headers=headers, media_type="application/octet-stream")
+
+        return await self._answer(request, "v2_rest", answer)
+
+    async def predict(self, request: Request) -> Response:
+        """TensorFlow Serving's predict."""
+
+        async def answer(body: bytes, begin: float) -> Response:
+            service, loop = self._service, asyncio.get_running_loop()
+            started = loop.time()
+            model = service.versions.model(request.path_params.get("version"))
+            read, by_row = tf_predict.read(model.signature, v2_json.read_object(body))
+            service.metrics.stage("parse", loop.time() - started)
+            outputs = await service.infer(model, _with_header_timeout(read, request), begin)
+            written = loop.time()
+            content = tf_predict.write(by_row, outputs)
+            service.metrics.stage("write", loop.time() - written)
+            return Response(content, media_type=_JSON)
+
+        return await self._answer(request, "tf_rest", answer)
+
+    async def _answer(
+        self, request: Request, protocol: str, answer: Callable[[bytes, float], Awaitable[Response]]
+    ) -> Response:
+        service, loop = self._service, asyncio.get_running_loop()
+        begin = loop.time()
+        try:
+            with service.admission():
+                body = await read_body(request, self._config.max_body_bytes, self._config.body_timeout)
+                service.metrics.stage("read", loop.time() - begin)
+                response = await answer(body, begin)
+        except RequestError as e:
+            response = _error(e)
+        except ClientDisconnect:
+            response = Response(status_code=499)
+        service.metrics.request(protocol, response.status_code, loop.time() - begin)
+        return response
+
+    async def live(self, request: Request) -> Response:
+        """The process answers."""
+        return JSONResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        """Requests are served."""
+        ready = self._service.ready
+        return JSONResponse({"ready": ready}, 200 if ready else 503, None if ready else {"Retry-After": "1"})
+
+    async def model_ready(self, request: Request) -> Response:
+        """Requests are served, by this version if it names one."""
+        try:
+            self._service.versions.model(request.path_params.get("version"))
+        except RequestError as e:
+            return _error(e)
+        return await self.ready(request)
+
+    async def server_metadata(self, request: Request) -> Response:
+        """Name, version and extensions."""
+        return JSONResponse({"name": "jaxembed", "version": _VERSION, "extensions": _EXTENSIONS})
+
+    async def metadata(self, request: Request) -> Response:
+        """Inputs and outputs, as v2 says them."""
+        try:
+            model = self._service.versions.model(request.path_params.get("version"))
+        except RequestError as e:
+            return _error(e)
+        return JSONResponse(v2_json.metadata(model, self._config.name, [model.version]))
+
+    async def tf_metadata(self, request: Request) -> Response:
+        """Inputs and outputs, as TensorFlow Serving says them."""
+        try:
+            model = self._service.versions.model(request.path_params.get("version"))
+        except RequestError as e:
+            return _error(e)
+        return JSONResponse(tf_predict.metadata(model, self._config.name))
+
+    async def tf_status(self, request: Request) -> Response:
+        """The versions' states, as TensorFlow Serving says them."""
+        try:
+            model = self._service.versions.model(request.path_params.get("version"))
+        except RequestError as e:
+            return _error(e)
+        state = {"version": str(model.version), "state": "AVAILABLE"}
+        state["status"] = {"error_code": "OK", "error_message": ""}  # type: ignore[assignment]
+        return JSONResponse({"model_version_status": [state]})
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        self._service.metrics.queued(self._service.batcher.queued_rows)
+        text = await asyncio.to_thread(self._service.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self, request: Request) -> Response:
+        """What is here, for programs."""
+        return JSONResponse(openapi(self._config.name, self._service.versions.current))
+
+    async def page(self, request: Request) -> Response:
+        """What is here, for people."""
+        return Response(page(), media_type="text/html; charset=utf-8")
+
+    async def status(self, request: Request) -> Response:
+        """What the page shows."""
+        return JSONResponse(status(self._service))
+
+    async def activate(self, request: Request) -> Response:
+        """Pins a version."""
+        version = request.path_params["version"]
+        if not (version.isascii() and version.isdecimal() and len(version) < 19):
+            return _error(RequestError(400, f"version must be a number, got {version[:40]!r}."))
+        return await self._pin(request, int(version))
+
+    async def follow(self, request: Request) -> Response:
+        """Follows the newest version again."""
+        return await self._pin(request, None)
+
+    async def _pin(self, request: Request, version: int | None) -> Response:
+        try:
+            self._authorize(request)
+            await self._service.versions.pin(version)
+        except RequestError as e:
+            return _error(e)
+        current = self._service.versions.current
+        return JSONResponse({"version": None if current is None else current.version, "pinned": version})
+
+    def _authorize(self, request: Request) -> None:
+        """With a token, whoever has it; without, this machine, but no page of another site in its browser."""
+        token = self._config.admin_token
+        if token is not None:
+            given = request.headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                raise RequestError(401, "Authorization must be 'Bearer TOKEN' with the admin token.")
+            return
+        host = request.client.host if request.client else ""
+        origin = request.headers.get("origin")
+        if not _is_loopback(host) or (origin and origin.split("//")[-1] != request.headers.get("host")):
+            raise RequestError(403, "versions are switched from this machine only; set an admin token.")
+
+
+def _with_header_timeout(read: InferenceRequest, request: Request) -> InferenceRequest:
+    header = request.headers.get(TIMEOUT_HEADER)
+    if header is None:
+        return read
+    try:
+        milliseconds: Any = float(header)
+    except ValueError:
+        milliseconds = header
+    timeout = timeout_from(milliseconds, 1e3)
+    return dataclasses.replace(read, timeout=timeout if read.timeout is None else min(read.timeout, timeout))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _error(error: RequestError) -> Response:
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return Response(json.dumps({"error": error.message}), error.status, headers, _JSON)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    code = getattr(error, "status_code", 404)
+    headers = getattr(error, "headers", None) or {}
+    message = f"{request.method} {request.url.path[:200]} is not served here; see /openapi.json."
+    return JSONResponse({"error": message}, code, headers)

@@ -1,0 +1,64 @@
+"""Reads the body of a request: bounded in size, also of what it unpacks to, and in time."""
+
+import asyncio
+import zlib
+
+from starlette.requests import Request
+
+from .errors import RequestError, bad_request
+
+_WINDOW = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+
+
+async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
+    """The body, decompressed.
+
+    Args:
+      request: of starlette.
+      max_bytes: of the body, compressed and not.
+      timeout: seconds in which all of it must arrive.
+
+    Raises:
+      RequestError: if it is too large, too slow, or not compressed as it says.
+      ClientDisconnect: if the client is gone.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity" and encoding not in _WINDOW:
+        raise RequestError(415, f"Content-Encoding must be gzip, deflate or identity, got {encoding[:40]!r}.")
+    length = request.headers.get("content-length")
+    if length is not None and length.isdecimal() and int(length[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(timeout):
+            async for part in request.stream():
+                size += len(part)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                parts.append(part)
+    except TimeoutError:
+        raise RequestError(408, f"the body did not arrive in {timeout:g} s.") from None
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    return body if encoding == "identity" else decompress(body, encoding, max_bytes)
+
+
+def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """What `body` unpacks to; no more than `max_bytes` are ever unpacked.
+
+    Raises:
+      RequestError: if it unpacks to more, or is damaged.
+    """
+    stream = zlib.decompressobj(_WINDOW[encoding])
+    try:
+        data = stream.decompress(body, max_bytes + 1)
+    except zlib.error as e:
+        raise bad_request(f"the body is not {encoding}: {e}.") from None
+    if len(data) > max_bytes:
+        raise _too_large(max_bytes)
+    if not stream.eof or stream.unused_data:
+        raise bad_request(f"the body is not {encoding}: it ends too early or goes on after its end.")
+    return data
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(413, f"the body must be at most {max_bytes} bytes, also once decompressed.")

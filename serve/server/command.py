@@ -1,0 +1,112 @@
+"""Serves the versions of a bundle, the newest first, over HTTP and gRPC.
+
+jaxembed serve bundles --model my_package.model:apply --dense dense=13 --workers 4
+curl localhost:8000/v1/models/model:predict -d '{"instances": [{"user": 7, "history": [1, 2]}]}'
+
+A new version beside the old one is verified, warmed up and switched to. The page at / shows what is served,
+/metrics is for Prometheus and /openapi.json for programs. Vertex AI's AIP_HTTP_PORT, AIP_HEALTH_ROUTE,
+AIP_PREDICT_ROUTE and AIP_STORAGE_URI are obeyed.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from . import logs
+from .config import ServerConfig
+from .workers import Supervisor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds those of `jaxembed serve`."""
+    parser.add_argument("bundles", nargs="?", help="folder of the versions; default: AIP_STORAGE_URI")
+    parser.add_argument("--name", default="model", help="of the model, in URLs")
+    parser.add_argument("--model", metavar="MODULE:NAME", help="model(params, activations, dense)")
+    parser.add_argument(
+        "--dense",
+        action="append",
+        default=[],
+        metavar="NAME=SIZE",
+        help="a dense input and its size, such as 13 or 4,8",
+    )
+    parser.add_argument("--weighted", action="append", default=[], metavar="FEATURE", help="may carry weights")
+    parser.add_argument("--max-ids-per-row", type=int, default=128)
+    parser.add_argument("--max-batch-rows", type=int, default=256)
+    parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="how long a request waits for others")
+    parser.add_argument("--max-queue-requests", type=int, default=512)
+    parser.add_argument("--max-queue-rows", type=int, default=8192)
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds, of requests that name none")
+    parser.add_argument("--body-timeout", type=float, default=10.0)
+    parser.add_argument("--idle-timeout", type=float, default=30.0)
+    parser.add_argument("--drain-timeout", type=float, default=30.0)
+    parser.add_argument("--poll-seconds", type=float, default=1.0)
+    parser.add_argument("--no-verify", action="store_true", help="do not compare versions with their digests")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--http-port", type=int, help="default: AIP_HTTP_PORT, or 8000")
+    parser.add_argument("--grpc-port", type=int, default=8001, help="-1 for none")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--state", help="folder for the pinned version, to outlive a restart")
+
+
+def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> ServerConfig:
+    """The configuration that the command line and Vertex AI's variables make up.
+
+    Raises:
+      ValueError: if they are of no use.
+    """
+    bundles = options.bundles or environment.get("AIP_STORAGE_URI")
+    if not bundles:
+        raise ValueError("name the folder of the versions, or set AIP_STORAGE_URI.")
+    if "://" in bundles:
+        raise ValueError(f"{bundles} must be mounted or copied first; bundles are mapped from local files.")
+    port = options.http_port
+    if port is None:
+        port = _port(environment.get("AIP_HTTP_PORT", "8000"))
+    # Vertex AI reaches the container from outside.
+    host = "0.0.0.0" if "AIP_HTTP_PORT" in environment and options.host == "127.0.0.1" else options.host
+    return ServerConfig(
+        bundles=bundles,
+        name=options.name,
+        model=options.model,
+        dense_inputs=dict(_dense(text) for text in options.dense),
+        weighted=tuple(options.weighted),
+        max_ids_per_row=options.max_ids_per_row,
+        max_batch_rows=options.max_batch_rows,
+        batch_wait_ms=options.batch_wait_ms,
+        max_queue_requests=options.max_queue_requests,
+        max_queue_rows=options.max_queue_rows,
+        default_timeout=options.timeout,
+        body_timeout=options.body_timeout,
+        idle_timeout=options.idle_timeout,
+        drain_timeout=options.drain_timeout,
+        poll_seconds=options.poll_seconds,
+        verify=not options.no_verify,
+        host=host,
+        http_port=port,
+        grpc_port=None if options.grpc_port < 0 else options.grpc_port,
+        workers=options.workers,
+        admin_token=environment.get("JAXEMBED_ADMIN_TOKEN"),
+        state=options.state,
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serves until SIGTERM."""
+    logs.configure()
+    return Supervisor(config_from(options, os.environ)).run()
+
+
+def _dense(text: str) -> tuple[str, Any]:
+    name, _, sizes = text.partition("=")
+    try:
+        shape = [int(size) for size in sizes.split(",")] if sizes else []
+    except ValueError:
+        raise ValueError(f"--dense must be NAME=SIZE, such as dense=13, got {text!r}.") from None
+    return name, shape
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"AIP_HTTP_PORT must be a port, got {text!r}.")
+    return int(text)

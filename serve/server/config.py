@@ -1,0 +1,118 @@
+"""ServerConfig: everything that can be set about a server."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+MEGABYTE = 1 << 20
+CONFIG_VARIABLE = "JAXEMBED_SERVER_CONFIG"
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """How a bundle is served.
+
+    Attributes:
+      bundles: folder of the versions of a bundle.
+      name: of the model, in URLs.
+      model: "MODULE:NAME" of `model(params, activations, dense)`; None serves the embeddings alone.
+      dense_inputs: by name, the shape of one row of the dense inputs of that model.
+      weighted: paths of the features for which requests may carry weights.
+      max_ids_per_row: limit of ids of one row of one feature.
+      max_batch_rows: rows that run at once.
+      batch_wait_ms: how long a request may wait for others to run with, at most.
+      max_queue_requests: requests that are read, wait or run; more are refused.
+      max_queue_rows: rows that wait or run; more are refused.
+      max_body_bytes: of a request, also after it is decompressed.
+      body_timeout: seconds in which the body of a request must arrive.
+      idle_timeout: seconds in which a connection must send the headers of its next request.
+      default_timeout: seconds after which a request that names no deadline is not run any more.
+      drain_timeout: seconds that running requests have to end after SIGTERM.
+      poll_seconds: how often the folder is looked at.
+      verify: compare a version with its digests before it serves.
+      host: address to listen at.
+      http_port: 0 takes a free one.
+      grpc_port: 0 takes a free one; None serves no gRPC.
+      workers: processes.
+      admin_token: what `Authorization: Bearer` must carry to switch versions; None allows this machine alone.
+      state: folder that the workers share: the pinned version and their metrics.
+
+    Raises:
+      ValueError: if a value is of no use.
+    """
+
+    bundles: str
+    name: str = "model"
+    model: str | None = None
+    dense_inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weighted: tuple[str, ...] = ()
+    max_ids_per_row: int = 128
+    max_batch_rows: int = 256
+    batch_wait_ms: float = 0.0
+    max_queue_requests: int = 512
+    max_queue_rows: int = 8192
+    max_body_bytes: int = 64 * MEGABYTE
+    body_timeout: float = 10.0
+    idle_timeout: float = 30.0
+    default_timeout: float = 30.0
+    drain_timeout: float = 30.0
+    poll_seconds: float = 1.0
+    verify: bool = True
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int | None = 8001
+    workers: int = 1
+    admin_token: str | None = None
+    state: str | None = None
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", self.name):
+            raise ValueError(f"name must be letters, digits, _ . and -, got {self.name!r}.")
+        if self.model is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.model):
+            raise ValueError(f"model must be MODULE:NAME, got {self.model!r}.")
+        if self.dense_inputs and self.model is None:
+            raise ValueError(f"dense_inputs {list(self.dense_inputs)} need a model, got model=None.")
+        for field in (
+            "max_ids_per_row",
+            "max_batch_rows",
+            "max_queue_requests",
+            "max_queue_rows",
+            "max_body_bytes",
+            "workers",
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field} must be an int of at least 1, got {value!r}.")
+        for field in ("body_timeout", "idle_timeout", "default_timeout", "drain_timeout", "poll_seconds"):
+            if not _is_number(getattr(self, field)) or not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be seconds above 0, got {getattr(self, field)!r}.")
+        if not _is_number(self.batch_wait_ms) or self.batch_wait_ms < 0:
+            raise ValueError(f"batch_wait_ms must be at least 0, got {self.batch_wait_ms!r}.")
+        for field in ("http_port", "grpc_port"):
+            port = getattr(self, field)
+            if port is None and field == "grpc_port":
+                continue
+            if not isinstance(port, int) or not 0 <= port < 65536:
+                raise ValueError(f"{field} must be a port, got {port!r}.")
+        object.__setattr__(self, "weighted", tuple(self.weighted))
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """Folder of the versions."""
+        return pathlib.Path(self.bundles).expanduser().absolute()
+
+    def to_json(self) -> str:
+        """For another process."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ServerConfig":
+        """What `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,38 @@
+"""What a request is refused with."""
+
+
+class RequestError(Exception):
+    """A request that is not served.
+
+    Args:
+      status: of HTTP.
+      message: what is wrong, what was received, what to do.
+      retry_after: seconds, for requests that may be sent again.
+      feature: path of the feature whose id is bad.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, retry_after: int | None = None, feature: str | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.retry_after, self.feature = status, message, retry_after, feature
+
+
+def bad_request(message: str) -> RequestError:
+    """The request is not of the form it must be."""
+    return RequestError(400, message)
+
+
+def overloaded(what: str) -> RequestError:
+    """There is no room for it."""
+    return RequestError(429, f"the server is overloaded: {what}; send the request again later.", retry_after=1)
+
+
+def unavailable(why: str) -> RequestError:
+    """Nothing is served at the moment."""
+    return RequestError(503, f"the server takes no requests: {why}.", retry_after=1)
+
+
+def expired() -> RequestError:
+    """Its deadline is over."""
+    return RequestError(504, "the deadline of the request passed before it could run; it was not run.")

@@ -1,0 +1,147 @@
+"""The gRPC server of a worker; its port may be shared with those of other workers."""
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from . import v2_grpc, v2_json
+from .errors import RequestError
+from .messages import METHODS, SERVICE
+from .service import Service
+
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_NO_ROOM = 1 << 14
+
+
+async def start_grpc(service: Service, host: str, port: int) -> grpc.aio.Server:
+    """Starts to serve gRPC.
+
+    Raises:
+      RuntimeError: if the port cannot be bound.
+    """
+    limit = service.config.max_body_bytes
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 1),
+        ]
+    )
+    methods = Methods(service)
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            getattr(methods, name), request_deserializer=_tolerant(request), response_serializer=_serialize
+        )
+        for name, (request, _) in METHODS.items()
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    await server.start()
+    return server
+
+
+def _tolerant(message: Any) -> Callable[[bytes], Any]:
+    """Messages that cannot be read are refused by the method, which can say so; gRPC would call them internal."""
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return message.FromString(data)
+        except Exception as e:
+            return e
+
+    return deserialize
+
+
+def _serialize(message: Any) -> bytes:
+    return message.SerializeToString()
+
+
+class Methods:
+    """A method for each of the protocol's."""
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    async def ServerLive(self, request: Any, context: Any) -> Any:
+        """The process answers."""
+        return METHODS["ServerLive"][1](live=True)
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        """Requests are served."""
+        return METHODS["ServerReady"][1](ready=self._service.ready)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        """Requests are served by this model."""
+
+        async def answer() -> Any:
+            try:
+                self._model(request.name, request.version)
+            except RequestError:
+                return METHODS["ModelReady"][1](ready=False)
+            return METHODS["ModelReady"][1](ready=self._service.ready)
+
+        return await self._answer(request, context, answer)
+
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        """Name, version and extensions."""
+        return METHODS["ServerMetadata"][1](name="jaxembed", version="0.1.0")
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        """Inputs and outputs."""
+
+        async def answer() -> Any:
+            model = self._model(request.name, request.version)
+            return METHODS["ModelMetadata"][1](**v2_json.metadata(model, request.name, [model.version]))
+
+        return await self._answer(request, context, answer)
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        """Runs a request."""
+        service, loop = self._service, asyncio.get_running_loop()
+        begin = loop.time()
+
+        async def answer() -> Any:
+            with service.admission():
+                model = self._model(request.model_name, request.model_version)
+                read = v2_grpc.read(model.signature, request)
+                service.metrics.stage("parse", loop.time() - begin)
+                remaining = context.time_remaining()
+                if remaining is not None:
+                    timeout = remaining if read.timeout is None else min(remaining, read.timeout)
+                    read = dataclasses.replace(read, timeout=timeout)
+                outputs = await service.infer(model, read, begin)
+                written = loop.time()
+                response = v2_grpc.write(model, request.model_name, read, outputs)
+                service.metrics.stage("write", loop.time() - written)
+                service.metrics.request("v2_grpc", 200, loop.time() - begin)
+                return response
+
+        return await self._answer(request, context, answer, begin)
+
+    def _model(self, name: str, version: str) -> Any:
+        if name != self._service.config.name:
+            raise RequestError(404, f"model {name[:100]!r} is not served; {self._service.config.name!r} is.")
+        return self._service.versions.model(version)
+
+    async def _answer(
+        self, request: Any, context: Any, answer: Callable[[], Awaitable[Any]], begin: float | None = None
+    ) -> Any:
+        try:
+            if isinstance(request, Exception):
+                raise RequestError(400, "the message cannot be read.")
+            return await answer()
+        except RequestError as e:
+            if begin is not None:
+                self._service.metrics.request("v2_grpc", e.status, asyncio.get_running_loop().time() - begin)
+            if e.retry_after is not None:
+                context.set_trailing_metadata((("retry-after", str(e.retry_after)),))
+            await context.abort(_CODES.get(e.status, grpc.StatusCode.UNKNOWN), e.message[:_NO_ROOM])

@@ -1,0 +1,109 @@
+"""Prometheus metrics of a server, summed over its worker processes."""
+
+import collections
+import logging
+import os
+import time
+from typing import Any
+
+import prometheus_client as prometheus
+from prometheus_client import multiprocess
+
+from .logs import logger
+
+_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_FILL = tuple(i / 10 for i in range(1, 11))
+STAGES = ("read", "parse", "queue", "run", "write")
+_RECENT = 600
+
+
+class Metrics:
+    """Counts requests, and times the stages they go through.
+
+    With PROMETHEUS_MULTIPROC_DIR in the environment, as the supervisor sets it, the values of all workers
+    are summed up.
+    """
+
+    def __init__(self):
+        self.registry = registry = prometheus.CollectorRegistry()
+        self.log: logging.Logger = logger()
+        name, options = "jaxembed", {"registry": registry}
+        self._requests = prometheus.Counter(
+            f"{name}_requests", "Requests, by protocol and status.", ["protocol", "status"], **options
+        )
+        self._latency = prometheus.Histogram(
+            f"{name}_request_seconds", "Time in the server.", ["protocol"], buckets=_SECONDS, **options
+        )
+        self._stages = prometheus.Histogram(
+            f"{name}_stage_seconds", "Time by stage.", ["stage"], buckets=_SECONDS, **options
+        )
+        self._fill = prometheus.Histogram(
+            f"{name}_batch_fill", "Rows of a batch, of the most it may have.", buckets=_FILL, **options
+        )
+        self._batches = prometheus.Counter(f"{name}_batches", "Batches run.", **options)
+        self._batched = prometheus.Counter(f"{name}_batched_requests", "Requests in them.", **options)
+        self._rows = prometheus.Counter(f"{name}_rows", "Rows run.", **options)
+        self._padding = prometheus.Counter(f"{name}_padding_rows", "Rows of padding run.", **options)
+        self._bad_ids = prometheus.Counter(
+            f"{name}_bad_ids", "Requests refused for an id, by feature.", ["feature"], **options
+        )
+        self._swaps = prometheus.Counter(
+            f"{name}_version_changes", "Versions that were switched to, or failed.", ["result"], **options
+        )
+        gauge = {"multiprocess_mode": "livemax", **options}
+        self._version = prometheus.Gauge(f"{name}_version", "The version that serves.", **gauge)
+        self._queued = prometheus.Gauge(
+            f"{name}_queued_rows", "Rows that wait or run.", multiprocess_mode="livesum", **options
+        )
+        self._observe_stage = {stage: self._stages.labels(stage).observe for stage in STAGES}
+        self._observe_latency: dict[str, Any] = {}
+        #: (time, seconds) of the last requests of this worker, for the status page.
+        self.recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_RECENT)
+
+    def request(self, protocol: str, status: int, seconds: float) -> None:
+        """A request was answered."""
+        self._requests.labels(protocol, str(status)).inc()
+        if status < 400:
+            observe = self._observe_latency.get(protocol)
+            if observe is None:
+                observe = self._observe_latency[protocol] = self._latency.labels(protocol).observe
+            observe(seconds)
+            self.recent.append((time.time(), seconds))
+
+    def stage(self, stage: str, seconds: float) -> None:
+        """A request went through a stage."""
+        self._observe_stage[stage](seconds)
+
+    def batch(self, seconds: float, requests: int, rows: int, computed: int, max_rows: int) -> None:
+        """A batch was run."""
+        self._observe_stage["run"](seconds)
+        self._batches.inc()
+        self._batched.inc(requests)
+        self._rows.inc(rows)
+        self._padding.inc(max(computed - rows, 0))
+        self._fill.observe(min(rows / max_rows, 1.0))
+
+    def bad_id(self, feature: str) -> None:
+        """A request was refused for an id of this feature."""
+        self._bad_ids.labels(feature).inc()
+
+    def version(self, version: int) -> None:
+        """This version serves from now on."""
+        self._swaps.labels("served").inc()
+        self._version.set(version)
+
+    def version_failed(self) -> None:
+        """A version could not be loaded."""
+        self._swaps.labels("failed").inc()
+
+    def queued(self, rows: int) -> None:
+        """So many rows wait or run."""
+        self._queued.set(rows)
+
+    def text(self) -> bytes:
+        """All metrics, in Prometheus' format."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return prometheus.generate_latest(self.registry)
+        registry = prometheus.CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)
+        return prometheus.generate_latest(registry)

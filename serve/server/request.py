@@ -1,0 +1,53 @@
+"""InferenceRequest: what every protocol's request is read into, whatever it was written in."""
+
+import dataclasses
+from typing import Any
+
+from .errors import bad_request
+
+ROW_SPLITS, WEIGHTS = ".row_splits", ".weights"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InferenceRequest:
+    """A request as a ServedModel packs it.
+
+    Attributes:
+      inputs: by path of the feature.
+      weights: by path of the feature, for some.
+      dense: by name.
+      outputs: the names that were asked for; None for all.
+      id: to be sent back.
+      timeout: seconds, or None.
+    """
+
+    inputs: dict[str, Any]
+    weights: dict[str, Any]
+    dense: dict[str, Any]
+    outputs: tuple[str, ...] | None = None
+    id: str | None = None
+    timeout: float | None = None
+
+
+def timeout_from(value: Any, per_second: float) -> float | None:
+    """Seconds of a timeout that is given in units of 1 / `per_second` seconds; None for none.
+
+    Raises:
+      RequestError: if it is no positive number.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**53:
+        raise bad_request(f"timeout must be a number above 0, got {str(value)[:80]!r}.")
+    return value / per_second
+
+
+def text_from(value: Any, what: str) -> str:
+    """`value`, which must be a string.
+
+    Raises:
+      RequestError: if it is none, or a long one.
+    """
+    if not isinstance(value, str) or len(value) > 1000:
+        raise bad_request(f"{what} must be a string of at most 1000 characters, got {str(value)[:80]!r}.")
+    return value

@@ -1,0 +1,205 @@
+"""ServedModel: what the server needs of a model, and the one it makes of a version of a bundle."""
+
+import dataclasses
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxembed import structure
+from jaxembed.checkpoint import open_bundle
+from jaxembed.features import flat_features
+from jaxembed.quantized_table import QuantizedTable
+from jaxembed.serve.checks import BadIdError
+from jaxembed.serve.embedding import EmbeddingForServing
+from jaxembed.serve.features import ServedFeature, served_features
+from jaxembed.serve.function import ServingFunction
+from jaxembed.serve.rows import Rows, concatenate
+
+from .config import ServerConfig
+from .errors import RequestError
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A named output.
+
+    Attributes:
+      name: path in the model's result; "output" where it is one array.
+      shape: of one row.
+      dtype: of numpy.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What a request holds and what it is answered with.
+
+    Attributes:
+      features: by path.
+      dense: by name, the shape of one row.
+      outputs: in the order in which they are answered.
+    """
+
+    features: dict[str, ServedFeature]
+    dense: dict[str, tuple[int, ...]]
+    outputs: tuple[Output, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableInfo:
+    """A table, for people: its name, shape, type as stored and size."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    num_bytes: int
+
+
+class ServedModel(Protocol):
+    """One version of a model, ready to run."""
+
+    version: int
+    digest: str
+    signature: Signature
+    tables: tuple[TableInfo, ...]
+    loaded_seconds: float
+
+    def pack(self, inputs: Mapping[str, Any], weights: Mapping[str, Any], dense: Mapping[str, Any]) -> Rows:
+        """Reads and checks a request; by path of the feature. Raises RequestError."""
+        ...
+
+    def run(self, parts: Sequence[Rows]) -> tuple[list[np.ndarray], int]:
+        """The outputs for the rows of all parts, in the order of the signature, and the rows computed."""
+        ...
+
+
+class BundleModel:
+    """A version of a bundle, its tables mapped, compiled.
+
+    Args:
+      config: of the server.
+      version: of the bundle.
+      previous: a version that serves; its compiled programs are used again where they fit.
+
+    Raises:
+      ValueError: if the version is damaged, or the model cannot be made.
+      FileNotFoundError: if it is not there.
+    """
+
+    def __init__(self, config: ServerConfig, version: int, previous: "ServedModel | None" = None):
+        begin = time.monotonic()
+        bundle = open_bundle(config.directory, version)
+        if config.verify:
+            bundle.verify()
+        embedding = EmbeddingForServing(bundle.feature_config, bundle.tables)
+        self._function = ServingFunction(
+            embedding,
+            None if config.model is None else find_model(config.model),
+            bundle.model,
+            dense_inputs=config.dense_inputs,
+            weighted=config.weighted,
+            max_batch_size=config.max_batch_rows,
+            max_ids_per_row=config.max_ids_per_row,
+        )
+        if isinstance(previous, BundleModel):
+            self._function.share_programs(previous._function)
+        self._function.warm_up()
+        self._feature_config = bundle.feature_config
+        self._paths = list(flat_features(bundle.feature_config))
+        self.version, self.digest = version, bundle.digest
+        features = served_features(bundle.feature_config, config.max_ids_per_row, config.weighted)
+        dense = {
+            name: (shape,) if isinstance(shape, int) else tuple(shape)
+            for name, shape in config.dense_inputs.items()
+        }
+        self.signature = Signature({f.path: f for f in features}, dense, self._outputs(dense))
+        self.tables = tuple(_table_info(name, table) for name, table in bundle.tables.items())
+        self.loaded_seconds = time.monotonic() - begin
+
+    @property
+    def compile_count(self) -> int:
+        """Programs compiled; those of the previous version are not."""
+        return self._function.compile_count
+
+    def pack(self, inputs: Mapping[str, Any], weights: Mapping[str, Any], dense: Mapping[str, Any]) -> Rows:
+        """Reads and checks a request.
+
+        Args:
+          inputs: by path of the feature, what a ServingFunction takes.
+          weights: by path, for some.
+          dense: by name, [B, ...].
+
+        Raises:
+          RequestError: if it is not what a ServingFunction takes.
+        """
+        for given, what in ((inputs, "input"), (weights, "weight")):
+            unknown = given.keys() - self.signature.features.keys()
+            if unknown:
+                raise RequestError(400, f"{what} {min(unknown)!r} is no feature; features are {self._paths}.")
+        missing = [path for path in self._paths if path not in inputs]
+        if missing:
+            raise RequestError(400, f"input {missing[0]!r} is missing; features are {self._paths}.")
+        try:
+            nested = structure.pack(self._feature_config, iter([inputs[path] for path in self._paths]))
+            parallel = None
+            if weights:
+                parallel = structure.pack(self._feature_config, iter([weights.get(p) for p in self._paths]))
+            return self._function.pack(nested, parallel, dense)
+        except BadIdError as e:
+            raise RequestError(400, str(e), feature=e.feature) from None
+        except (ValueError, TypeError, OverflowError) as e:
+            raise RequestError(400, str(e)) from None
+
+    def run(self, parts: Sequence[Rows]) -> tuple[list[np.ndarray], int]:
+        """Runs the rows of all parts at once.
+
+        Returns:
+          The outputs, in the order of the signature, and the number of rows computed, padding included.
+        """
+        rows = concatenate(parts)
+        return jax.tree.leaves(self._function.run(rows)), self._function.padded_size(len(rows))
+
+    def _outputs(self, dense: Mapping[str, tuple[int, ...]]) -> tuple[Output, ...]:
+        nothing = structure.pack(self._feature_config, iter([[[]]] * len(self._paths)))
+        zeros = {name: np.zeros((1, *shape), np.float32) for name, shape in dense.items()}
+        leaves = jax.tree.leaves_with_path(self._function(nothing, None, zeros))
+        return tuple(
+            Output(_join(path) or "output", leaf.shape[1:], np.dtype(leaf.dtype)) for path, leaf in leaves
+        )
+
+
+def find_model(name: str) -> Callable[..., Any]:
+    """The function "MODULE:NAME".
+
+    Raises:
+      ValueError: if there is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"model {name!r} cannot be imported: {e}.") from e
+    if not callable(found):
+        raise ValueError(f"model {name!r} must be callable, got {type(found).__name__}.")
+    return found
+
+
+def _join(path: Sequence[Any]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def _table_info(name: str, table: Any) -> TableInfo:
+    if isinstance(table, QuantizedTable):
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(table))
+        return TableInfo(name, (table.codes.shape[0], table.dim), table.kind, size)
+    return TableInfo(name, tuple(table.shape), table.dtype.name, table.nbytes)

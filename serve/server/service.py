@@ -1,0 +1,109 @@
+"""Service: what all protocols share between reading a request and writing its answer."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from .batcher import Batcher
+from .config import ServerConfig
+from .errors import RequestError, overloaded, unavailable
+from .metrics import Metrics
+from .request import InferenceRequest
+from .served import ServedModel
+from .versions import Versions
+
+
+class Service:
+    """A server without its protocols.
+
+    Args:
+      config: of the server.
+      versions: what it serves; by default those of `config.bundles`.
+    """
+
+    def __init__(self, config: ServerConfig, metrics: Metrics | None = None, versions: Versions | None = None):
+        self.config = config
+        self.metrics = metrics or Metrics()
+        self.versions = versions or Versions(config, self.metrics)
+        self.batcher = Batcher(
+            config.max_batch_rows, config.batch_wait_ms / 1e3, config.max_queue_rows, self.metrics
+        )
+        self.draining = False
+        self._admitted = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are served."""
+        return not self.draining and self.versions.current is not None
+
+    @property
+    def admitted(self) -> int:
+        """Requests that are read, wait or run."""
+        return self._admitted
+
+    async def start(self) -> None:
+        """Loads a version and starts to run batches."""
+        self.batcher.start()
+        await self.versions.start()
+
+    async def stop(self) -> None:
+        """Lets the requests that were admitted end, for a while, and stops."""
+        self.draining = True
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.config.drain_timeout
+        while self._admitted and loop.time() < until:
+            await asyncio.sleep(0.01)
+        await self.versions.stop()
+        await self.batcher.stop()
+
+    @contextlib.contextmanager
+    def admission(self) -> Iterator[None]:
+        """Room for one request, held until it is answered.
+
+        Raises:
+          RequestError: if there is none, or the server stops; at once, before anything of it is read.
+        """
+        if self.draining:
+            raise unavailable("it is stopping")
+        if self._admitted >= self.config.max_queue_requests:
+            raise overloaded(f"{self._admitted} requests are served or wait already")
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    async def infer(
+        self, model: ServedModel, request: InferenceRequest, begin: float
+    ) -> list[tuple[str, np.ndarray]]:
+        """Runs a request.
+
+        Args:
+          model: the version that serves it.
+          request: as a protocol read it.
+          begin: when it arrived, in the time of the event loop; its timeout counts from there.
+
+        Returns:
+          The outputs that it asked for, by name.
+
+        Raises:
+          RequestError: if it is not served.
+        """
+        names = [output.name for output in model.signature.outputs]
+        wanted = names if request.outputs is None else list(request.outputs)
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise RequestError(400, f"output {unknown[0][:100]!r} is unknown; outputs are {names}.")
+        try:
+            rows = model.pack(request.inputs, request.weights, request.dense)
+        except RequestError as e:
+            if e.feature is not None:
+                self.metrics.bad_id(e.feature)
+            raise
+        timeout = self.config.default_timeout
+        if request.timeout is not None:
+            timeout = min(timeout, request.timeout)
+        outputs = dict(zip(names, await self.batcher.submit(model, rows, begin + timeout), strict=True))
+        return [(name, outputs[name]) for name in wanted]

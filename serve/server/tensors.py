@@ -1,0 +1,202 @@
+"""Tensors of the Open Inference Protocol: their types, and how they make up ragged features.
+
+A feature FEATURE of B rows comes as one of
+
+    FEATURE [B]                                one id a row
+    FEATURE [B, L]                             L ids a row
+    FEATURE [N], FEATURE.row_splits [B + 1]    ids of row b: from row_splits[b] to row_splits[b + 1]
+
+and its weights as FEATURE.weights, of the shape of FEATURE. Dense inputs are [B, ...].
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxembed.inputs import RaggedTensor
+
+from .errors import bad_request
+from .request import ROW_SPLITS, WEIGHTS
+from .served import Signature
+
+DATATYPES = {
+    "BOOL": np.dtype(np.bool_),
+    **{
+        f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits}")
+        for kind in ("INT", "UINT")
+        for bits in (8, 16, 32, 64)
+    },
+    "FP16": np.dtype(np.float16),
+    "FP32": np.dtype(np.float32),
+    "FP64": np.dtype(np.float64),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+
+
+class Tensor(NamedTuple):
+    """A named array, as it was sent."""
+
+    name: str
+    array: np.ndarray
+
+
+def datatype_of(dtype: np.dtype) -> str:
+    """The protocol's name of a type of numpy."""
+    return _NAMES[np.dtype(dtype)]
+
+
+def dtype_of(name: str, datatype: Any) -> np.dtype:
+    """The type of numpy of tensor `name`.
+
+    Raises:
+      RequestError: if there is none, as for strings.
+    """
+    dtype = DATATYPES.get(datatype) if isinstance(datatype, str) else None
+    if dtype is None:
+        hint = "; look strings up in a vocabulary or hash them first" if datatype == "BYTES" else ""
+        raise bad_request(
+            f"input {name!r}: datatype must be one of {list(DATATYPES)}, got {str(datatype)[:40]!r}{hint}."
+        )
+    return dtype
+
+
+def shape_of(name: str, shape: Any) -> tuple[int, ...]:
+    """A shape that was sent.
+
+    Raises:
+      RequestError: if it is none, or of more entries than there can be.
+    """
+    sizes = shape if isinstance(shape, list | tuple) else None
+    if (
+        sizes is None
+        or not 1 <= len(sizes) <= 8
+        or not all(type(size) is int and 0 <= size < 2**31 for size in sizes)
+        or math.prod(sizes) >= 2**31
+    ):
+        raise bad_request(f"input {name!r}: shape must be 1 to 8 sizes of at least 0, got {str(shape)[:80]}.")
+    return tuple(sizes)
+
+
+def from_bytes(name: str, datatype: Any, shape: Any, data: Any) -> Tensor:
+    """A tensor sent as its little-endian bytes, which are used in place.
+
+    Raises:
+      RequestError: if they are not of that type and shape.
+    """
+    dtype, sizes = dtype_of(name, datatype), shape_of(name, shape)
+    expected = math.prod(sizes) * dtype.itemsize
+    if len(data) != expected:
+        raise bad_request(
+            f"input {name!r}: {datatype} of shape {list(sizes)} is {expected} bytes, got {len(data)}."
+        )
+    return Tensor(name, np.frombuffer(data, dtype.newbyteorder("<")).reshape(sizes))
+
+
+def from_list(name: str, datatype: Any, shape: Any, data: Any) -> Tensor:
+    """A tensor sent as a list, flat or nested as its shape.
+
+    Raises:
+      RequestError: if its entries are not of that type and number.
+    """
+    dtype, sizes = dtype_of(name, datatype), shape_of(name, shape)
+    if not isinstance(data, list):
+        raise bad_request(f"input {name!r}: data must be a list, got {type(data).__name__}.")
+    for _ in range(len(sizes) - 1):
+        if data and type(data[0]) is list:
+            if not set(map(type, data)) <= {list}:
+                raise bad_request(f"input {name!r}: data mixes lists and values.")
+            data = list(chain.from_iterable(data))
+    if len(data) != math.prod(sizes):
+        raise bad_request(
+            f"input {name!r}: shape {list(sizes)} holds {math.prod(sizes)} values, got {len(data)}."
+        )
+    allowed = {"b": {bool}, "i": {int}, "u": {int}}.get(dtype.kind, {int, float})
+    if not set(map(type, data)) <= allowed:
+        odd = next(i for i, value in enumerate(data) if type(value) not in allowed)
+        raise bad_request(f"input {name!r}, position {odd}: {datatype} expected, got {str(data[odd])[:40]!r}.")
+    try:
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
+            return Tensor(name, np.array(data, dtype).reshape(sizes))
+    except (OverflowError, ValueError):
+        raise bad_request(f"input {name!r}: {datatype} cannot hold some value of data.") from None
+
+
+def assemble(
+    signature: Signature, tensors: Iterable[Tensor]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
+    """Features, weights and dense inputs of the tensors of a request.
+
+    Raises:
+      RequestError: if a tensor is unknown, there twice, or not of a shape above.
+    """
+    by_name: dict[str, np.ndarray] = {}
+    for name, array in tensors:
+        if name in by_name:
+            raise bad_request(f"input {name!r} is there twice.")
+        by_name[name] = array
+    inputs: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    for path in signature.features:
+        if path in by_name:
+            ids, splits = by_name.pop(path), by_name.pop(path + ROW_SPLITS, None)
+            inputs[path] = ragged(path, ids, splits)
+            weight = by_name.pop(path + WEIGHTS, None)
+            if weight is not None:
+                weights[path] = _weights(path, weight, ids, inputs[path])
+    dense = {name: by_name.pop(name) for name in signature.dense if name in by_name}
+    if by_name:
+        raise bad_request(_unknown(next(iter(by_name)), signature))
+    return inputs, weights, dense
+
+
+def ragged(path: str, ids: np.ndarray, splits: np.ndarray | None) -> RaggedTensor:
+    """The bags of a feature.
+
+    Raises:
+      RequestError: if ids are no integers, or the splits do not rise from 0 to N.
+    """
+    if ids.dtype.kind not in "iu":
+        raise bad_request(f"Feature {path!r}: ids must be integers, got {datatype_of(ids.dtype)}.")
+    if splits is None:
+        if ids.ndim > 2:
+            raise bad_request(f"Feature {path!r} must be [B] or [B, L], got shape {list(ids.shape)}.")
+        length = 1 if ids.ndim == 1 else ids.shape[1]
+        splits = np.arange(ids.shape[0] + 1, dtype=np.int64) * length
+        return RaggedTensor(ids.reshape(-1), splits)
+    what = f"input {path + ROW_SPLITS!r}"
+    if splits.ndim != 1 or splits.dtype.kind not in "iu" or splits.size == 0:
+        raise bad_request(f"{what} must be integers [B + 1], got {splits.dtype.name}{list(splits.shape)}.")
+    if ids.ndim != 1:
+        raise bad_request(f"Feature {path!r} with row_splits must be [N], got shape {list(ids.shape)}.")
+    if splits[0] != 0 or splits[-1] != ids.size:
+        raise bad_request(f"{what} must go from 0 to N = {ids.size}, got {splits[0]} to {splits[-1]}.")
+    falls = np.flatnonzero(splits[1:] < splits[:-1])
+    if falls.size:
+        raise bad_request(
+            f"{what} must not decrease, got {splits[falls[0]]}, {splits[falls[0] + 1]} at row {falls[0]}."
+        )
+    return RaggedTensor(ids, splits.astype(np.int64, copy=False))
+
+
+def _weights(path: str, weight: np.ndarray, ids: np.ndarray, bags: RaggedTensor) -> RaggedTensor:
+    if weight.shape != ids.shape:
+        raise bad_request(
+            f"Weight for {path!r} must be parallel to its ids of shape {list(ids.shape)}, got {list(weight.shape)}."
+        )
+    if weight.dtype.kind in "iu":
+        weight = weight.astype(np.float32)
+    return RaggedTensor(weight.reshape(-1), bags.row_splits)
+
+
+def _unknown(name: str, signature: Signature) -> str:
+    for suffix, what in ((ROW_SPLITS, "row splits"), (WEIGHTS, "weights")):
+        base = name.removesuffix(suffix)
+        if base != name and base in signature.features:
+            return f"input {name!r} are {what} of a feature {base!r} that is missing."
+    known = [*signature.features, *signature.dense]
+    return f"input {name[:100]!r} is unknown; inputs are {known}."

@@ -1,0 +1,160 @@
+"""TensorFlow Serving's REST predict: rows as `instances`, or columns as `inputs`.
+
+    {"instances": [{"user": 7, "history": [1, 2], "dense": [0.5, 1.0]}, ...]}
+    {"inputs": {"user": [7, ...], "history": [[1, 2], ...], "dense": [[0.5, 1.0], ...]}}
+
+Columns may be ragged as those of v2: "history": [1, 2, ...], "history.row_splits": [0, 2, ...].
+
+References:
+  https://www.tensorflow.org/tfx/serving/api_rest, "Predict API".
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import bad_request
+from .request import ROW_SPLITS, WEIGHTS, InferenceRequest
+from .served import ServedModel, Signature
+from .tensors import ragged
+from .v2_json import json_values
+
+_SIGNATURE = "serving_default"
+_TYPES = {
+    "float32": "DT_FLOAT",
+    "float64": "DT_DOUBLE",
+    "float16": "DT_HALF",
+    "bfloat16": "DT_BFLOAT16",
+    "int32": "DT_INT32",
+    "int64": "DT_INT64",
+    "bool": "DT_BOOL",
+}
+
+
+def read(signature: Signature, data: dict[str, Any]) -> tuple[InferenceRequest, bool]:
+    """A request, and whether it is of rows.
+
+    Raises:
+      RequestError: if it is not one.
+    """
+    if data.get("signature_name", _SIGNATURE) not in (_SIGNATURE, ""):
+        raise bad_request(f"signature_name must be {_SIGNATURE!r}, got {str(data['signature_name'])[:80]!r}.")
+    if ("instances" in data) == ("inputs" in data):
+        raise bad_request("the body must have one of 'instances' and 'inputs'.")
+    by_row = "instances" in data
+    columns = _columns(signature, data["instances"]) if by_row else _named(signature, data["inputs"])
+    return _request(signature, columns, by_row), by_row
+
+
+def write(by_row: bool, outputs: Sequence[tuple[str, np.ndarray]]) -> bytes:
+    """A response; an only output goes without its name."""
+    named = {name: json_values(array) for name, array in outputs}
+    if len(named) == 1:
+        (content,) = named.values()
+    elif by_row:
+        content = [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
+    else:
+        content = named
+    return json.dumps({"predictions" if by_row else "outputs": content}, separators=(",", ":")).encode()
+
+
+def metadata(model: ServedModel, name: str) -> dict[str, Any]:
+    """The metadata of a model; sizes that vary are -1, as is the length of a bag."""
+    inputs: dict[str, Any] = {}
+    for path, feature in model.signature.features.items():
+        inputs[path] = _tensor_info("DT_INT64", (-1, -1))
+        if feature.weighted:
+            inputs[path + WEIGHTS] = _tensor_info("DT_FLOAT", (-1, -1))
+    for key, shape in model.signature.dense.items():
+        inputs[key] = _tensor_info("DT_FLOAT", (-1, *shape))
+    outputs = {
+        output.name: _tensor_info(_TYPES.get(output.dtype.name, "DT_INVALID"), (-1, *output.shape))
+        for output in model.signature.outputs
+    }
+    signature = {"inputs": inputs, "outputs": outputs, "method_name": "tensorflow/serving/predict"}
+    return {
+        "model_spec": {"name": name, "signature_name": "", "version": str(model.version)},
+        "metadata": {"signature_def": {"signature_def": {_SIGNATURE: signature}}},
+    }
+
+
+def _tensor_info(dtype: str, shape: Sequence[int]) -> dict[str, Any]:
+    dims = [{"size": str(size), "name": ""} for size in shape]
+    return {"dtype": dtype, "tensor_shape": {"dim": dims, "unknown_rank": False}, "name": ""}
+
+
+def _columns(signature: Signature, rows: Any) -> dict[str, list[Any]]:
+    if not isinstance(rows, list) or not rows:
+        raise bad_request(f"instances must be a list of at least one row, got {str(rows)[:80]}.")
+    if not all(isinstance(row, dict) for row in rows):
+        name = _only_input(signature, "instances must be objects by name of input")
+        return {name: rows}
+    keys = rows[0].keys()
+    for at, row in enumerate(rows):
+        if row.keys() != keys:
+            raise bad_request(
+                f"instances[{at}] must have the inputs of the first, {list(keys)}, got {list(row)}."
+            )
+    return {key: [row[key] for row in rows] for key in keys}
+
+
+def _named(signature: Signature, inputs: Any) -> dict[str, Any]:
+    if isinstance(inputs, dict):
+        return dict(inputs)
+    return {_only_input(signature, "inputs must be an object by name of input"): inputs}
+
+
+def _only_input(signature: Signature, otherwise: str) -> str:
+    names = [*signature.features, *signature.dense]
+    if len(names) > 1:
+        raise bad_request(f"{otherwise}; inputs are {names}.")
+    return names[0]
+
+
+def _request(signature: Signature, columns: dict[str, Any], by_row: bool) -> InferenceRequest:
+    inputs: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    for path in signature.features:
+        if path not in columns:
+            continue
+        ids = columns.pop(path)
+        if not isinstance(ids, list):
+            raise bad_request(f"input {path!r} must be a list, got {str(ids)[:80]}.")
+        splits = None if by_row else columns.pop(path + ROW_SPLITS, None)
+        weight = columns.pop(path + WEIGHTS, None)
+        if splits is not None:
+            inputs[path] = ragged(path, _integers(path, ids), _integers(path + ROW_SPLITS, splits))
+            if weight is not None:
+                weights[path] = _rows_of(path, weight, splits)
+            continue
+        if weight is not None and ids and not any(isinstance(bag, list) for bag in ids):
+            ids = [[id_] for id_ in ids]  # one id a row
+            weight = [w if isinstance(w, list) else [w] for w in weight] if isinstance(weight, list) else weight
+        inputs[path] = ids
+        if weight is not None:
+            weights[path] = weight
+    dense = {name: columns.pop(name) for name in signature.dense if name in columns}
+    if columns:
+        known = [*signature.features, *signature.dense]
+        raise bad_request(f"input {next(iter(columns))[:100]!r} is unknown; inputs are {known}.")
+    return InferenceRequest(inputs, weights, dense)
+
+
+def _integers(name: str, values: Any) -> np.ndarray:
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        raise bad_request(f"input {name!r} must be a list of ints, got {str(values)[:80]}.")
+    try:
+        return np.array(values, np.int64)
+    except OverflowError:
+        raise bad_request(f"input {name!r} must be of 64-bit ints, got {max(values, key=abs)}.") from None
+
+
+def _rows_of(path: str, weight: Any, splits: list[int]) -> list[Any]:
+    if not isinstance(weight, list) or len(weight) != splits[-1]:
+        raise bad_request(f"Weight for {path!r} must be a list of {splits[-1]} numbers, parallel to its ids.")
+    if not set(map(type, weight)) <= {int, float}:
+        raise bad_request(f"Weight for {path!r} must be numbers, got {str(weight)[:80]}.")
+    return [weight[start:stop] for start, stop in itertools.pairwise(splits)]

@@ -1,0 +1,72 @@
+"""Open Inference Protocol v2 over gRPC: messages to requests, and outputs to messages."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import bad_request
+from .messages import METHODS
+from .request import InferenceRequest, text_from, timeout_from
+from .served import ServedModel, Signature
+from .tensors import assemble, datatype_of, dtype_of, from_bytes, from_list
+
+_MICROSECONDS = 1e6
+#: By kind and size of a type, the field of InferTensorContents that holds it; 16-bit floats have none.
+_FIELDS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+}
+
+
+def read(signature: Signature, message: Any) -> InferenceRequest:
+    """The request of a ModelInferRequest.
+
+    Raises:
+      RequestError: if it is not one of the model.
+    """
+    raw = message.raw_input_contents
+    if raw and len(raw) != len(message.inputs):
+        raise bad_request(
+            f"raw_input_contents must have one entry for each of {len(message.inputs)} inputs, got {len(raw)}."
+        )
+    tensors = []
+    for at, entry in enumerate(message.inputs):
+        name, shape = text_from(entry.name, "the name of an input"), tuple(entry.shape)
+        if raw:
+            if entry.HasField("contents"):
+                raise bad_request(f"input {name!r} has contents beside raw_input_contents; send one of them.")
+            tensors.append(from_bytes(name, entry.datatype, shape, raw[at]))
+            continue
+        dtype_of(name, entry.datatype)
+        field = _FIELDS.get(entry.datatype)
+        if field is None:
+            raise bad_request(f"input {name!r}: {entry.datatype} must be sent in raw_input_contents.")
+        tensors.append(from_list(name, entry.datatype, shape, list(getattr(entry.contents, field))))
+    inputs, weights, dense = assemble(signature, tensors)
+    outputs = tuple(text_from(entry.name, "the name of an output") for entry in message.outputs) or None
+    timeout = None
+    if "timeout" in message.parameters:
+        choice = message.parameters["timeout"].WhichOneof("parameter_choice")
+        timeout = timeout_from(choice and getattr(message.parameters["timeout"], choice), _MICROSECONDS)
+    return InferenceRequest(inputs, weights, dense, outputs, message.id or None, timeout)
+
+
+def write(
+    model: ServedModel, name: str, request: InferenceRequest, outputs: Sequence[tuple[str, np.ndarray]]
+) -> Any:
+    """A ModelInferResponse, with raw contents."""
+    response = METHODS["ModelInfer"][1](model_name=name, model_version=str(model.version), id=request.id or "")
+    for output, array in outputs:
+        response.outputs.add(name=output, datatype=datatype_of(array.dtype), shape=array.shape)
+        response.raw_output_contents.append(np.ascontiguousarray(array).tobytes())
+    return response

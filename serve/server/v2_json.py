@@ -1,0 +1,185 @@
+"""Open Inference Protocol v2 over REST, in JSON.
+
+References:
+  https://github.com/kserve/open-inference-protocol, "Inference Request JSON Object".
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxembed.serialization import strict_json
+
+from .errors import bad_request
+from .request import InferenceRequest, text_from, timeout_from
+from .served import ServedModel, Signature
+from .tensors import Tensor, assemble, datatype_of, from_bytes, from_list
+
+_MICROSECONDS = 1e6
+
+
+def read_object(body: Any) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      RequestError: if it is none.
+    """
+    try:
+        data = strict_json(bytes(body))
+    except ValueError as e:
+        raise bad_request(f"the body is {str(e)[:200]}") from None
+    if not isinstance(data, dict):
+        raise bad_request(f"the body must be a JSON object, got {type(data).__name__}.")
+    return data
+
+
+def read(signature: Signature, data: dict[str, Any], binary: memoryview) -> InferenceRequest:
+    """A request.
+
+    Args:
+      signature: of the model.
+      data: the JSON object.
+      binary: what follows it: the tensors with parameter "binary_data_size", one after the other.
+
+    Raises:
+      RequestError: if it is not one.
+    """
+    tensors, at = [], 0
+    for entry in _objects(data.get("inputs"), "inputs"):
+        name = text_from(entry.get("name"), "the name of an input")
+        size = _parameters(entry).get("binary_data_size")
+        if size is None:
+            tensors.append(from_list(name, entry.get("datatype"), entry.get("shape"), entry.get("data")))
+            continue
+        if type(size) is not int or not 0 <= size <= len(binary) - at:
+            raise bad_request(
+                f"input {name!r}: binary_data_size must be at most the {len(binary) - at} bytes left, got {str(size)[:40]}."
+            )
+        tensors.append(from_bytes(name, entry.get("datatype"), entry.get("shape"), binary[at : at + size]))
+        at += size
+    if at != len(binary):
+        raise bad_request(f"the body has {len(binary) - at} bytes that belong to no input.")
+    return _request(signature, data, tensors)
+
+
+def _request(signature: Signature, data: dict[str, Any], tensors: list[Tensor]) -> InferenceRequest:
+    inputs, weights, dense = assemble(signature, tensors)
+    outputs = None
+    if data.get("outputs"):
+        outputs = tuple(
+            text_from(entry.get("name"), "the name of an output")
+            for entry in _objects(data["outputs"], "outputs")
+        )
+    identifier = data.get("id")
+    return InferenceRequest(
+        inputs,
+        weights,
+        dense,
+        outputs,
+        None if identifier is None else text_from(identifier, "id"),
+        timeout_from(_parameters(data).get("timeout"), _MICROSECONDS),
+    )
+
+
+def binary_outputs(data: dict[str, Any]) -> set[str] | bool:
+    """The outputs that are to be answered in binary; True for all of them.
+
+    Raises:
+      RequestError: if the parameters are not objects.
+    """
+    entries = _objects(data["outputs"], "outputs") if data.get("outputs") else []
+    if not entries:
+        return _parameters(data).get("binary_data_output") is True
+    everything = _parameters(data).get("binary_data_output") is True
+    return {
+        text_from(entry.get("name"), "the name of an output")
+        for entry in entries
+        if _parameters(entry).get("binary_data", everything) is True
+    }
+
+
+def write(
+    model: ServedModel,
+    name: str,
+    request: InferenceRequest,
+    outputs: Sequence[tuple[str, np.ndarray]],
+    binary: set[str] | bool = False,
+) -> tuple[bytes, list[bytes]]:
+    """A response: its JSON, and what follows it.
+
+    Numbers that are not finite are null in JSON, which has no such numbers.
+    """
+    entries, parts = [], []
+    for output, array in outputs:
+        entry: dict[str, Any] = {
+            "name": output,
+            "datatype": datatype_of(array.dtype),
+            "shape": list(array.shape),
+        }
+        if binary is True or (binary and output in binary):
+            parts.append(np.ascontiguousarray(array).tobytes())
+            entry["parameters"] = {"binary_data_size": len(parts[-1])}
+        else:
+            entry["data"] = json_values(array.reshape(-1))
+        entries.append(entry)
+    response: dict[str, Any] = {"model_name": name, "model_version": str(model.version), "outputs": entries}
+    if request.id is not None:
+        response["id"] = request.id
+    return json.dumps(response, separators=(",", ":")).encode(), parts
+
+
+def json_values(array: np.ndarray) -> Any:
+    """Nested lists of an array, in which numbers that are not finite are None."""
+    if array.dtype.kind not in "biu":
+        array = array.astype(np.float32) if array.dtype != np.float64 else array
+        if not np.isfinite(array).all():
+            return _finite(array.tolist())
+    return array.tolist()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return value if math.isfinite(value) else None
+
+
+def metadata(model: ServedModel, name: str, versions: Sequence[int]) -> dict[str, Any]:
+    """The metadata of a model; sizes that vary are -1."""
+    inputs = []
+    for path, feature in model.signature.features.items():
+        inputs.append({"name": path, "datatype": "INT64", "shape": [-1]})
+        inputs.append({"name": path + ".row_splits", "datatype": "INT64", "shape": [-1]})
+        if feature.weighted:
+            inputs.append({"name": path + ".weights", "datatype": "FP32", "shape": [-1]})
+    inputs += [
+        {"name": key, "datatype": "FP32", "shape": [-1, *shape]} for key, shape in model.signature.dense.items()
+    ]
+    outputs = [
+        {"name": output.name, "datatype": datatype_of(output.dtype), "shape": [-1, *output.shape]}
+        for output in model.signature.outputs
+    ]
+    return {
+        "name": name,
+        "versions": [str(version) for version in versions],
+        "platform": "jaxembed",
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+
+
+def _objects(value: Any, what: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
+        raise bad_request(f"{what} must be a list of objects, got {str(value)[:80]}.")
+    return value
+
+
+def _parameters(data: dict[str, Any]) -> dict[str, Any]:
+    parameters = data.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise bad_request(f"parameters must be an object, got {str(parameters)[:80]}.")
+    return parameters

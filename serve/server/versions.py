@@ -1,0 +1,177 @@
+"""Versions: watches a folder of versions, and serves the newest, or the one it is pinned to.
+
+A new version is verified and warmed up beside the one that serves, and takes its place between two requests;
+a request stays with the version that it was packed for. A version that fails is reported, and not tried again
+until it changes; the old one goes on.
+"""
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from .config import ServerConfig
+from .errors import RequestError, unavailable
+from .metrics import Metrics
+from .served import BundleModel, ServedModel
+
+Load = Callable[[ServerConfig, int, ServedModel | None], ServedModel]
+_MANIFEST, _PIN = "manifest.json", "pin.json"
+
+
+class Versions:
+    """The versions of one folder.
+
+    Args:
+      config: of the server.
+      metrics: told of every switch.
+      load: makes a model of a version, on a thread; the third argument is the one that serves.
+    """
+
+    def __init__(self, config: ServerConfig, metrics: Metrics, load: Load = BundleModel):
+        self._config, self._metrics, self._load = config, metrics, load
+        self._current: ServedModel | None = None
+        self._identity: tuple[int, ...] | None = None
+        self._failed: dict[int, tuple[Any, str]] = {}
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-load")
+        self._turn = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._state = pathlib.Path(config.state) if config.state else pathlib.Path(tempfile.mkdtemp("jaxembed"))
+
+    @property
+    def current(self) -> ServedModel | None:
+        """The version that serves."""
+        return self._current
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Why versions cannot be served."""
+        return {version: reason for version, (_, reason) in self._failed.items()}
+
+    @property
+    def pinned(self) -> int | None:
+        """The version that was asked for; None to follow the newest."""
+        try:
+            return json.loads((self._state / _PIN).read_bytes())["version"]
+        except FileNotFoundError:
+            return None
+
+    def available(self) -> dict[int, tuple[int, ...]]:
+        """The versions in the folder, in rising order, and what tells a version from another of its number."""
+        found = {}
+        try:
+            names = [name for name in os.listdir(self._config.directory) if name.isdecimal() and name.isascii()]
+        except OSError:
+            return {}
+        for name in sorted(names, key=int):
+            try:
+                stat = os.stat(self._config.directory / name / _MANIFEST)
+            except OSError:
+                continue
+            found[int(name)] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        return found
+
+    def model(self, version: str | None = None) -> ServedModel:
+        """The model for a request, of a version if it names one.
+
+        Raises:
+          RequestError: if nothing serves yet, or another version does.
+        """
+        if self._current is None:
+            raise unavailable("no version is ready")
+        if version and version != str(self._current.version):
+            raise RequestError(404, f"version {version[:40]!r} is not served; {self._current.version} is.")
+        return self._current
+
+    async def start(self) -> None:
+        """Loads the version to serve, and begins to watch the folder."""
+        await self.look()
+        self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Stops watching."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._thread.shutdown(cancel_futures=True)
+
+    async def pin(self, version: int | None) -> None:
+        """Serves `version` until told otherwise, in all workers; None follows the newest again.
+
+        Raises:
+          RequestError: if it is not there or cannot be served; then nothing changes.
+        """
+        before = self.pinned
+        if version is not None and version not in self.available():
+            raise RequestError(404, f"there is no version {version}; versions are {list(self.available())}.")
+        if version is not None:
+            self._failed.pop(version, None)
+        self._write_pin(version)
+        await self.look()
+        if version is not None and version in self._failed:
+            self._write_pin(before)
+            raise RequestError(409, f"version {version} cannot be served: {self._failed[version][1]}")
+
+    async def look(self) -> None:
+        """Looks at the folder, and switches if there is reason to."""
+        async with self._turn:
+            available = await asyncio.get_running_loop().run_in_executor(self._thread, self.available)
+            pinned = self.pinned
+            if pinned is not None:
+                candidates = [pinned] if pinned in available else []
+            else:
+                # Never down by itself: a version that vanished may be served from the files that are mapped.
+                lowest = -1 if self._current is None else self._current.version
+                candidates = [version for version in available if version >= lowest][::-1]
+            for version in candidates:
+                identity = available[version]
+                if self._current is not None and (version, identity) == (self._current.version, self._identity):
+                    return
+                if version in self._failed and self._failed[version][0] == identity:
+                    continue
+                if await self._switch(version, identity):
+                    return
+
+    async def _switch(self, version: int, identity: tuple[int, ...]) -> bool:
+        loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        old = self._current
+        try:
+            model = await loop.run_in_executor(self._thread, self._load, self._config, version, old)
+        except Exception as e:
+            self._failed[version] = (identity, f"{type(e).__name__}: {e}")
+            self._metrics.version_failed()
+            self._metrics.log.error("a version cannot be served", extra={"version": version}, exc_info=e)
+            return False
+        self._current, self._identity = model, identity
+        self._failed.pop(version, None)
+        self._metrics.version(version)
+        self._metrics.log.info(
+            "version switched",
+            extra={
+                "from_version": None if old is None else old.version,
+                "version": version,
+                "seconds": round(loop.time() - begin, 3),
+            },
+        )
+        return True
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.poll_seconds)
+            try:
+                await self.look()
+            except Exception as e:
+                self._metrics.log.error("the folder cannot be looked at", exc_info=e)
+
+    def _write_pin(self, version: int | None) -> None:
+        file = self._state / _PIN
+        if version is None:
+            file.unlink(missing_ok=True)
+            return
+        scratch = file.with_name(f".{_PIN}-{os.getpid()}")
+        scratch.write_text(json.dumps({"version": version}))
+        os.replace(scratch, file)

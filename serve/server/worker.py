@@ -1,0 +1,106 @@
+"""One process that serves: HTTP on a socket that it was given, and gRPC."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from . import logs
+from .app import make_app
+from .config import CONFIG_VARIABLE, ServerConfig
+from .http_protocol import DeadlineProtocol
+from .service import Service
+
+
+async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | None) -> None:
+    """Serves until SIGTERM or SIGINT, and then answers what was admitted.
+
+    Args:
+      config: of the server.
+      listener: bound, and listening.
+      grpc_port: may be shared with other processes; None serves no gRPC.
+    """
+    service = Service(config)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    app = make_app(
+        service,
+        predict_route=os.environ.get("AIP_PREDICT_ROUTE"),
+        health_route=os.environ.get("AIP_HEALTH_ROUTE"),
+    )
+    server = _HttpServer(_uvicorn_config(config, app))
+    http = loop.create_task(server.serve(sockets=[listener]))
+    grpc = None
+    await service.start()
+    if grpc_port is not None:
+        from .grpc_server import start_grpc
+
+        grpc = await start_grpc(service, config.host, grpc_port)
+    service.metrics.log.info("serving", extra={"ready": service.ready, "port": listener.getsockname()[1]})
+    orphaned = loop.create_task(_orphaned(os.getppid()))
+    await asyncio.wait([http, loop.create_task(stopping.wait()), orphaned], return_when=asyncio.FIRST_COMPLETED)
+    orphaned.cancel()
+    # Readiness goes first, so that whoever sends requests here stops to.
+    service.draining = True
+    service.metrics.log.info("draining", extra={"admitted": service.admitted})
+    if grpc is not None:
+        await grpc.stop(config.drain_timeout)
+    await service.stop()
+    server.should_exit = True
+    await http
+    service.metrics.log.info("stopped")
+
+
+async def _orphaned(parent: int) -> None:
+    """Returns once the supervisor is gone: without it, nobody would end this process."""
+    while os.getppid() == parent:
+        await asyncio.sleep(0.5)
+
+
+class _HttpServer(uvicorn.Server):
+    """Leaves the signals to `serve`, which knows what else is to be ended."""
+
+    def capture_signals(self):
+        """Captures none."""
+        return contextlib.nullcontext()
+
+
+def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=DeadlineProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=config.idle_timeout,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=5,
+    )
+
+
+def main() -> None:
+    """What the supervisor starts: `python -m jaxembed.serve.server.worker FD GRPC_PORT`, the configuration in CONFIG_VARIABLE.
+
+    Others may read the command line of a process, but not its environment, and a token is in it.
+    """
+    config = ServerConfig.from_json(os.environ.pop(CONFIG_VARIABLE))
+    logs.configure()
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    port = int(sys.argv[2])
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(serve(config, listener, port if port >= 0 else None))
+    else:
+        uvloop.run(serve(config, listener, port if port >= 0 else None))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Supervisor: starts the worker processes, starts those again that die, and stops them together.
+
+The workers accept from one socket, which the supervisor holds: what a worker that dies had not accepted is
+served by the others. Tables are mapped from their files, so all workers share one copy of them.
+"""
+
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from types import FrameType
+
+from . import logs
+from .config import CONFIG_VARIABLE, ServerConfig
+
+_BACKLOG = 1024
+_SLOWEST_RESTART = 30.0
+_HEALTHY_SECONDS = 10.0
+
+
+class Supervisor:
+    """Runs the workers of one server.
+
+    Args:
+      config: of the server.
+
+    Raises:
+      OSError: if a port is taken.
+    """
+
+    def __init__(self, config: ServerConfig):
+        self._own_state = config.state is None
+        state = pathlib.Path(config.state or tempfile.mkdtemp(prefix="jaxembed-"))
+        self._config = replace(config, state=str(state))
+        self._metrics = state / "metrics"
+        shutil.rmtree(self._metrics, ignore_errors=True)
+        self._metrics.mkdir(parents=True)
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        self._listener = socket.socket(family)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind((config.host, config.http_port))
+        self._listener.listen(_BACKLOG)
+        self._grpc_holder, self.grpc_port = _reserve(config, family)
+        self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
+        self._failures = 0
+        self._stop = threading.Event()
+        self._log = logs.logger()
+
+    @property
+    def http_port(self) -> int:
+        """The port that is listened at."""
+        return self._listener.getsockname()[1]
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the workers."""
+        return [process.pid for process, _ in self._workers.values()]
+
+    def run(self) -> int:
+        """Runs until SIGTERM or SIGINT; 0 if all workers ended in time."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        try:
+            for slot in range(self._config.workers):
+                self._start(slot)
+            self._log.info(
+                "listening",
+                extra={"http_port": self.http_port, "grpc_port": self.grpc_port, "workers": self.pids},
+            )
+            while not self._stop.wait(0.05):
+                self._restart_dead()
+            return self._end()
+        finally:
+            self._listener.close()
+            if self._grpc_holder is not None:
+                self._grpc_holder.close()
+            if self._own_state and self._config.state:
+                shutil.rmtree(self._config.state, ignore_errors=True)
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        self._stop.set()
+
+    def _start(self, slot: int) -> None:
+        descriptor = self._listener.fileno()
+        port = -1 if self.grpc_port is None else self.grpc_port
+        command = [sys.executable, "-m", "jaxembed.serve.server.worker", str(descriptor), str(port)]
+        environment = {
+            **os.environ,
+            "PROMETHEUS_MULTIPROC_DIR": str(self._metrics),
+            CONFIG_VARIABLE: self._config.to_json(),
+        }
+        process = subprocess.Popen(command, pass_fds=[descriptor], env=environment, start_new_session=True)
+        self._workers[slot] = (process, time.monotonic())
+
+    def _restart_dead(self) -> None:
+        for slot, (process, started) in list(self._workers.items()):
+            if process.poll() is None:
+                continue
+            self._forget(process.pid)
+            lived = time.monotonic() - started
+            self._failures = 0 if lived > _HEALTHY_SECONDS else self._failures + 1
+            # One that lived is replaced at once, one that dies young more and more slowly.
+            delay = min(0.0 if self._failures <= 1 else 0.5 * 2**self._failures, _SLOWEST_RESTART)
+            self._log.error(
+                "a worker died", extra={"worker": process.pid, "status": process.returncode, "delay": delay}
+            )
+            if self._stop.wait(delay):
+                return
+            self._start(slot)
+
+    def _forget(self, pid: int) -> None:
+        from prometheus_client import multiprocess
+
+        multiprocess.mark_process_dead(pid, str(self._metrics))
+
+    def _end(self) -> int:
+        for process, _ in self._workers.values():
+            if process.poll() is None:
+                process.terminate()
+        until, late = time.monotonic() + self._config.drain_timeout + 5, 0
+        for process, _ in self._workers.values():
+            try:
+                process.wait(max(until - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                late += 1
+        return 1 if late else 0
+
+
+def _reserve(config: ServerConfig, family: socket.AddressFamily) -> tuple[socket.socket | None, int | None]:
+    """A port that gRPC of all workers can share; the socket is bound, but never listens."""
+    if config.grpc_port is None:
+        return None, None
+    holder = socket.socket(family)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind((config.host, config.grpc_port))
+    return holder, holder.getsockname()[1]

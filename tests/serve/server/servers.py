@@ -1,0 +1,109 @@
+"""Starts a server in this process, on a thread, or `jaxembed serve` in processes of its own."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+
+from jaxembed.serve.server.app import make_app
+from jaxembed.serve.server.config import ServerConfig
+from jaxembed.serve.server.service import Service
+from tests.serve.server import bundles
+
+
+@contextlib.asynccontextmanager
+async def client_of(folder, **options):
+    """(client, service) of an application in this event loop, without sockets."""
+    config = ServerConfig(
+        str(folder), **{**bundles.OPTIONS, "max_batch_rows": 8, "poll_seconds": 0.02, **options}
+    )
+    service = Service(config)
+    await service.start()
+    transport = httpx.ASGITransport(make_app(service), client=("127.0.0.1", 1))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            yield client, service
+    finally:
+        await service.stop()
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+class Process:
+    """`jaxembed serve` with the model of `bundles`, its ports and its log."""
+
+    def __init__(self, folder, *options, environment=None):
+        command = [sys.executable, "-c", "import sys; from jaxembed.cli import main; sys.exit(main())", "serve"]
+        command += [str(folder), "--model", bundles.MODEL, "--dense", "dense=2", "--weighted", "history"]
+        command += ["--max-ids-per-row", "8", "--http-port", "0", "--grpc-port", "0", "--poll-seconds", "0.05"]
+        self.lines = []
+        self._listening, self._serving = threading.Event(), threading.Event()
+        self.process = subprocess.Popen(
+            [*command, *map(str, options)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": "", **(environment or {})},
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+        if not self._listening.wait(60) or not self._serving.wait(60):
+            self.kill()
+            raise RuntimeError(f"the server does not start: {self.lines}")
+
+    def _read(self):
+        for line in self.process.stderr:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = {"message": line}
+            self.lines.append(entry)
+            if entry["message"] == "listening":
+                self.http_port, self.grpc_port = entry["http_port"], entry["grpc_port"]
+                self._listening.set()
+            if entry["message"] == "serving":
+                self._serving.set()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.http_port}"
+
+    def workers(self):
+        """Pids of the workers that serve."""
+        dead = {entry["worker"] for entry in self.lines if entry["message"] == "a worker died"}
+        return [
+            entry["pid"] for entry in self.lines if entry["message"] == "serving" and entry["pid"] not in dead
+        ]
+
+    def wait_for(self, condition, seconds=60):
+        until = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > until:
+                raise RuntimeError(f"timed out; the log is {self.lines[-20:]}")
+            time.sleep(0.02)
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
