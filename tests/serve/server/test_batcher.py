@@ -1,0 +1,155 @@
+"""Batching: who runs with whom, when, and who does not run at all."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from jaxembed.serve.packing import Packed
+from jaxembed.serve.rows import Rows
+from jaxembed.serve.server.batcher import Batcher
+from jaxembed.serve.server.errors import RequestError
+from jaxembed.serve.server.metrics import Metrics
+from tests.serve.server.servers import run
+
+
+class Model:
+    """Answers each row with its number; `gate` holds it until it is set."""
+
+    def __init__(self):
+        self.batches, self.gate, self.error = [], threading.Event(), None
+        self.gate.set()
+
+    def run(self, parts):
+        self.gate.wait(30)
+        if self.error:
+            raise self.error
+        self.batches.append([int(part.dense[0][0]) for part in parts])
+        return [np.concatenate([part.dense[0] for part in parts])], sum(map(len, parts))
+
+
+def rows(number, count=1):
+    packed = Packed(count, np.zeros(0, np.int32), np.zeros((1, count + 1), np.int32), None)
+    return Rows(packed, [np.full(count, number, np.float32)])
+
+
+async def started(max_rows=4, wait=0.0, max_queued=100):
+    batcher = Batcher(max_rows, wait, max_queued, Metrics())
+    batcher.start()
+    return batcher
+
+
+def soon(seconds=20.0):
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def settle():
+    for _ in range(5):
+        await asyncio.sleep(0.01)
+
+
+def test_what_arrives_while_one_runs_runs_together():
+    async def check():
+        model, batcher = Model(), await started()
+        model.gate.clear()
+        tasks = [asyncio.create_task(batcher.submit(model, rows(0), soon()))]
+        await settle()
+        tasks += [asyncio.create_task(batcher.submit(model, rows(i), soon())) for i in range(1, 7)]
+        await settle()
+        model.gate.set()
+        results = await asyncio.gather(*tasks)
+        assert model.batches == [[0], [1, 2, 3, 4], [5, 6]]
+        assert [int(result[0][0]) for result in results] == list(range(7))
+        assert batcher.queued_rows == 0
+        await batcher.stop()
+
+    run(check())
+
+
+def test_one_version_a_batch_and_large_requests_alone():
+    async def check():
+        one, other, batcher = Model(), Model(), await started()
+        one.gate.clear()
+        tasks = [asyncio.create_task(batcher.submit(one, rows(0), soon()))]
+        await settle()
+        order = [(one, 1, 1), (other, 2, 1), (other, 3, 2), (other, 4, 9), (other, 5, 1)]
+        tasks += [asyncio.create_task(batcher.submit(m, rows(i, n), soon())) for m, i, n in order]
+        await settle()
+        one.gate.set()
+        results = await asyncio.gather(*tasks)
+        assert (one.batches, other.batches) == ([[0], [1]], [[2, 3], [4], [5]])
+        assert results[4][0].tolist() == [4.0] * 9
+        await batcher.stop()
+
+    run(check())
+
+
+def test_wait_gathers_within_its_bound():
+    async def check():
+        model, batcher = Model(), await started(max_rows=3, wait=0.5)
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        await asyncio.gather(*(batcher.submit(model, rows(i), soon()) for i in range(3)))
+        assert model.batches == [[0, 1, 2]]
+        assert loop.time() - begin < 0.4  # full before its time
+        begin = loop.time()
+        await batcher.submit(model, rows(3), soon())
+        assert 0.4 < loop.time() - begin < 5
+        await batcher.stop()
+
+    run(check())
+
+
+def test_expired_and_abandoned_requests_never_run():
+    async def check():
+        model, batcher = Model(), await started()
+        model.gate.clear()
+        first = asyncio.create_task(batcher.submit(model, rows(0), soon()))
+        await settle()
+        late = asyncio.create_task(batcher.submit(model, rows(1), soon(0.02)))
+        gone = asyncio.create_task(batcher.submit(model, rows(2), soon()))
+        last = asyncio.create_task(batcher.submit(model, rows(3), soon()))
+        await settle()
+        gone.cancel()
+        with pytest.raises(RequestError, match="it was not run") as caught:
+            await late
+        assert caught.value.status == 504
+        model.gate.set()
+        await asyncio.gather(first, last)
+        assert model.batches == [[0], [3]]
+        assert batcher.queued_rows == 0
+        await batcher.stop()
+
+    run(check())
+
+
+def test_full_queue_refuses_at_once():
+    async def check():
+        model, batcher = Model(), await started(max_queued=3)
+        model.gate.clear()
+        tasks = [asyncio.create_task(batcher.submit(model, rows(i), soon())) for i in range(3)]
+        await settle()
+        with pytest.raises(RequestError, match="overloaded") as caught:
+            await batcher.submit(model, rows(4), soon())
+        assert (caught.value.status, caught.value.retry_after) == (429, 1)
+        model.gate.set()
+        await asyncio.gather(*tasks)
+        await batcher.submit(model, rows(5, 50), soon())  # one that is too large for the queue runs alone
+        await batcher.stop()
+
+    run(check())
+
+
+def test_a_failing_model_fails_its_batch_and_nothing_else():
+    async def check():
+        model, batcher = Model(), await started()
+        model.error = RuntimeError("secret path")
+        with pytest.raises(RequestError, match="the model failed: RuntimeError; see the log") as caught:
+            await batcher.submit(model, rows(0), soon())
+        assert caught.value.status == 503
+        model.error = None
+        assert (await batcher.submit(model, rows(1), soon()))[0].tolist() == [1.0]
+        await batcher.stop()
+
+    run(check())

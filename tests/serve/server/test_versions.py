@@ -1,0 +1,205 @@
+"""Versions: the newest whole one serves, a bad one changes nothing, and requests never notice."""
+
+import asyncio
+import json
+import os
+import shutil
+
+import httpx
+import pytest
+
+from jaxembed.serve.server.config import ServerConfig
+from jaxembed.serve.server.metrics import Metrics
+from jaxembed.serve.server.versions import Versions
+from tests.serve.server import bundles
+from tests.serve.server.servers import client_of, run
+
+ROW = {"user": 1, "history": [2], "dense": [0.0, 0.0]}
+
+
+async def version_of(client):
+    answer = await client.post("/v1/models/model:predict", json={"instances": [ROW]})
+    assert answer.status_code == 200, answer.text
+    (found,) = answer.json()["predictions"]
+    assert found == {"history": 2.0, "user": found["version"] * 1000 + 1, "version": found["version"]}
+    return int(found["version"])
+
+
+async def until(condition):
+    for _ in range(1000):
+        if await condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it never happened")
+
+
+def test_newer_versions_deltas_and_rollback(folder, checkpoint):
+    async def check():
+        async with client_of(folder) as (client, service):
+
+            async def serves(version):
+                return await version_of(client) == version
+
+            assert await serves(0)
+            first = service.versions.current
+            bundles.add(checkpoint, folder, 1, delta_from=0)
+            await until(lambda: serves(1))
+            assert first.compile_count > 0
+            assert service.versions.current.compile_count == 0  # its programs are those of the first
+            answer = await client.post("/admin/versions/0:activate")
+            assert answer.json() == {"version": 0, "pinned": 0}
+            bundles.add(checkpoint, folder, 2)
+            await asyncio.sleep(0.2)
+            assert await serves(0)  # pinned
+            answer = await client.post("/admin/versions:latest")
+            assert answer.json() == {"version": 2, "pinned": None}
+            assert await serves(2)
+            shutil.rmtree(folder / "2")
+            await asyncio.sleep(0.2)
+            assert await serves(2)  # mapped, and never down by itself
+
+    run(check())
+
+
+def test_damaged_versions_change_nothing(folder, checkpoint):
+    async def check():
+        async with client_of(folder) as (client, service):
+            # Complete, but one bit of a table is another one.
+            staged = folder.parent / "staged"
+            bundles.add(checkpoint, staged, 3)
+            file = staged / "3" / "tables" / "00000.safetensors"
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+            os.rename(staged / "3", folder / "3")
+            (folder / "7").mkdir()  # not finished
+            (folder / "8").mkdir()
+            (folder / "8" / "manifest.json").write_text("{")
+            (folder / "x").mkdir()
+
+            async def noticed():
+                return {3, 8} <= service.versions.failed.keys()
+
+            await until(noticed)
+            assert await version_of(client) == 0
+            assert "damaged" in service.versions.failed[3]
+            text = (await client.get("/metrics")).text
+            assert 'jaxembed_version_changes_total{result="failed"} 2.0' in text
+            answer = await client.post("/admin/versions/3:activate")
+            assert (answer.status_code, "damaged" in answer.json()["error"]) == (409, True)
+            assert service.versions.pinned is None
+            assert (await client.post("/admin/versions/5:activate")).status_code == 404
+            assert (await client.post("/admin/versions/x:activate")).status_code == 400
+            # Mended, it is tried again.
+            shutil.rmtree(folder / "3")
+            bundles.add(checkpoint, folder, 3)
+
+            async def mended():
+                return await version_of(client) == 3
+
+            await until(mended)
+
+    run(check())
+
+
+def test_requests_during_a_switch_keep_their_version(folder, checkpoint):
+    async def check():
+        async with client_of(folder) as (client, _):
+            stop, seen = asyncio.Event(), []
+
+            async def load():
+                while not stop.is_set():
+                    seen.append(await version_of(client))
+
+            tasks = [asyncio.create_task(load()) for _ in range(4)]
+            for version in (1, 2, 3):
+                bundles.add(checkpoint, folder, version)
+
+                async def serves(version=version):
+                    return await version_of(client) == version
+
+                await until(serves)
+            stop.set()
+            await asyncio.gather(*tasks)
+            assert set(seen) >= {0, 3}
+
+    run(check())
+
+
+def test_nothing_to_serve_yet(tmp_path, checkpoint):
+    async def check():
+        out = tmp_path / "later"
+        async with client_of(out) as (client, service):
+            answer = await client.post("/v1/models/model:predict", json={"instances": [ROW]})
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert (await client.get("/v2/health/ready")).status_code == 503
+            assert (await client.get("/v2/models/model")).status_code == 503
+            for path in ("/", "/status", "/openapi.json", "/metrics", "/v2/health/live"):
+                assert (await client.get(path)).status_code == 200
+            bundles.add(checkpoint, out, 1)
+
+            async def ready():
+                return (await client.get("/v2/health/ready")).status_code == 200
+
+            await until(ready)
+            assert await version_of(client) == 1
+
+    run(check())
+
+
+def test_who_may_switch(folder):
+    async def check():
+        async with client_of(folder, admin_token="s3cret") as (client, _):
+            for headers, status in (({}, 401), ({"authorization": "Bearer s3cre"}, 401)):
+                assert (await client.post("/admin/versions/0:activate", headers=headers)).status_code == status
+            headers = {"authorization": "Bearer s3cret"}
+            assert (await client.post("/admin/versions/0:activate", headers=headers)).status_code == 200
+        async with client_of(folder) as (client, service):
+            headers = {"origin": "http://evil.example"}
+            assert (await client.post("/admin/versions/0:activate", headers=headers)).status_code == 403
+            app = client._transport.app
+            transport = httpx.ASGITransport(app, client=("10.0.0.1", 1))
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as other:
+                assert (await other.post("/admin/versions/0:activate")).status_code == 403
+            assert service.versions.pinned is None
+
+    run(check())
+
+
+def test_the_pin_outlives_a_restart(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "pin.json").write_text(json.dumps({"version": 4}))
+    (tmp_path / "5").mkdir()
+    (tmp_path / "4").mkdir()
+    for version in ("4", "5"):
+        (tmp_path / version / "manifest.json").write_text("{}")
+    loaded = []
+
+    def load(config, version, previous):
+        loaded.append(version)
+        raise ValueError("none")
+
+    async def check():
+        config = ServerConfig(str(tmp_path), state=str(tmp_path / "state"))
+        versions = Versions(config, Metrics(), load)
+        await versions.look()
+        assert (loaded, versions.pinned) == ([4], 4)
+        await versions.pin(None)
+        assert loaded == [4, 5]
+        await versions.stop()
+
+    run(check())
+
+
+def test_configurations_that_are_of_no_use():
+    for options, message in (
+        ({"name": "a/b"}, "name must be letters"),
+        ({"model": "x"}, "model must be MODULE:NAME"),
+        ({"dense_inputs": {"a": 1}}, "need a model"),
+        ({"workers": 0}, "workers must be an int of at least 1"),
+        ({"body_timeout": float("inf")}, "body_timeout must be seconds above 0"),
+        ({"batch_wait_ms": -1}, "batch_wait_ms must be at least 0"),
+        ({"http_port": 70000}, "http_port must be a port"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ServerConfig("x", **options)
