@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds, of requests that name none")
     parser.add_argument("--body-timeout", type=float, default=10.0)
     parser.add_argument("--idle-timeout", type=float, default=30.0)
+    parser.add_argument("--drain-grace", type=float, default=0.0, help="seconds of service after SIGTERM")
     parser.add_argument("--drain-timeout", type=float, default=30.0)
     parser.add_argument("--poll-seconds", type=float, default=1.0)
     parser.add_argument("--no-verify", action="store_true", help="do not compare versions with their digests")
@@ -79,6 +80,7 @@ def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         default_timeout=options.timeout,
         body_timeout=options.body_timeout,
         idle_timeout=options.idle_timeout,
+        drain_grace=options.drain_grace,
         drain_timeout=options.drain_timeout,
         poll_seconds=options.poll_seconds,
         verify=not options.no_verify,

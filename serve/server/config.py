@@ -30,7 +30,8 @@ class ServerConfig:
       body_timeout: seconds in which the body of a request must arrive.
       idle_timeout: seconds in which a connection must send the headers of its next request.
       default_timeout: seconds after which a request that names no deadline is not run any more.
-      drain_timeout: seconds that running requests have to end after SIGTERM.
+      drain_grace: seconds after SIGTERM in which requests are still taken, while readiness says no.
+      drain_timeout: seconds that running requests have to end after that.
       poll_seconds: how often the folder is looked at.
       verify: compare a version with its digests before it serves.
       host: address to listen at.
@@ -58,6 +59,7 @@ class ServerConfig:
     body_timeout: float = 10.0
     idle_timeout: float = 30.0
     default_timeout: float = 30.0
+    drain_grace: float = 0.0
     drain_timeout: float = 30.0
     poll_seconds: float = 1.0
     verify: bool = True
@@ -89,8 +91,10 @@ class ServerConfig:
         for field in ("body_timeout", "idle_timeout", "default_timeout", "drain_timeout", "poll_seconds"):
             if not _is_number(getattr(self, field)) or not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be seconds above 0, got {getattr(self, field)!r}.")
-        if not _is_number(self.batch_wait_ms) or self.batch_wait_ms < 0:
-            raise ValueError(f"batch_wait_ms must be at least 0, got {self.batch_wait_ms!r}.")
+        for field in ("batch_wait_ms", "drain_grace"):
+            value = getattr(self, field)
+            if not _is_number(value) or value < 0:
+                raise ValueError(f"{field} must be at least 0, got {value!r}.")
         for field in ("http_port", "grpc_port"):
             port = getattr(self, field)
             if port is None and field == "grpc_port":

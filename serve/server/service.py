@@ -30,13 +30,15 @@ class Service:
         self.batcher = Batcher(
             config.max_batch_rows, config.batch_wait_ms / 1e3, config.max_queue_rows, self.metrics
         )
+        #: Readiness says no, and requests are served all the same.
+        self.leaving = False
         self.draining = False
         self._admitted = 0
 
     @property
     def ready(self) -> bool:
         """Whether requests are served."""
-        return not self.draining and self.versions.current is not None
+        return not self.leaving and not self.draining and self.versions.current is not None
 
     @property
     def admitted(self) -> int:

@@ -35,9 +35,10 @@ async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | 
         health_route=os.environ.get("AIP_HEALTH_ROUTE"),
     )
     server = _HttpServer(_uvicorn_config(config, app))
+    # A worker that took the place of one that died leaves requests to the others until it can serve them.
+    await service.start()
     http = loop.create_task(server.serve(sockets=[listener]))
     grpc = None
-    await service.start()
     if grpc_port is not None:
         from .grpc_server import start_grpc
 
@@ -46,9 +47,10 @@ async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | 
     orphaned = loop.create_task(_orphaned(os.getppid()))
     await asyncio.wait([http, loop.create_task(stopping.wait()), orphaned], return_when=asyncio.FIRST_COMPLETED)
     orphaned.cancel()
-    # Readiness goes first, so that whoever sends requests here stops to.
-    service.draining = True
+    service.leaving = True
     service.metrics.log.info("draining", extra={"admitted": service.admitted})
+    await asyncio.sleep(config.drain_grace)
+    service.draining = True
     if grpc is not None:
         await grpc.stop(config.drain_timeout)
     await service.stop()

@@ -124,7 +124,7 @@ class Supervisor:
         for process, _ in self._workers.values():
             if process.poll() is None:
                 process.terminate()
-        until, late = time.monotonic() + self._config.drain_timeout + 5, 0
+        until, late = time.monotonic() + self._config.drain_grace + self._config.drain_timeout + 5, 0
         for process, _ in self._workers.values():
             try:
                 process.wait(max(until - time.monotonic(), 0.1))

@@ -41,10 +41,28 @@ def run(coroutine):
 class Process:
     """`jaxembed serve` with the model of `bundles`, its ports and its log."""
 
-    def __init__(self, folder, *options, environment=None):
+    def __init__(self, folder, *options, environment=None, port=0):
         command = [sys.executable, "-c", "import sys; from jaxembed.cli import main; sys.exit(main())", "serve"]
-        command += [str(folder), "--model", bundles.MODEL, "--dense", "dense=2", "--weighted", "history"]
-        command += ["--max-ids-per-row", "8", "--http-port", "0", "--grpc-port", "0", "--poll-seconds", "0.05"]
+        command += [
+            *([str(folder)] if folder else []),
+            "--model",
+            bundles.MODEL,
+            "--dense",
+            "dense=2",
+            "--weighted",
+            "history",
+        ]
+        command += [
+            "--max-ids-per-row",
+            "8",
+            "--grpc-port",
+            "0",
+            "--poll-seconds",
+            "0.05",
+            "--max-batch-rows",
+            "8",
+        ]
+        command += [] if port is None else ["--http-port", str(port)]
         self.lines = []
         self._listening, self._serving = threading.Event(), threading.Event()
         self.process = subprocess.Popen(
@@ -53,7 +71,8 @@ class Process:
             text=True,
             env={**os.environ, "XLA_FLAGS": "", **(environment or {})},
         )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         if not self._listening.wait(60) or not self._serving.wait(60):
             self.kill()
             raise RuntimeError(f"the server does not start: {self.lines}")
@@ -101,6 +120,8 @@ class Process:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        self._reader.join(20)
+        self.process.stderr.close()
 
     def __enter__(self):
         return self

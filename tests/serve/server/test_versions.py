@@ -129,7 +129,7 @@ def test_requests_during_a_switch_keep_their_version(folder, checkpoint):
 def test_nothing_to_serve_yet(tmp_path, checkpoint):
     async def check():
         out = tmp_path / "later"
-        async with client_of(out) as (client, service):
+        async with client_of(out) as (client, _):
             answer = await client.post("/v1/models/model:predict", json={"instances": [ROW]})
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
             assert (await client.get("/v2/health/ready")).status_code == 503
