@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import json
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,6 +24,10 @@ from .status import page, status
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 _JSON = "application/json"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "frame-ancestors 'none'"
+}
 _EXTENSIONS = ["binary_tensor_data"]
 _VERSION = "0.1.0"
 
@@ -80,18 +85,17 @@ class Routes:
         """v2, in JSON or with binary tensors."""
 
         async def answer(body: bytes, begin: float) -> Response:
-            service, loop = self._service, asyncio.get_running_loop()
-            started = loop.time()
+            service, started = self._service, perf_counter()
             model = service.versions.model(request.path_params.get("version"))
             data, binary = v2_binary.split(body, request.headers.get(v2_binary.HEADER))
             read = v2_json.read(model.signature, data, binary)
             wanted = v2_json.binary_outputs(data)
-            service.metrics.stage("parse", loop.time() - started)
+            service.metrics.stage("parse", perf_counter() - started)
             read = _with_header_timeout(read, request)
             outputs = await service.infer(model, read, begin)
-            written = loop.time()
+            written = perf_counter()
             head, parts = v2_json.write(model, self._config.name, read, outputs, wanted)
-            service.metrics.stage("write", loop.time() - written)
+            service.metrics.stage("write", perf_counter() - written)
             if not parts:
                 return Response(head, media_type=_JSON)
             headers = {"Inference-Header-Content-Length": str(len(head))}
@@ -103,15 +107,14 @@ class Routes:
         """TensorFlow Serving's predict."""
 
         async def answer(body: bytes, begin: float) -> Response:
-            service, loop = self._service, asyncio.get_running_loop()
-            started = loop.time()
+            service, started = self._service, perf_counter()
             model = service.versions.model(request.path_params.get("version"))
             read, by_row = tf_predict.read(model.signature, v2_json.read_object(body))
-            service.metrics.stage("parse", loop.time() - started)
+            service.metrics.stage("parse", perf_counter() - started)
             outputs = await service.infer(model, _with_header_timeout(read, request), begin)
-            written = loop.time()
+            written = perf_counter()
             content = tf_predict.write(by_row, outputs)
-            service.metrics.stage("write", loop.time() - written)
+            service.metrics.stage("write", perf_counter() - written)
             return Response(content, media_type=_JSON)
 
         return await self._answer(request, "tf_rest", answer)
@@ -119,18 +122,18 @@ class Routes:
     async def _answer(
         self, request: Request, protocol: str, answer: Callable[[bytes, float], Awaitable[Response]]
     ) -> Response:
-        service, loop = self._service, asyncio.get_running_loop()
-        begin = loop.time()
+        service, begin = self._service, perf_counter()
+        arrived = asyncio.get_running_loop().time()
         try:
             with service.admission():
                 body = await read_body(request, self._config.max_body_bytes, self._config.body_timeout)
-                service.metrics.stage("read", loop.time() - begin)
-                response = await answer(body, begin)
+                service.metrics.stage("read", perf_counter() - begin)
+                response = await answer(body, arrived)
         except RequestError as e:
             response = _error(e)
         except ClientDisconnect:
             response = Response(status_code=499)
-        service.metrics.request(protocol, response.status_code, loop.time() - begin)
+        service.metrics.request(protocol, response.status_code, perf_counter() - begin)
         return response
 
     async def live(self, request: Request) -> Response:
@@ -192,7 +195,7 @@ class Routes:
 
     async def page(self, request: Request) -> Response:
         """What is here, for people."""
-        return Response(page(), media_type="text/html; charset=utf-8")
+        return Response(page(), headers=_PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
     async def status(self, request: Request) -> Response:
         """What the page shows."""

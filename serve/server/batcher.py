@@ -4,6 +4,7 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
+from time import perf_counter
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class _Entry:
     model: ServedModel
     rows: Rows
     arrived: float
+    timed: float
     deadline: float
     result: asyncio.Future[list[np.ndarray]]
 
@@ -81,7 +83,7 @@ class Batcher:
         if self._queued_rows and self._queued_rows + len(rows) > self._max_queued:
             raise overloaded(f"{self._queued_rows} rows wait already")
         loop = asyncio.get_running_loop()
-        entry = _Entry(model, rows, loop.time(), deadline, loop.create_future())
+        entry = _Entry(model, rows, loop.time(), perf_counter(), deadline, loop.create_future())
         self._queue.append(entry)
         self._queued_rows += len(rows)
         self._arrival.set()
@@ -132,11 +134,11 @@ class Batcher:
                 break
             batch.append(self._queue.popleft())
             rows += len(entry.rows)
-            self._metrics.stage("queue", now - entry.arrived)
+            self._metrics.stage("queue", perf_counter() - entry.timed)
         return batch
 
     async def _run(self, batch: list[_Entry]) -> None:
-        loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        loop, begin = asyncio.get_running_loop(), perf_counter()
         model, parts = batch[0].model, [entry.rows for entry in batch]
         total = sum(map(len, parts))
         try:
@@ -146,7 +148,7 @@ class Batcher:
             return
         finally:
             self._queued_rows -= total
-        self._metrics.batch(loop.time() - begin, len(batch), total, computed, self._max_rows)
+        self._metrics.batch(perf_counter() - begin, len(batch), total, computed, self._max_rows)
         first = 0
         for entry in batch:
             last = first + len(entry.rows)

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import Any
 
 import grpc
@@ -106,23 +107,23 @@ class Methods:
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         """Runs a request."""
-        service, loop = self._service, asyncio.get_running_loop()
-        begin = loop.time()
+        service, begin = self._service, perf_counter()
+        arrived = asyncio.get_running_loop().time()
 
         async def answer() -> Any:
             with service.admission():
                 model = self._model(request.model_name, request.model_version)
                 read = v2_grpc.read(model.signature, request)
-                service.metrics.stage("parse", loop.time() - begin)
+                service.metrics.stage("parse", perf_counter() - begin)
                 remaining = context.time_remaining()
                 if remaining is not None:
                     timeout = remaining if read.timeout is None else min(remaining, read.timeout)
                     read = dataclasses.replace(read, timeout=timeout)
-                outputs = await service.infer(model, read, begin)
-                written = loop.time()
+                outputs = await service.infer(model, read, arrived)
+                written = perf_counter()
                 response = v2_grpc.write(model, request.model_name, read, outputs)
-                service.metrics.stage("write", loop.time() - written)
-                service.metrics.request("v2_grpc", 200, loop.time() - begin)
+                service.metrics.stage("write", perf_counter() - written)
+                service.metrics.request("v2_grpc", 200, perf_counter() - begin)
                 return response
 
         return await self._answer(request, context, answer, begin)
@@ -141,7 +142,7 @@ class Methods:
             return await answer()
         except RequestError as e:
             if begin is not None:
-                self._service.metrics.request("v2_grpc", e.status, asyncio.get_running_loop().time() - begin)
+                self._service.metrics.request("v2_grpc", e.status, perf_counter() - begin)
             if e.retry_after is not None:
                 context.set_trailing_metadata((("retry-after", str(e.retry_after)),))
             await context.abort(_CODES.get(e.status, grpc.StatusCode.UNKNOWN), e.message[:_NO_ROOM])
