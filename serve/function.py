@@ -186,6 +186,25 @@ class ServingFunction:
         request, arrays = self._read(inputs, weights, dense)
         return Rows(pack_alone(self._packer, request), arrays)
 
+    @property
+    def takes_flat(self) -> bool:
+        """Whether `pack_flat` may be used: there are no sequence features."""
+        return self._packer.takes_flat
+
+    def pack_flat(self, ids: np.ndarray, lengths: np.ndarray, dense: Mapping[str, Any] | None = None) -> Rows:
+        """`pack` for features that lie one after the other, which costs the same for any number of them.
+
+        Args:
+          ids: [N] int32 or int64, feature by feature in the order of `jaxembed.structure.flatten`.
+          lengths: [F, B], of every bag; they add up to N.
+          dense: as in a call.
+
+        Raises:
+          ValueError: if a row is too long, an id not in [0, V), or a number not finite.
+        """
+        packed = self._packer.pack_flat(ids, lengths)
+        return Rows(packed, self._dense.read(dense, packed.rows))
+
     def run(self, rows: Rows) -> Any:
         """Serves rows that were packed by this function; what a call returns for them."""
         packed, largest = rows.packed, self._ladder.batch_sizes[-1]

@@ -143,6 +143,36 @@ class Packer:
             array_weights = []
         return Request(num_rows, order, lengths, len(listed), ids, flat_weights, arrays, array_weights)
 
+    @property
+    def takes_flat(self) -> bool:
+        """Whether `pack_flat` may be used: there are no sequences, which would have to be cut."""
+        return self._cut is None
+
+    def pack_flat(self, ids: np.ndarray, lengths: np.ndarray) -> Packed:
+        """Packs a request whose features lie one after the other already, without weights.
+
+        Args:
+          ids: [N] int32 or int64.
+          lengths: [F, B] of every bag, in the order of the feature configuration; they add up to N.
+
+        Raises:
+          ValueError: if a row is too long, or an id not in [0, V).
+        """
+        if np.count_nonzero(lengths > self._limits):
+            raise checks.too_long(self.features, lengths)
+        splits = np.zeros((len(self.features), lengths.shape[1] + 1), np.int32)
+        splits[:, 1:] = lengths
+        flat = splits.reshape(-1)
+        np.add.accumulate(flat, out=flat)
+        starts = splits[:, 0]
+        filled = splits[:, -1] > starts
+        if filled.any():
+            used = ids.view(np.uint64 if ids.dtype == np.int64 else np.uint32)  # a negative id is a large one
+            if np.count_nonzero(np.maximum.reduceat(used, starts[filled]) >= self._sizes[filled]):
+                raise checks.bad_id(self.features, ids, splits)
+        weights = np.ones(len(ids), np.float32) if self.weighted else None
+        return Packed(lengths.shape[1], ids.astype(np.int32, copy=False), splits, weights)
+
     def write(self, request: Request, ids: np.ndarray, weights: np.ndarray | None, batch: int) -> Packed:
         """Writes a request to the front of `ids` and `weights`, with bags for `batch` rows.
 

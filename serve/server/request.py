@@ -3,9 +3,24 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from .errors import bad_request
 
 ROW_SPLITS, WEIGHTS = ".row_splits", ".weights"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flat:
+    """All features, one after the other.
+
+    Attributes:
+      ids: [N] int32 or int64, in the order of the signature.
+      lengths: [F, B], of every bag; they add up to N.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -13,7 +28,7 @@ class InferenceRequest:
     """A request as a ServedModel packs it.
 
     Attributes:
-      inputs: by path of the feature.
+      inputs: by path of the feature; or Flat.
       weights: by path of the feature, for some.
       dense: by name.
       outputs: the names that were asked for; None for all.
@@ -21,7 +36,7 @@ class InferenceRequest:
       timeout: seconds, or None.
     """
 
-    inputs: dict[str, Any]
+    inputs: dict[str, Any] | Flat
     weights: dict[str, Any]
     dense: dict[str, Any]
     outputs: tuple[str, ...] | None = None

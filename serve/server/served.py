@@ -1,6 +1,7 @@
 """ServedModel: what the server needs of a model, and the one it makes of a version of a bundle."""
 
 import dataclasses
+import functools
 import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from jaxembed.serve.rows import Rows, concatenate
 
 from .config import ServerConfig
 from .errors import RequestError
+from .request import ROW_SPLITS, Flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +48,18 @@ class Signature:
       features: by path.
       dense: by name, the shape of one row.
       outputs: in the order in which they are answered.
+      takes_flat: whether features may come as Flat.
     """
 
     features: dict[str, ServedFeature]
     dense: dict[str, tuple[int, ...]]
     outputs: tuple[Output, ...]
+    takes_flat: bool = False
+
+    @functools.cached_property
+    def tensor_names(self) -> tuple[list[str], list[str]]:
+        """The names of the tensors of ids, and of their row splits."""
+        return list(self.features), [path + ROW_SPLITS for path in self.features]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +81,9 @@ class ServedModel(Protocol):
     tables: tuple[TableInfo, ...]
     loaded_seconds: float
 
-    def pack(self, inputs: Mapping[str, Any], weights: Mapping[str, Any], dense: Mapping[str, Any]) -> Rows:
+    def pack(
+        self, inputs: Mapping[str, Any] | Flat, weights: Mapping[str, Any], dense: Mapping[str, Any]
+    ) -> Rows:
         """Reads and checks a request; by path of the feature. Raises RequestError."""
         ...
 
@@ -120,7 +131,9 @@ class BundleModel:
             name: (shape,) if isinstance(shape, int) else tuple(shape)
             for name, shape in config.dense_inputs.items()
         }
-        self.signature = Signature({f.path: f for f in features}, dense, self._outputs(dense))
+        self.signature = Signature(
+            {f.path: f for f in features}, dense, self._outputs(dense), self._function.takes_flat
+        )
         self.tables = tuple(_table_info(name, table) for name, table in bundle.tables.items())
         self.loaded_seconds = time.monotonic() - begin
 
@@ -129,17 +142,31 @@ class BundleModel:
         """Programs compiled; those of the previous version are not."""
         return self._function.compile_count
 
-    def pack(self, inputs: Mapping[str, Any], weights: Mapping[str, Any], dense: Mapping[str, Any]) -> Rows:
+    def pack(
+        self, inputs: Mapping[str, Any] | Flat, weights: Mapping[str, Any], dense: Mapping[str, Any]
+    ) -> Rows:
         """Reads and checks a request.
 
         Args:
-          inputs: by path of the feature, what a ServingFunction takes.
+          inputs: by path of the feature, what a ServingFunction takes; or Flat.
           weights: by path, for some.
           dense: by name, [B, ...].
 
         Raises:
           RequestError: if it is not what a ServingFunction takes.
         """
+        try:
+            if isinstance(inputs, Flat):
+                return self._function.pack_flat(inputs.ids, inputs.lengths, dense)
+            return self._pack_nested(inputs, weights, dense)
+        except BadIdError as e:
+            raise RequestError(400, str(e), feature=e.feature) from None
+        except (ValueError, TypeError, OverflowError) as e:
+            raise RequestError(400, str(e)) from None
+
+    def _pack_nested(
+        self, inputs: Mapping[str, Any], weights: Mapping[str, Any], dense: Mapping[str, Any]
+    ) -> Rows:
         for given, what in ((inputs, "input"), (weights, "weight")):
             unknown = given.keys() - self.signature.features.keys()
             if unknown:
@@ -147,16 +174,11 @@ class BundleModel:
         missing = [path for path in self._paths if path not in inputs]
         if missing:
             raise RequestError(400, f"input {missing[0]!r} is missing; features are {self._paths}.")
-        try:
-            nested = structure.pack(self._feature_config, iter([inputs[path] for path in self._paths]))
-            parallel = None
-            if weights:
-                parallel = structure.pack(self._feature_config, iter([weights.get(p) for p in self._paths]))
-            return self._function.pack(nested, parallel, dense)
-        except BadIdError as e:
-            raise RequestError(400, str(e), feature=e.feature) from None
-        except (ValueError, TypeError, OverflowError) as e:
-            raise RequestError(400, str(e)) from None
+        nested = structure.pack(self._feature_config, iter([inputs[path] for path in self._paths]))
+        parallel = None
+        if weights:
+            parallel = structure.pack(self._feature_config, iter([weights.get(p) for p in self._paths]))
+        return self._function.pack(nested, parallel, dense)
 
     def run(self, parts: Sequence[Rows]) -> tuple[list[np.ndarray], int]:
         """Runs the rows of all parts at once.

@@ -10,7 +10,7 @@ and its weights as FEATURE.weights, of the shape of FEATURE. Dense inputs are [B
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 from jaxembed.inputs import RaggedTensor
 
 from .errors import bad_request
-from .request import ROW_SPLITS, WEIGHTS
+from .request import ROW_SPLITS, WEIGHTS, Flat
 from .served import Signature
 
 DATATYPES = {
@@ -35,6 +35,8 @@ DATATYPES = {
     "FP64": np.dtype(np.float64),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_LITTLE_ENDIAN = {name: dtype.newbyteorder("<") for name, dtype in DATATYPES.items()}
+_PLAIN = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 
 
@@ -88,6 +90,15 @@ def from_bytes(name: str, datatype: Any, shape: Any, data: Any) -> Tensor:
     Raises:
       RequestError: if they are not of that type and shape.
     """
+    try:
+        # One dimension, as ids and splits have, needs no more than this.
+        (size,) = shape
+        if type(size) is int and size >= 0:
+            dtype = _LITTLE_ENDIAN[datatype]
+            if size * dtype.itemsize == len(data):
+                return Tensor(name, np.frombuffer(data, dtype))
+    except (ValueError, TypeError, KeyError):
+        pass
     dtype, sizes = dtype_of(name, datatype), shape_of(name, shape)
     expected = math.prod(sizes) * dtype.itemsize
     if len(data) != expected:
@@ -127,18 +138,20 @@ def from_list(name: str, datatype: Any, shape: Any, data: Any) -> Tensor:
 
 
 def assemble(
-    signature: Signature, tensors: Iterable[Tensor]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
+    signature: Signature, tensors: Sequence[Tensor]
+) -> tuple[dict[str, Any] | Flat, dict[str, Any], dict[str, np.ndarray]]:
     """Features, weights and dense inputs of the tensors of a request.
 
     Raises:
       RequestError: if a tensor is unknown, there twice, or not of a shape above.
     """
-    by_name: dict[str, np.ndarray] = {}
-    for name, array in tensors:
-        if name in by_name:
-            raise bad_request(f"input {name!r} is there twice.")
-        by_name[name] = array
+    by_name = dict(tensors)
+    if len(by_name) != len(tensors):
+        names = [tensor.name for tensor in tensors]
+        raise bad_request(f"input {next(name for name in names if names.count(name) > 1)!r} is there twice.")
+    flat = _flat(signature, by_name) if signature.takes_flat else None
+    if flat is not None:
+        return flat, {}, {name: by_name[name] for name in signature.dense if name in by_name}
     inputs: dict[str, Any] = {}
     weights: dict[str, Any] = {}
     for path in signature.features:
@@ -152,6 +165,35 @@ def assemble(
     if by_name:
         raise bad_request(_unknown(next(iter(by_name)), signature))
     return inputs, weights, dense
+
+
+def _flat(signature: Signature, by_name: dict[str, np.ndarray]) -> Flat | None:
+    """All features at once, if all come with row splits and alike; None for others, and for bad ones."""
+    id_names, split_names = signature.tensor_names
+    if len(by_name) != 2 * len(id_names) + len(signature.dense.keys() & by_name.keys()):
+        return None
+    try:
+        ids = [by_name[name] for name in id_names]
+        splits = [by_name[name] for name in split_names]
+    except KeyError:
+        return None
+    if len({(a.dtype, a.ndim) for a in ids}) != 1 or len({(a.dtype, a.shape) for a in splits}) != 1:
+        return None
+    first = splits[0]
+    if (
+        ids[0].ndim != 1
+        or ids[0].dtype not in _PLAIN
+        or first.ndim != 1
+        or first.dtype not in _PLAIN
+        or not first.size
+    ):
+        return None
+    borders = np.concatenate(splits).reshape(len(splits), first.size)
+    lengths = borders[:, 1:] - borders[:, :-1]
+    sizes = np.array([a.size for a in ids])
+    if borders[:, 0].any() or (borders[:, -1] != sizes).any() or (borders[:, 1:] < borders[:, :-1]).any():
+        return None
+    return Flat(np.concatenate(ids), lengths)
 
 
 def ragged(path: str, ids: np.ndarray, splits: np.ndarray | None) -> RaggedTensor:

@@ -49,8 +49,12 @@ def read(signature: Signature, data: dict[str, Any], binary: memoryview) -> Infe
     """
     tensors, at = [], 0
     for entry in _objects(data.get("inputs"), "inputs"):
-        name = text_from(entry.get("name"), "the name of an input")
-        size = _parameters(entry).get("binary_data_size")
+        name, parameters = entry.get("name"), entry.get("parameters")
+        if type(name) is not str or len(name) > 1000:
+            name = text_from(name, "the name of an input")
+        size = None
+        if parameters is not None:
+            size = _parameters(entry).get("binary_data_size")
         if size is None:
             tensors.append(from_list(name, entry.get("datatype"), entry.get("shape"), entry.get("data")))
             continue

@@ -79,3 +79,29 @@ def test_programs_are_shared_between_versions():
 
 def test_padded_size():
     assert [FUNCTION.padded_size(n) for n in (1, 2, 4, 5, 8, 9, 17)] == [1, 4, 4, 8, 8, 9, 17]
+
+
+FLAT_CONFIG = {name: requests.FEATURE_CONFIG["text"][i] for i, name in enumerate(("a", "b"))}
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 5), st.sampled_from(["int32", "int64"]))
+def test_flat_requests_pack_as_nested_ones(seed, rows, dtype):
+    tables = requests.make_tables()
+    function = ServingFunction(EmbeddingForServing(FLAT_CONFIG, tables), batch_sizes=(4,), max_ids_per_row=3)
+    rng = np.random.default_rng(seed)
+    bags = {
+        n: [rng.integers(-1, c.table.vocabulary_size + 1, rng.integers(0, 5)).tolist() for _ in range(rows)]
+        for n, c in FLAT_CONFIG.items()
+    }
+    ids = np.array([i for name in bags for bag in bags[name] for i in bag], dtype)
+    lengths = np.array([[len(bag) for bag in bags[name]] for name in bags]).reshape(2, rows)
+
+    def outcome(pack):
+        try:
+            packed = pack().packed
+        except ValueError as e:
+            return str(e)
+        return packed.ids.tolist(), packed.splits.tolist()
+
+    assert function.takes_flat
+    assert outcome(lambda: function.pack_flat(ids, lengths)) == outcome(lambda: function.pack(bags))
