@@ -1,0 +1,157 @@
+"""What the server promises, measured: swaps of versions under load, twice the load it can take, growth.
+
+python benchmarks/serve_promises.py swaps --count 1000
+python benchmarks/serve_promises.py overload --seconds 10
+python benchmarks/serve_promises.py growth --count 1000000
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+
+import dlrm
+import numpy as np
+import psutil
+from load import Connection, http_request, run_load
+
+from serve import INFER, prepare, server
+
+UNDER_WAY = 4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures one promise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("promise", choices=["swaps", "overload", "growth"])
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--folder", type=pathlib.Path, help="keeps the bundle, to use again")
+    options = parser.parse_args(arguments)
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        prepare(folder, tensorflow=False)
+        if not (folder / "bundles" / "1").exists():
+            shutil.copytree(folder / "bundles" / "0", folder / "bundles" / "1")
+        limits = ["--max-queue-requests", "16"] if options.promise == "overload" else []
+        ports = stack.enter_context(server("ours", folder, *limits))
+        call = {"swaps": swaps, "overload": overload, "growth": growth}[options.promise]
+        asyncio.run(call(ports[0], options))
+    return 0
+
+
+async def swaps(port: int, options: argparse.Namespace) -> None:
+    """Switches from one version to the other and back while requests run."""
+    worker, tables = _worker(port), dlrm.FEATURES * dlrm.VOCABULARY * dlrm.DIM * 4
+    async with _connections(port, UNDER_WAY) as sends:
+        await run_load(sends, 1)
+        steady = await run_load(sends, options.seconds)
+        before, highest, done = _private(worker), 0, asyncio.Event()
+
+        async def switch() -> float:
+            nonlocal highest
+            begin = time.perf_counter()
+            for number in range(options.count):
+                await asyncio.to_thread(_post, port, f"/admin/versions/{number % 2}:activate")
+                highest = max(highest, _private(worker))
+            done.set()
+            return time.perf_counter() - begin
+
+        task = asyncio.create_task(switch())
+        loads = []
+        while not done.is_set():
+            loads.append(await run_load(sends, 1))
+        seconds = await task
+    p99 = float(np.median([load.p99 for load in loads]))
+    failed = sum(load.failed + load.refused for load in loads)
+    good = sum(load.good for load in loads)
+    print(f"{options.count} swaps in {seconds:.1f} s, {good:,} requests, {failed} failed")
+    print(f"p99 steady {steady.p99 * 1e3:.2f} ms, during swaps {p99 * 1e3:.2f} ms: {p99 / steady.p99:.2f}x")
+    grown = highest - before
+    print(f"private memory grew by at most {grown / 2**20:.0f} MiB, {grown / tables:.1%} of the tables")
+
+
+async def overload(port: int, options: argparse.Namespace) -> None:
+    """Sends twice what the server can answer, at a steady pace."""
+    async with _connections(port, 64) as sends:
+        await run_load(sends[:8], 1)
+        peak = await run_load(sends[:8], options.seconds)
+        idle, times, counts = list(sends), [], {200: 0, 429: 0}
+        late, tasks = 0, set()
+
+        async def one(send, number: int) -> None:
+            begin = time.perf_counter()
+            status = await send(number)
+            counts[status] = counts.get(status, 0) + 1
+            if status == 200:
+                times.append(time.perf_counter() - begin)
+            idle.append(send)
+
+        begin, number = time.perf_counter(), 0
+        while (now := time.perf_counter() - begin) < options.seconds:
+            due = int(now * 2 * peak.rate)
+            while number < due:
+                number += 1
+                if idle:
+                    task = asyncio.create_task(one(idle.pop(), number))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                else:
+                    late += 1
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*tasks)
+        seconds = time.perf_counter() - begin
+    p99 = float(np.quantile(times, 0.99))
+    print(f"peak {peak.rate:,.0f} requests/s, p99 {peak.p99 * 1e3:.2f} ms")
+    print(f"offered {number / seconds:,.0f} requests/s, of which {late} found no connection: {counts}")
+    print(f"goodput {len(times) / seconds:,.0f} requests/s, {len(times) / seconds / peak.rate:.1%} of the peak")
+    print(f"p99 of the admitted {p99 * 1e3:.2f} ms, {p99 / peak.p99:.2f}x")
+
+
+async def growth(port: int, options: argparse.Namespace) -> None:
+    """Sends many requests."""
+    worker, sent = _worker(port), 0
+    async with _connections(port, UNDER_WAY) as sends:
+        await run_load(sends, 3)
+        before, begin = _private(worker), time.perf_counter()
+        while sent < options.count and time.perf_counter() - begin < options.seconds:
+            load = await run_load(sends, 1)
+            sent += load.good
+            if load.failed or load.refused:
+                raise RuntimeError(f"requests failed: {load}")
+    print(f"{sent:,} requests: private memory grew by {(_private(worker) - before) / 2**20:.1f} MiB")
+
+
+@contextlib.asynccontextmanager
+async def _connections(port: int, count: int):
+    requests = [http_request(INFER, *dlrm.as_binary(dlrm.request(1, seed))) for seed in range(32)]
+    async with contextlib.AsyncExitStack() as stack:
+        yield [(await stack.enter_async_context(Connection(port, requests))).send for _ in range(count)]
+
+
+def _worker(port: int) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/status") as answer:
+        return json.load(answer)["pid"]
+
+
+def _private(pid: int) -> int:
+    """Bytes that this process shares with no other and no file."""
+    info = psutil.Process(pid).memory_info()
+    return info.rss - info.shared
+
+
+def _post(port: int, path: str) -> None:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method="POST")
+    with urllib.request.urlopen(request, timeout=120):
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+#!/bin/sh
+# Uploads the image as a model of Vertex AI and deploys it. Vertex AI sets AIP_HTTP_PORT and the routes in the
+# container. AIP_STORAGE_URI is a bucket there, and bundles are mapped from local files: put them into the image.
+set -eu
+: "${PROJECT:?}" "${REGION:?}" "${IMAGE:?}"
+gcloud ai models upload --project="$PROJECT" --region="$REGION" --display-name=jaxembed \
+  --container-image-uri="$IMAGE" --container-args=/bundles \
+  --container-ports=8080 --container-health-route=/v2/health/ready --container-predict-route=/predict

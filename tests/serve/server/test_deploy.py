@@ -1,0 +1,86 @@
+"""The files of deploy/ parse, and say nothing that the command does not take."""
+
+import argparse
+import pathlib
+import re
+
+import pytest
+
+from jaxembed.serve.server import command
+
+DEPLOY = pathlib.Path(__file__).resolve().parents[3] / "deploy"
+ROUTES = {"/v2/health/ready", "/v2/health/live"}
+
+
+def documents(name):
+    yaml = pytest.importorskip("yaml")
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+def containers(document):
+    spec = document["spec"]
+    return spec.get("template", {}).get("spec", spec).get("containers", [])
+
+
+def config_of(arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.config_from(parser.parse_args(arguments), {})
+
+
+@pytest.mark.parametrize("name", ["gke.yaml", "kserve.yaml"])
+def test_containers_start_with_what_the_command_takes(name):
+    found = [(document, container) for document in documents(name) for container in containers(document)]
+    assert found
+    for document, container in found:
+        arguments = [
+            argument.replace("{{.Name}}", document["metadata"]["name"]) for argument in container["args"]
+        ]
+        config = config_of(arguments)
+        ports = {config.http_port, config.grpc_port}
+        assert {port["containerPort"] for port in container["ports"]} <= ports
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            if probe in container:
+                assert container[probe]["httpGet"]["path"] in ROUTES
+        limit = document["spec"].get("template", {}).get("spec", {}).get("terminationGracePeriodSeconds")
+        if limit is not None:
+            assert config.drain_grace + config.drain_timeout < limit
+
+
+def test_kinds_and_references():
+    kinds = {document["kind"]: document for document in documents("gke.yaml")}
+    assert kinds.keys() == {"Deployment", "Service", "HorizontalPodAutoscaler"}
+    deployment = kinds["Deployment"]
+    assert deployment["spec"]["selector"]["matchLabels"] == kinds["Service"]["spec"]["selector"]
+    assert deployment["spec"]["template"]["metadata"]["labels"] == kinds["Service"]["spec"]["selector"]
+    target = kinds["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
+    service, runtime = documents("kserve.yaml")
+    model = service["spec"]["predictor"]["model"]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert model["modelFormat"]["name"] in {f["name"] for f in runtime["spec"]["supportedModelFormats"]}
+    assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
+
+
+def test_dockerfile_starts_the_command():
+    text = (DEPLOY / "Dockerfile").read_text()
+    entry = re.search(r"^ENTRYPOINT (.*)$", text, re.M)[1]
+    default = re.search(r"^CMD (.*)$", text, re.M)[1]
+    words = [word.strip('[]" ') for word in f"{entry},{default}".split(",")]
+    assert words[:2] == ["jaxembed", "serve"]
+    assert config_of(words[2:]).host == "0.0.0.0"
+
+
+def test_vertex_variables():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = parser.parse_args([])
+    config = command.config_from(options, {"AIP_HTTP_PORT": "8080", "AIP_STORAGE_URI": "/bundles"})
+    assert (config.http_port, config.host, config.bundles) == (8080, "0.0.0.0", "/bundles")
+    for environment, message in (
+        ({}, "name the folder"),
+        ({"AIP_STORAGE_URI": "gs://bucket"}, "must be mounted or copied"),
+        ({"AIP_STORAGE_URI": "/b", "AIP_HTTP_PORT": "x"}, "AIP_HTTP_PORT must be a port"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command.config_from(options, environment)
