@@ -7,10 +7,13 @@ until it changes; the old one goes on.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
+import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +40,7 @@ class Versions:
         self._current: ServedModel | None = None
         self._identity: tuple[int, ...] | None = None
         self._failed: dict[int, tuple[Any, str]] = {}
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-load")
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-load", _step_back)
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._state = pathlib.Path(config.state) if config.state else pathlib.Path(tempfile.mkdtemp("jaxembed"))
@@ -175,3 +178,10 @@ class Versions:
         scratch = file.with_name(f".{_PIN}-{os.getpid()}")
         scratch.write_text(json.dumps({"version": version}))
         os.replace(scratch, file)
+
+
+def _step_back() -> None:
+    """Lets the threads that serve go first; on Linux, priorities are those of threads, and inherited by new ones."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
