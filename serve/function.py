@@ -104,6 +104,16 @@ class ServingFunction:
         self._jit_function = jax.jit(self._structured)
 
     @property
+    def features(self) -> tuple[ServedFeature, ...]:
+        """The features with their limits, in the order of the feature configuration."""
+        return self._packer.features
+
+    @property
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name, the shape of one row of the dense inputs."""
+        return dict(self._dense.shapes)
+
+    @property
     def rungs(self) -> list[Rung]:
         """The shapes that are compiled."""
         return list(self._ladder)
@@ -188,7 +198,7 @@ class ServingFunction:
 
     @property
     def takes_flat(self) -> bool:
-        """Whether `pack_flat` may be used: there are no sequence features."""
+        """Whether `pack_flat` may be used: no feature is a sequence or takes raw ids."""
         return self._packer.takes_flat
 
     def pack_flat(self, ids: np.ndarray, lengths: np.ndarray, dense: Mapping[str, Any] | None = None) -> Rows:

@@ -145,8 +145,8 @@ class Packer:
 
     @property
     def takes_flat(self) -> bool:
-        """Whether `pack_flat` may be used: there are no sequences, which would have to be cut."""
-        return self._cut is None
+        """Whether `pack_flat` may be used: no feature is a sequence, to be cut, or takes raw ids."""
+        return self._cut is None and all(f.config.preprocessing is None for f in self.features)
 
     def pack_flat(self, ids: np.ndarray, lengths: np.ndarray) -> Packed:
         """Packs a request whose features lie one after the other already, without weights.

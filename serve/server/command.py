@@ -1,6 +1,6 @@
 """Serves the versions of a bundle, the newest first, over HTTP and gRPC.
 
-jaxembed serve bundles --model my_package.model:apply --dense dense=13 --workers 4
+jaxembed serve bundles --workers 4
 curl localhost:8000/v1/models/model:predict -d '{"instances": [{"user": 7, "history": [1, 2]}]}'
 
 A new version beside the old one is verified, warmed up and switched to. The page at / shows what is served,
@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds those of `jaxembed serve`."""
     parser.add_argument("bundles", nargs="?", help="folder of the versions; default: AIP_STORAGE_URI")
     parser.add_argument("--name", default="model", help="of the model, in URLs")
-    parser.add_argument("--model", metavar="MODULE:NAME", help="model(params, activations, dense)")
+    parser.add_argument(
+        "--model", metavar="MODULE:NAME", help="model(params, activations, dense); default: the exported one"
+    )
     parser.add_argument(
         "--dense",
         action="append",
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a dense input and its size, such as 13 or 4,8",
     )
     parser.add_argument("--weighted", action="append", default=[], metavar="FEATURE", help="may carry weights")
-    parser.add_argument("--max-ids-per-row", type=int, default=128)
+    parser.add_argument("--max-ids-per-row", type=int, help="default: what was exported, or 128")
     parser.add_argument("--max-batch-rows", type=int, default=256)
     parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="how long a request waits for others")
     parser.add_argument("--max-queue-requests", type=int, default=512)

@@ -18,10 +18,11 @@ class ServerConfig:
     Attributes:
       bundles: folder of the versions of a bundle.
       name: of the model, in URLs.
-      model: "MODULE:NAME" of `model(params, activations, dense)`; None serves the embeddings alone.
+      model: "MODULE:NAME" of `model(params, activations, dense)`; None serves the model that was exported into the
+        bundle, or the embeddings of one without.
       dense_inputs: by name, the shape of one row of the dense inputs of that model.
       weighted: paths of the features for which requests may carry weights.
-      max_ids_per_row: limit of ids of one row of one feature.
+      max_ids_per_row: limit of ids of one row of one feature; None takes what was exported, or 128.
       max_batch_rows: rows that run at once.
       batch_wait_ms: how long a request may wait for others to run with, at most.
       max_queue_requests: requests that are read, wait or run; more are refused.
@@ -50,7 +51,7 @@ class ServerConfig:
     model: str | None = None
     dense_inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     weighted: tuple[str, ...] = ()
-    max_ids_per_row: int = 128
+    max_ids_per_row: int | None = None
     max_batch_rows: int = 256
     batch_wait_ms: float = 0.0
     max_queue_requests: int = 512
@@ -86,6 +87,8 @@ class ServerConfig:
             "workers",
         ):
             value = getattr(self, field)
+            if value is None and field == "max_ids_per_row":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} must be an int of at least 1, got {value!r}.")
         for field in ("body_timeout", "idle_timeout", "default_timeout", "drain_timeout", "poll_seconds"):

@@ -11,13 +11,12 @@ import jax
 import numpy as np
 
 from jaxembed import structure
-from jaxembed.checkpoint import open_bundle
-from jaxembed.features import flat_features
+from jaxembed.checkpoint import Bundle, open_bundle
 from jaxembed.quantized_table import QuantizedTable
 from jaxembed.serve.checks import BadIdError
-from jaxembed.serve.embedding import EmbeddingForServing
-from jaxembed.serve.features import ServedFeature, served_features
+from jaxembed.serve.features import DEFAULT_MAX_IDS, ServedFeature
 from jaxembed.serve.function import ServingFunction
+from jaxembed.serve.model import ServingModel
 from jaxembed.serve.rows import Rows, concatenate
 
 from .config import ServerConfig
@@ -107,33 +106,25 @@ class BundleModel:
 
     def __init__(self, config: ServerConfig, version: int, previous: "ServedModel | None" = None):
         begin = time.monotonic()
-        bundle = open_bundle(config.directory, version)
-        if config.verify:
-            bundle.verify()
-        embedding = EmbeddingForServing(bundle.feature_config, bundle.tables)
-        self._function = ServingFunction(
-            embedding,
-            None if config.model is None else find_model(config.model),
-            bundle.model,
-            dense_inputs=config.dense_inputs,
-            weighted=config.weighted,
+        opened = ServingModel(
+            config.directory,
+            version=version,
             max_batch_size=config.max_batch_rows,
+            verify=config.verify,
+            weighted=config.weighted or None,
             max_ids_per_row=config.max_ids_per_row,
         )
+        # Maps the same files once more, for what a ServingModel keeps to itself.
+        bundle = open_bundle(config.directory, version)
+        self._function = opened.function if config.model is None else _with_model(config, opened, bundle)
         if isinstance(previous, BundleModel):
             self._function.share_programs(previous._function)
         self._function.warm_up()
         self._feature_config = bundle.feature_config
-        self._paths = list(flat_features(bundle.feature_config))
         self.version, self.digest = version, bundle.digest
-        features = served_features(bundle.feature_config, config.max_ids_per_row, config.weighted)
-        dense = {
-            name: (shape,) if isinstance(shape, int) else tuple(shape)
-            for name, shape in config.dense_inputs.items()
-        }
-        self.signature = Signature(
-            {f.path: f for f in features}, dense, self._outputs(dense), self._function.takes_flat
-        )
+        features, dense = {f.path: f for f in self._function.features}, self._function.dense_shapes
+        self._paths = list(features)
+        self.signature = Signature(features, dense, self._outputs(dense), self._function.takes_flat)
         self.tables = tuple(_table_info(name, table) for name, table in bundle.tables.items())
         self.loaded_seconds = time.monotonic() - begin
 
@@ -196,6 +187,20 @@ class BundleModel:
         return tuple(
             Output(_join(path) or "output", leaf.shape[1:], np.dtype(leaf.dtype)) for path, leaf in leaves
         )
+
+
+def _with_model(config: ServerConfig, opened: ServingModel, bundle: Bundle) -> ServingFunction:
+    """The bundle's parameters under a model that the command line names."""
+    assert config.model is not None
+    return ServingFunction(
+        opened.embedding,
+        find_model(config.model),
+        bundle.model,
+        dense_inputs=config.dense_inputs,
+        weighted=config.weighted,
+        max_batch_size=config.max_batch_rows,
+        max_ids_per_row=DEFAULT_MAX_IDS if config.max_ids_per_row is None else config.max_ids_per_row,
+    )
 
 
 def find_model(name: str) -> Callable[..., Any]:

@@ -1,0 +1,96 @@
+"""What a version is made of: the exported model, raw ids, and programs of the version before."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxembed import FeatureConfig, HashBuckets, TableConfig
+from jaxembed.optimizers import SGD
+from jaxembed.serve import export_model
+from jaxembed.serve.server.config import ServerConfig
+from jaxembed.serve.server.served import BundleModel, find_model
+from jaxembed.train import Checkpointer, ShardedEmbedding
+from tests.serve.server import bundles
+from tests.serve.server.servers import client_of, run
+
+
+@pytest.fixture(scope="module")
+def artefact():
+    params = {"version": jnp.zeros(1)}
+    return export_model(
+        bundles.model,
+        params,
+        bundles.CONFIG,
+        dense_inputs={"dense": 2},
+        weighted=("history",),
+        max_ids_per_row=8,
+    )
+
+
+def test_the_exported_model_serves_without_its_code(checkpoint, artefact, tmp_path):
+    for version in (0, 1):
+        bundles.add(checkpoint, tmp_path, version, exported=artefact)
+    nothing = {"model": None, "dense_inputs": {}, "weighted": (), "max_ids_per_row": None}
+    row = {"user": 3, "history": [1, 2], "history.weights": [2.0, 1.0], "dense": [0.5, 1.0]}
+
+    async def check():
+        async with client_of(tmp_path, **nothing) as (client, service):
+            body = {"instances": [row]}
+            answer = await client.post("/v1/models/model:predict", json=body)
+            assert answer.json()["predictions"] == [{"history": 5.5, "user": 1003.0, "version": 1.0}]
+            await service.versions.pin(0)
+            answer = await client.post("/v1/models/model:predict", json=body)
+            assert answer.json()["predictions"] == [{"history": 5.5, "user": 3.0, "version": 0.0}]
+            assert service.versions.current.compile_count == 0  # those of version 1
+            body = {"instances": [{**row, "history": [1] * 9, "history.weights": [1.0] * 9}]}
+            assert "at most 8" in (await client.post("/v1/models/model:predict", json=body)).json()["error"]
+
+    run(check())
+
+
+def test_raw_ids_are_hashed_in_every_protocol(tmp_path):
+    """Also in v2 with row splits, where rows are otherwise read without looking at one feature after the other."""
+    table, hashing = TableConfig(64, 2, combiner="sum", name="t"), HashBuckets(64)
+    config = {"x": FeatureConfig(table, preprocessing=hashing)}
+    own = ShardedEmbedding(config, SGD(0.1), jax.make_mesh((1,), ("d",)))
+    _, slots, _ = own.to_canonical(own.init(jax.random.key(0)))
+    rows = jnp.repeat(jnp.arange(64.0)[:, None], 2, axis=1)
+    with Checkpointer(tmp_path / "checkpoint", own) as checkpointer:
+        checkpointer.save(own.from_canonical({"t": rows}, slots, 0))
+    bundles.add(tmp_path / "checkpoint", tmp_path / "bundles", 0)
+    raw = [10**12, -7, 5]
+    options = {"model": None, "dense_inputs": {}, "weighted": ()}
+
+    async def check():
+        async with client_of(tmp_path / "bundles", **options) as (client, _):
+            answer = await client.post("/v1/models/model:predict", json={"inputs": {"x": [[i] for i in raw]}})
+            rows = np.array(answer.json()["outputs"])[:, 0]
+            assert (rows < 64).all()
+            assert not np.array_equal(rows, raw)
+            tensors = [
+                {"name": "x", "datatype": "INT64", "shape": [3], "data": raw},
+                {"name": "x.row_splits", "datatype": "INT64", "shape": [4], "data": [0, 1, 2, 3]},
+            ]
+            answer = await client.post("/v2/models/model/infer", json={"inputs": tensors})
+            (output,) = answer.json()["outputs"]
+            np.testing.assert_array_equal(np.reshape(output["data"], output["shape"])[:, 0], rows)
+
+    run(check())
+
+
+def test_models_that_cannot_be_found():
+    for name, message in (("no.such:f", "No module"), ("math:no", "has no attribute"), ("math:pi", "callable")):
+        with pytest.raises(ValueError, match=message):
+            find_model(name)
+
+
+def test_tables_are_mapped_and_not_copied(shared_folder):
+    model = BundleModel(ServerConfig(str(shared_folder), **bundles.OPTIONS, max_batch_rows=1), 0)
+    tables = jax.tree.leaves(model._function._constants[0])
+    with open("/proc/self/maps") as maps:
+        spans = [line.split() for line in maps if str(shared_folder) in line]
+    ranges = [tuple(int(end, 16) for end in span[0].split("-")) for span in spans]
+    for table in tables:
+        address = table.unsafe_buffer_pointer()
+        assert any(low <= address < high for low, high in ranges)
