@@ -23,7 +23,7 @@ from .engines.initial import draws_by_row, initial_rows, table_key
 from .engines.placement import stack_tables
 from .engines.planner import ShardingPlan
 from .engines.sparsecore_packing import SparseCorePacking
-from .engines.sparsecore_stacks import sparse_cores, refused_tables, stack_on_sparsecores
+from .engines.sparsecore_stacks import refused_tables, sparse_cores, stack_on_sparsecores
 from .engines.step import StepProgram
 
 EXCHANGES = ("auto", "all_gather", "all_to_all")
