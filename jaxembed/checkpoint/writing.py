@@ -33,6 +33,7 @@ def write_step(
     tables: Mapping[str, ArrayParts],
     slots: Mapping[str, Mapping[str, ArrayParts]],
     metadata: dict[str, Any],
+    combiner_weights: Mapping[str, Any],
 ) -> None:
     """Fills a new, empty directory with a step, for the caller to rename into place.
 
@@ -43,6 +44,7 @@ def write_step(
       tables: by name, [V, D].
       slots: by table and slot name, [V, D] or [V].
       metadata: JSON-able, for the reader.
+      combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
 
     Raises:
       ValueError: if the blocks of an array are not all of its rows in order.
@@ -65,6 +67,7 @@ def write_step(
         "step": step,
         "feature_config": feature_config,
         "metadata": metadata,
+        "combiner_weights": layout.combiner_weights_to_json(combiner_weights),
         "digests": digests,
     }
     (directory / layout.MANIFEST).mkdir()

@@ -22,14 +22,22 @@ def read(path: pathlib.Path, options: Options) -> Source:
     """Opens it; what is read is verified."""
     if is_bundle(path):
         bundle = open_bundle(path, options.step)
-        return Source(bundle.stored(), {}, bundle.step, bundle.feature_config, bundle.metadata)
+        return Source(
+            bundle.stored(), {}, bundle.step, bundle.feature_config, bundle.metadata, bundle.combiner_weights
+        )
     opened = open_checkpoint(path, options.step)
     notes = ()
     if layout.MODEL in opened.manifest["digests"]:
         notes = ("left out: the dense model",)
     manifest = opened.manifest
     return Source(
-        opened.tables, opened.slots, manifest["step"], opened.feature_config, manifest["metadata"], notes
+        opened.tables,
+        opened.slots,
+        manifest["step"],
+        opened.feature_config,
+        manifest["metadata"],
+        layout.combiner_weights(manifest),
+        notes,
     )
 
 
@@ -46,5 +54,6 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
         {stream.table: (stream.shape, stream.dtype, stream.blocks()) for stream in contents.tables},
         slots,
         contents.metadata,
+        contents.combiner_weights,
     )
     return []

@@ -98,6 +98,9 @@ def convert(
     if slots and not getattr(writer, "SLOTS", True):
         notes.append(f"left out: slots, which {target_format} has no place for")
         slots = {}
+    combiner_weights = {name: value for name, value in found.combiner_weights.items() if name in tables}
+    if combiner_weights and not getattr(writer, "SIDECAR", True):
+        notes.append(f"left out: the weights of custom combiners, which {target_format} has no place for")
     arrays += [(n, slot, array) for n in tables for slot, array in sorted(slots.get(n, {}).items())]
     with progress_bar(
         sum(array.num_bytes for _, _, array in arrays), False if dry_run else progress
@@ -113,6 +116,7 @@ def convert(
                 found.step,
                 config,
                 found.metadata,
+                combiner_weights,
                 options,
             )
             with published(place) as scratch:

@@ -7,7 +7,7 @@ A format is a module of this package with
     write(out, contents) -> list[str]      writes a new file or folder `out`; what there is to say of it
 
 and may have COMBINER, what its tables are combined by where no feature configuration says so (default "mean"),
-and SLOTS, whether it writes slots (default True).
+SLOTS, whether it writes slots (default True), and SIDECAR, whether it writes one beside its arrays (default True).
 """
 
 import dataclasses
@@ -51,6 +51,7 @@ class Source:
       step: number of training steps taken, 0 if the format does not say.
       feature_config: if the format has one, else None.
       metadata: JSON-able.
+      combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
       notes: what the user should see, such as a mapping of keys that was guessed.
     """
 
@@ -59,6 +60,7 @@ class Source:
     step: int = 0
     feature_config: Any = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    combiner_weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -162,6 +164,7 @@ class Contents:
       step: number of training steps taken.
       feature_config: of all the tables.
       metadata: JSON-able.
+      combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
       options: see there.
     """
 
@@ -170,6 +173,7 @@ class Contents:
     step: int
     feature_config: Any
     metadata: dict[str, Any]
+    combiner_weights: dict[str, np.ndarray]
     options: Options
 
     @property

@@ -32,6 +32,7 @@ from jaxembed.inputs import RaggedTensor
 from jaxembed.lookup import serving_embedding_lookup
 
 SLOTS = False
+SIDECAR = False
 SIGNATURE = "serving_default"
 SPLITS = "row_splits"
 

@@ -1,8 +1,9 @@
-"""The feature configuration, step and metadata beside arrays of a format that has no place for them."""
+"""The feature configuration, weights of custom combiners, step and metadata beside arrays of a format that has no place for them."""
 
 import json
 from typing import Any
 
+from jaxembed.checkpoint import layout
 from jaxembed.convert.interface import Contents
 from jaxembed.serialization import feature_config_from_json, feature_config_to_json, strict_json
 
@@ -19,12 +20,13 @@ def sidecar_of(contents: Contents) -> bytes:
             "step": contents.step,
             "metadata": contents.metadata,
             "feature_config": feature_config_to_json(contents.feature_config),
+            "combiner_weights": layout.combiner_weights_to_json(contents.combiner_weights),
         }
     ).encode()
 
 
 def read_sidecar(where: Any, content: bytes | str) -> dict[str, Any]:
-    """Step, metadata and feature configuration, as arguments of `Source`.
+    """What it says of the arrays, as arguments of `Source`.
 
     Raises:
       ValueError: if it is not what `sidecar_of` writes.
@@ -37,6 +39,7 @@ def read_sidecar(where: Any, content: bytes | str) -> dict[str, Any]:
         if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not isinstance(metadata, dict):
             raise ValueError(f"its step is {step!r:.40} and its metadata {type(metadata).__name__}")
         config = feature_config_from_json(data["feature_config"])
+        weights = layout.combiner_weights(data)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{where} is not what jaxembed writes beside arrays: {str(e)[:300]}") from e
-    return {"step": step, "metadata": metadata, "feature_config": config}
+    return {"step": step, "metadata": metadata, "feature_config": config, "combiner_weights": weights}

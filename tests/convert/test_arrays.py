@@ -1,5 +1,6 @@
 """Checkpoints from plain arrays and into them: the same bytes, a checkpoint like any other, and clear refusals."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -19,9 +20,11 @@ from safetensors.numpy import load_file, save_file
 from jaxembed import FeatureConfig, TableConfig, serve
 from jaxembed.checkpoint import layout, read_checkpoint, whole_steps
 from jaxembed.cli import main
+from jaxembed.combiners import CustomCombiner, register_combiner
 from jaxembed.convert import convert
 from jaxembed.convert.interface import Stream, stored
 from jaxembed.convert.keys import keys_from_json, own_key, own_place
+from jaxembed.initializers import Constant
 from jaxembed.optimizers import Adagrad
 from jaxembed.serialization import feature_config_to_json
 from jaxembed.train import Checkpointer, ShardedEmbedding
@@ -31,6 +34,11 @@ CONFIG = {
     "y": [FeatureConfig(TableConfig(100, 4, name="b.c/d", combiner="sum"))],
 }
 FORMATS = {"npy": "arrays", "npz": "arrays.npz", "safetensors": "arrays.safetensors"}
+
+
+@register_combiner("test_arrays.first_weighted")
+def weighted(valency, vectors, weights):
+    return vectors[0] * weights[0] + weights[1]
 
 
 def embedding(config=CONFIG, devices=2):
@@ -60,6 +68,20 @@ def test_there_and_back(checkpoint, tmp_path, form):
     jax.tree.map(np.testing.assert_array_equal, (after.tables, after.slots), (before.tables, before.slots))
     manifests = [layout.read_manifest(p) for p in (checkpoint / "5", back.path)]
     assert manifests[0] == manifests[1]
+
+
+def test_weights_of_custom_combiners_go_along(tmp_path):
+    table = TableConfig(20, 4, name="t", combiner=CustomCombiner(weighted, 3, 2, Constant(1.0)))
+    own = embedding({"x": FeatureConfig(table)})
+    state = own.init(jax.random.key(0))
+    weights = {"t": np.array([1.5, -2.0], np.float32)}
+    with Checkpointer(tmp_path / "checkpoint", own) as checkpointer:
+        checkpointer.save(dataclasses.replace(state, combiner_weights=weights))
+    there = convert(tmp_path / "checkpoint", tmp_path / "a.safetensors")
+    back = convert(there.path, tmp_path / "back")
+    np.testing.assert_array_equal(read_checkpoint(back.path).combiner_weights["t"], weights["t"])
+    lost = convert(tmp_path / "checkpoint", tmp_path / "a.pt", target_format="torchrec")
+    assert "weights of custom combiners" in str(lost.notes)
 
 
 def test_an_imported_checkpoint_is_one_like_any_other(checkpoint, tmp_path):
