@@ -115,7 +115,7 @@ def row_gradients(bag: Bag, operands: BagOperands, gradient: jax.Array) -> tuple
       [N] ids and float32 [N, D] gradients with respect to the row that each looked up, weights and divisor
       applied. Entries that are padding, pruned or bad have id V and gradient 0.
     """
-    return bag_xla.row_gradients(bag, operands, gradient)
+    return bag_xla.row_gradients(bag, _signed(operands), gradient)
 
 
 def _signed(operands: BagOperands) -> BagOperands:

@@ -52,6 +52,15 @@ def test_rows_add_up_to_the_dense_gradient(case, path):
     assert np.abs(dense).max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+def test_narrow_ids_do_not_turn_padding_into_a_row(dtype):
+    table, ids = jnp.ones((300, D)), jnp.array([1, 2, 3], dtype)
+    operands = BagOperands(table, ids, jnp.array([0, 2], jnp.int32))  # the last entry is padding
+    found, rows = row_gradients(Bag("ragged", 1), operands, jnp.ones((1, D)))
+    np.testing.assert_array_equal(found, [1, 2, 300])
+    np.testing.assert_array_equal(rows, [[1] * D, [1] * D, [0] * D])
+
+
 def test_sparse_update_takes_them_and_no_table_sized_array_is_made():
     bag, operands = CASES["ragged weighted mean"]
     large = jax.ShapeDtypeStruct((1_000_000, D), jnp.float32)
