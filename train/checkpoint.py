@@ -1,5 +1,6 @@
 """Saves training with Orbax and resumes it from the latest whole step, on the same mesh or another."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
@@ -52,7 +53,7 @@ class Checkpointer:
     Args:
       directory: where the steps lie; created if needed.
       embedding: whose states are saved.
-      max_to_keep: older steps are deleted; None keeps all.
+      max_to_keep: older steps are deleted, from the disk at the next save or `close`; None keeps all.
       save_interval_steps: `save` does nothing at other steps, unless forced.
       asynchronous: `save` returns once the arrays are copied to the host.
     """
@@ -81,6 +82,7 @@ class Checkpointer:
         )
         self._manager = self._open_manager()
         self._is_swept = False
+        self._removals = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-remove")
 
     def save(
         self,
@@ -139,6 +141,8 @@ class Checkpointer:
             items[layout.DATA] = ocp.args.JsonSave(layout.seal({"state": data}))
             manifest["digests"][layout.DATA] = True
         items[layout.MANIFEST] = ocp.args.JsonSave(layout.seal(manifest))
+        if jax.process_index() == 0:
+            self._removals.submit(layout.remove_deleted, self.directory)
         with self._afresh_after_errors():
             return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
@@ -201,6 +205,9 @@ class Checkpointer:
     def close(self) -> None:
         """Waits, then releases the threads."""
         self._manager.close()
+        if jax.process_index() == 0:
+            self._removals.submit(layout.remove_deleted, self.directory)
+        self._removals.shutdown()
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -55,12 +55,20 @@ def remove_unfinished(directory: pathlib.Path, seconds: float = 10.0) -> None:
     Files may still come from the threads of a save that failed: it is tried again for some seconds.
     """
     until = time.monotonic() + seconds
-    for path in [*directory.glob(f"*{UNFINISHED}*"), *(directory / DELETING).glob("*")]:
+    remove_deleted(directory)
+    for path in directory.glob(f"*{UNFINISHED}*"):
         if path.is_dir() and path.name.split(".")[0].isdecimal():
             shutil.rmtree(path, ignore_errors=True)
             while path.exists() and time.monotonic() < until:
                 time.sleep(0.1)
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_deleted(directory: pathlib.Path) -> None:
+    """Removes the steps that Orbax has renamed away, which it never does itself; for the only writer."""
+    for path in (directory / DELETING).glob("*"):
+        if path.is_dir() and path.name.isdecimal():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:

@@ -104,6 +104,18 @@ def test_interval_force_and_old_steps(tmp_path):
             checkpointer.restore(10)
 
 
+def test_deleted_steps_leave_the_disk(tmp_path):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own, max_to_keep=2) as checkpointer:
+        for step in range(1, 7):
+            checkpointer.save(at_step(own, step))
+            checkpointer.wait()
+        # Those of the last save are removed beside the next.
+        assert len(list((tmp_path / layout.DELETING).iterdir())) <= 2
+    assert not list((tmp_path / layout.DELETING).iterdir())
+    assert whole_steps(tmp_path) == [5, 6]
+
+
 def test_unfinished_steps_are_not_listed(tmp_path):
     own = embedding(1)
     with Checkpointer(tmp_path, own) as checkpointer:
