@@ -155,7 +155,13 @@ class ShardedEmbedding:
         return EmbeddingState(tables, slots, whole((), jnp.int32), weights)
 
     def lookup(
-        self, state: EmbeddingState, batch: Any, weights: Any = None, *, count_bad_ids: bool = False
+        self,
+        state: EmbeddingState,
+        batch: Any,
+        weights: Any = None,
+        *,
+        count_bad_ids: bool = False,
+        count_rounds: bool = False,
     ) -> Any:
         """Looks every input up, as `serving_embedding_lookup` does.
 
@@ -168,21 +174,27 @@ class ShardedEmbedding:
             ragged and sparse ones only outside of `jax.jit`.
           weights: as `shard_batch` returned them, or as of `serving_embedding_lookup`.
           count_bad_ids: also return how many ids of each feature were outside [0, V).
+          count_rounds: also return how many rounds of all_to_all the lookup took, int32 by stack: 0 where rows do
+            not travel so, more than 1 where the batch overflows the window of a round. Nothing is dropped then;
+            lookup and update take that many times as long.
 
         Returns:
-          A structure like the batch of activations, sharded over their first dimension.
+          A structure like the batch of activations, sharded over their first dimension; with counts a tuple.
 
         Raises:
           ValueError: if batch or weights do not fit the configuration.
         """
         batch, values = self._sharded(batch, weights)
-        outputs = self._program.look_up(state.tables, batch, values)
+        outputs, rounds = self._program.look_up(state.tables, batch, values)
         outputs = custom.combine(batch.layout, outputs, batch.valencies, state.combiner_weights)
         activations = batch.layout.skeleton.pack(outputs)
-        if not count_bad_ids:
-            return activations
-        counts = jnp.sum(batch.bad_ids, axis=0, dtype=jnp.int32)
-        return activations, batch.layout.skeleton.pack(list(counts))
+        counts = []
+        if count_bad_ids:
+            bad_ids = jnp.sum(batch.bad_ids, axis=0, dtype=jnp.int32)
+            counts.append(batch.layout.skeleton.pack(list(bad_ids)))
+        if count_rounds:
+            counts.append(rounds)
+        return (activations, *counts) if counts else activations
 
     def apply_gradients(
         self, state: EmbeddingState, batch: Any, activation_gradients: Any, weights: Any = None
@@ -208,7 +220,7 @@ class ShardedEmbedding:
         gradients = batch.layout.skeleton.flatten(activation_gradients, "activation_gradients")
         combiner_weights = state.combiner_weights
         if batch.valencies:
-            outputs = self._program.look_up(state.tables, batch, values)
+            outputs, _ = self._program.look_up(state.tables, batch, values)
             gradients, found = custom.pull_back(
                 batch.layout, outputs, batch.valencies, combiner_weights, gradients
             )
@@ -317,17 +329,6 @@ class ShardedEmbedding:
     def predicted_bytes(self, batch: ShardedBatch) -> int:
         """Bytes that a device exchanges for a lookup and an update of a batch, as `engines.traffic` says."""
         return self._program.predicted_bytes(batch)
-
-    def exchange_rounds(self, batch: ShardedBatch) -> dict[str, jax.Array]:
-        """How many rounds of all_to_all a batch takes, int32 by stack: more than 1 where it overflows a window.
-
-        Nothing is dropped then; the step takes that many times as long. Stacks that travel otherwise are left out.
-        The count is a program of its own: ask for it now and then.
-
-        Args:
-          batch: of `shard_batch`.
-        """
-        return self._program.count_rounds(batch)
 
     def unshard_weights(self, gradients: ShardedWeights, batch: Any, weights: Any) -> Any:
         """Gradients of sharded weights in the form of the weights that the caller gave, on the host.

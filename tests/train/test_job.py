@@ -9,6 +9,8 @@ import time
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxembed.checkpoint import read_checkpoint, whole_steps
@@ -94,6 +96,43 @@ class Interrupting:
         if self._reads == self._at:
             os.kill(os.getpid(), signal.SIGTERM)
         return self._examples.take(*args)
+
+
+def test_bad_ids_and_overflows_are_shown_and_logged(tmp_path, capfd):
+    """Each shard asks one owner for more rows than a round has room for; 3 ids in 4 rows are outside of their table."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "skewed.parquet"
+    columns = {
+        "bag": [(rng.permutation(512)[:64] * 8).tolist() for _ in range(32)],
+        "id": np.where(np.arange(32) % 4 == 0, 1, [-1, 50, 2**40, 7] * 8),
+        "x": np.zeros(32, np.float32),
+        "clicked": np.arange(32) % 2,
+    }
+    pq.write_table(pa.table(columns), path)
+    features = {"bag": {"vocabulary_size": 4096}, "id": {"vocabulary_size": 50}}
+    options = {
+        "data.features": features,
+        "data.dense": ["x"],
+        "tables.exchange": "all_to_all",
+        "training.steps": 4,
+        "training.evaluate_every": 2,
+        "logs.progress": True,
+    }
+    result = train(job(tmp_path, path, **options))
+    bad = sum(not 0 <= id < 50 for id in columns["id"].tolist())
+    assert bad > 8
+    for entry in result.history:
+        # Two steps are one epoch.
+        assert entry["train"]["bad_ids"] == entry["evaluation"]["bad_ids"] == bad
+        assert entry["train"]["extra_rounds"] >= 2
+    output, errors = capfd.readouterr()
+    (line,) = [line for line in output.splitlines() if "outside [0, 50)" in line]
+    assert "ids of feature 'id'" in line
+    assert len(re.findall(r"step \d+: \d rounds of all_to_all for stack", output)) == 1
+    assert re.search(r"[1-9]\d* bad ids, [1-9]\d* extra rounds, ", errors)
+    events = next((result.checkpoints.parent / "logs").iterdir()).read_bytes()
+    for tag in (b"train/bad_ids", b"train/extra_rounds", b"evaluation/bad_ids"):
+        assert tag in events
 
 
 def test_sigterm_saves_and_the_next_start_ends_in_the_same_bits(whole, tmp_path):

@@ -68,7 +68,7 @@ def for_each_round(
     stack: Stack,
     axes: tuple[str, ...],
     window: int,
-) -> Any:
+) -> tuple[Any, jax.Array]:
     """Calls `carry = consume(carry, chunk)` until every entry got its row.
 
     Args:
@@ -79,6 +79,10 @@ def for_each_round(
       stack: whose positions they are.
       axes: of the mesh.
       window: C.
+
+    Returns:
+      The last carry, and how many rounds it took, int32, the same on all shards: 1 unless some shard asks an owner
+      for more than C rows.
     """
     route = _Route(*dedupe_ids(positions, stack.num_positions))
     # Place of the entries in their own order.
@@ -86,7 +90,7 @@ def for_each_round(
     owner = jnp.clip(positions // stack.num_rows, 0, stack.num_shards - 1)
 
     def body(state):
-        now, carry = state
+        now, carry, rounds = state
         rows, high, count = _rows_wanted(route, now, stack, axes, window)
         wanted = lax.all_to_all(rows, axes, 0, 0, tiled=True)
         values = table_rows(wanted.reshape(-1)).reshape(stack.num_shards, window, -1)
@@ -96,11 +100,10 @@ def for_each_round(
         slot = jnp.where(valid, owner * window + offset, 0)
         values = values.reshape(-1, values.shape[-1])[slot]
         carry = consume(carry, Chunk(values, valid))
-        return _Round(high, now.first + count), carry
+        return _Round(high, now.first + count), carry, rounds + 1
 
-    return lax.while_loop(
-        lambda state: jnp.any(state[0].low < stack.num_rows), body, (_start(route, stack), carry)
-    )[1]
+    start = (_start(route, stack), carry, jnp.int32(0))
+    return lax.while_loop(lambda state: jnp.any(state[0].low < stack.num_rows), body, start)[1:]
 
 
 def for_each_row(
@@ -146,26 +149,6 @@ def for_each_row(
     return lax.while_loop(
         lambda state: jnp.any(state[0].low < stack.num_rows), body, (_start(route, stack), carry)
     )[1]
-
-
-def count_rounds(positions: jax.Array, stack: Stack, axes: tuple[str, ...], window: int) -> jax.Array:
-    """How many rounds a batch takes, int32, the same on all shards: 1 unless some shard asks an owner for more than C.
-
-    Args:
-      positions: [N].
-      stack: whose positions they are.
-      axes: of the mesh.
-      window: C.
-    """
-    route = _Route(*dedupe_ids(positions, stack.num_positions))
-
-    def body(state):
-        now, rounds = state
-        _, high, count = _rows_wanted(route, now, stack, axes, window)
-        return _Round(high, now.first + count), rounds + 1
-
-    start = (_start(route, stack), jnp.int32(0))
-    return lax.while_loop(lambda state: jnp.any(state[0].low < stack.num_rows), body, start)[1]
 
 
 def _start(route: _Route, stack: Stack) -> _Round:

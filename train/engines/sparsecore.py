@@ -63,10 +63,11 @@ class SparseCoreEngine:
     exchange: xla.StackExchange
     features: tuple[FeatureLayout, ...]
 
-    def look_up(self, table: jax.Array, ids: SparseCoreIds, weights: Any) -> jax.Array:
-        """The sums of a shard's segments times the combiner's scale, float32 [S, W]."""
+    def look_up(self, table: jax.Array, ids: SparseCoreIds, weights: Any) -> tuple[jax.Array, jax.Array]:
+        """The sums of a shard's segments times the combiner's scale, float32 [S, W], and no rounds."""
         gains = self._gains(ids, weights)
-        return lax.platform_dependent(table, ids, gains, tpu=self._look_up_on_tpu, default=self._look_up_on_xla)
+        programs = {"tpu": self._look_up_on_tpu, "default": self._look_up_on_xla}
+        return lax.platform_dependent(table, ids, gains, **programs), jnp.int32(0)
 
     def update(
         self,
@@ -162,7 +163,7 @@ class SparseCoreEngine:
 
     def _look_up_on_xla(self, table, ids, gains):
         positions, segments, gains, _ = self._entries(ids, gains)
-        return xla.look_up(self.exchange, table, positions, segments, gains)
+        return xla.look_up(self.exchange, table, positions, segments, gains)[0]
 
     def _update_on_xla(self, table, slots, ids, gains, gradients, step):
         positions, segments, gains, _ = self._entries(ids, gains)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import routing, xla
+from . import xla
 from .batch import BatchLayout, FeatureLayout, ShardedBatch
 from .placement import Stack
 from .segments import join_features, split_features
@@ -32,7 +32,6 @@ class StepProgram:
         self.stacks, self.mesh, self.axes, self.exchange = dict(stacks), mesh, axes, exchange
         self.look_up = jax.jit(self._look_up)
         self.update = jax.jit(self._update)
-        self.count_rounds = jax.jit(self._count_rounds)
 
     def specs(self) -> tuple[dict[str, PartitionSpec], dict[str, dict[str, PartitionSpec]]]:
         """How tables and slots are sharded, by stack."""
@@ -104,28 +103,15 @@ class StepProgram:
             total += sparsecore_bytes(self.stacks[name], ids.max_unique_ids)
         return total
 
-    def _count_rounds(self, batch: ShardedBatch) -> dict[str, jax.Array]:
-        """Rounds by stack, of those that all_to_all looks up."""
-        exchanges = {
-            name: self.exchange_of(batch.layout, name, positions.shape[1])
-            for name, positions in batch.positions.items()
-        }
-        routed = {name: ex for name, ex in exchanges.items() if xla.is_routed(ex)}
+    def _look_up(self, tables: dict[str, jax.Array], batch: ShardedBatch, weights: Any):
+        """Outputs by feature, and the rounds of all_to_all by stack, as `xla.look_up` counts them."""
+        outputs, rounds = self._activations(batch.layout, tables, weights, batch.entries)
+        return [_to_output(f, out) for f, out in zip(batch.layout.features, outputs, strict=True)], rounds
 
-        def body(positions):
-            return {
-                name: routing.count_rounds(positions[name][0], ex.stack, ex.axes, ex.window)
-                for name, ex in routed.items()
-            }
-
-        return self._shard_map(body, (PartitionSpec(self.axes),), PartitionSpec())(batch.positions)
-
-    def _look_up(self, tables: dict[str, jax.Array], batch: ShardedBatch, weights: Any) -> list[jax.Array]:
-        outputs = self._activations(batch.layout, tables, weights, batch.entries)
-        return [_to_output(f, out) for f, out in zip(batch.layout.features, outputs, strict=True)]
-
-    def _activations(self, layout: BatchLayout, tables, weights, entries) -> list[jax.Array]:
-        """[n S_f, D] by feature; differentiable with respect to tables and weights."""
+    def _activations(
+        self, layout: BatchLayout, tables, weights, entries
+    ) -> tuple[list[jax.Array], dict[str, Any]]:
+        """[n S_f, D] by feature, differentiable with respect to tables and weights, and rounds."""
         specs = self.specs()[0]
         engines = {name: self._engine(layout, name, entries[name]) for name in entries}
         tables = {name: tables[name] for name in entries}
@@ -133,11 +119,11 @@ class StepProgram:
         on_shards = PartitionSpec(self.axes)
 
         def forward(tables, weights, entries):
-            sums = {}
+            sums, rounds = {}, {}
             for name, engine in engines.items():
                 table = self.stacks[name].rows_of(tables[name])
-                sums[name] = engine.look_up(table, *_local(name, entries, weights))
-            return split_features(layout, sums)
+                sums[name], rounds[name] = engine.look_up(table, *_local(name, entries, weights))
+            return split_features(layout, sums), rounds
 
         def backward_tables(weights, entries, gradients):
             found = {}
@@ -161,7 +147,8 @@ class StepProgram:
 
         @jax.custom_vjp
         def call(tables, weights, entries):
-            return self._shard_map(forward, (specs, on_shards, on_shards), on_shards)(tables, weights, entries)
+            out_specs = (on_shards, PartitionSpec())
+            return self._shard_map(forward, (specs, on_shards, on_shards), out_specs)(tables, weights, entries)
 
         def call_forward(*primals):
             wanted = [
@@ -173,7 +160,7 @@ class StepProgram:
 
         def call_backward(residuals, gradients):
             (tables, weights, entries), wanted = residuals
-            gradients = [_instantiate(g) for g in gradients]
+            gradients = [_instantiate(g) for g in gradients[0]]
             found: list[Any] = [None] * 3
             if wanted[0] is not None:
                 backward = self._shard_map(backward_tables, (on_shards,) * 3, specs)

@@ -53,10 +53,10 @@ class XlaEngine:
     exchange: StackExchange
     features: tuple[FeatureLayout, ...]
 
-    def look_up(self, table: jax.Array, entries: Any, weights: Any) -> jax.Array:
-        """The sums of a shard's segments times the combiner's scale, float32 [S, D]."""
-        sums = look_up(self.exchange, table, *entries, weights)
-        return _times(sums, scale(self.features, entries[1], weights))
+    def look_up(self, table: jax.Array, entries: Any, weights: Any) -> tuple[jax.Array, jax.Array]:
+        """The sums of a shard's segments times the combiner's scale, float32 [S, D], and `look_up`'s rounds."""
+        sums, rounds = look_up(self.exchange, table, *entries, weights)
+        return _times(sums, scale(self.features, entries[1], weights)), rounds
 
     def update(
         self,
@@ -86,7 +86,7 @@ class XlaEngine:
         found = weight_gradients(direct, table, positions, segments, _times(gradients, scales))
         if scales is None:
             return found
-        sums = look_up(self.exchange, table, positions, segments, weights)
+        sums, _ = look_up(self.exchange, table, positions, segments, weights)
         _, transpose = jax.vjp(lambda weights: scale(self.features, segments, weights), weights)
         return found + transpose(jnp.sum(gradients * sums, axis=1))[0]
 
@@ -105,7 +105,7 @@ def is_routed(ex: StackExchange) -> bool:
 
 def look_up(
     ex: StackExchange, table: jax.Array, positions: jax.Array, segments: jax.Array, weights: Any
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """The weighted sums of a shard's segments.
 
     Args:
@@ -116,9 +116,10 @@ def look_up(
       weights: [N], or None.
 
     Returns:
-      float32 [S, D].
+      The sums, float32 [S, D], and how many rounds of all_to_all they took, int32, the same on all shards: 0 where
+      rows do not travel so.
     """
-    stack = ex.stack
+    stack, alone = ex.stack, jnp.int32(0)
 
     def rows_of(rows):
         values = table.at[rows].get(mode="clip", wrap_negative_indices=False).astype(jnp.float32)
@@ -129,12 +130,12 @@ def look_up(
         # Nothing is exchanged: one bag a segment, which has a kernel of its own on CPU.
         bag = Bag("sparse", ex.num_segments)
         (sums,), _ = embedding_bags([bag], [BagOperands(table, positions, segments, None, weights)])
-        return sums
+        return sums, alone
     zeros = jnp.zeros((ex.num_segments, stack.dim), jnp.float32)
     if stack.kind == "replicated" or stack.num_shards == 1:
         values = rows_of(positions)
         values = values if weights is None else values * weights[:, None]
-        return add_segments(zeros, values, segments)
+        return add_segments(zeros, values, segments), alone
     if is_routed(ex):
 
         def add(sums, chunk):
@@ -146,8 +147,8 @@ def look_up(
     sums = jnp.zeros((stack.num_shards * ex.num_segments, table.shape[1]), jnp.float32)
     sums = gathering.sum_owned(rows_of, owned, sums, stack.num_rows, ex.window)
     if stack.kind == "column":
-        return lax.all_to_all(sums, ex.axes, 0, 1, tiled=True)
-    return lax.psum_scatter(sums, ex.axes, scatter_dimension=0, tiled=True)
+        return lax.all_to_all(sums, ex.axes, 0, 1, tiled=True), alone
+    return lax.psum_scatter(sums, ex.axes, scatter_dimension=0, tiled=True), alone
 
 
 def update(
@@ -236,7 +237,7 @@ def weight_gradients(
     # A lookup in which every entry is a segment of its own gives the rows themselves.
     size = positions.shape[0]
     own = jnp.arange(size, dtype=jnp.int32)
-    rows = look_up(dataclasses.replace(ex, num_segments=size), table, positions, own, None)
+    rows, _ = look_up(dataclasses.replace(ex, num_segments=size), table, positions, own, None)
     return jnp.sum(rows * gradients.at[segments].get(mode="fill", fill_value=0), axis=1)
 
 

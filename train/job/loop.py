@@ -164,7 +164,7 @@ class Job:
                 report.step()
                 self._watch.add(step, metrics, batch)
                 if step % config.logs.every == 0:
-                    report.training(step, self._watch.result())
+                    report.training(step, self._watch.result(), self._watch.news())
                 last = step == self._total
                 preempted = preemption.reached(step) and not last
                 if not preempted and (last or step % (config.training.evaluate_every or self._per_epoch) == 0):
@@ -226,6 +226,7 @@ class Job:
         self._report.pause()
         self._watch.finish(state)
         trained = self._watch.result()
+        self._report.say(*self._watch.news())
         self._watch.reset()
         if self._sources.evaluation is not None:
             self._evaluation = evaluate(
@@ -270,7 +271,7 @@ class Job:
 def evaluate(
     trainer: Trainer, state: TrainState, examples: Any, batch_size: int, max_batches: int | None = None
 ) -> dict[str, float]:
-    """AUC, log loss and calibration of a state; empty where labels are all alike.
+    """AUC, log loss and calibration of a state, but where labels are all alike, and how many ids were bad.
 
     Args:
       trainer: of the state.
@@ -282,17 +283,19 @@ def evaluate(
     Raises:
       ValueError: if a logit is not finite.
     """
-    metrics = StreamingMetrics()
+    metrics, bad_ids = StreamingMetrics(), 0
     fed = feed(trainer, examples, batch_size, shuffle=False, num_epochs=1)
     for batch, _ in itertools.islice(fed, max_batches):
         logits = trainer.predict(state, batch)
-        logits, labels, mask = map(np.asarray, gather(trainer, (logits, batch.labels, batch.mask)))
+        arrays = (logits, batch.labels, batch.mask, batch.features.bad_ids)
+        logits, labels, mask, bad = map(np.asarray, gather(trainer, arrays))
+        bad_ids += int(bad.sum())
         if not np.isfinite(logits[mask > 0]).all():
             raise ValueError(
                 "evaluation gives NaN or infinity; look for bad dense features or weights in the evaluation data."
             )
         metrics.update(labels, logits, mask)
-    return figures(metrics)
+    return figures(metrics) | {"bad_ids": bad_ids}
 
 
 def _json(value: Any) -> Any:

@@ -1,13 +1,16 @@
 """What a job shows: a progress bar, lines, and TensorBoard logs."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
 from .config import Logs
+
+#: Shown on the bar where there are any, and logged always.
+_COUNTS = ("bad_ids", "extra_rounds")
 
 
 class Report:
@@ -39,14 +42,15 @@ class Report:
             self._steps += 1
         self._bar.update()
 
-    def training(self, step: int, figures: Mapping[str, float]) -> dict[str, float]:
-        """Shows the figures of the steps since the last call, and their speed; returns both."""
+    def training(self, step: int, figures: Mapping[str, float], news: Sequence[str] = ()) -> dict[str, float]:
+        """Shows the figures of the steps since the last call, their speed, and news; returns figures and speed."""
         now = time.perf_counter()
         speed = self._batch_size * self._steps / max(now - self._since, 1e-9)
         self._since, self._steps = now, 0
         shown = {**figures, "examples_per_second": speed}
         self._bar.set_postfix_str(_text(shown), refresh=False)
         self._write("train", step, shown)
+        self.say(*news)
         return shown
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
@@ -62,10 +66,11 @@ class Report:
         """Training goes on."""
         self._since += time.perf_counter() - self._paused
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
+    def say(self, *lines: str) -> None:
+        """Lines above the bar."""
         if not self._quiet:
-            self._bar.write(text)
+            for line in lines:
+                self._bar.write(line)
 
     def close(self) -> None:
         """Flushes the logs."""
@@ -95,8 +100,9 @@ def _text(figures: Mapping[str, float]) -> str:
     for name, value in figures.items():
         if name == "examples_per_second":
             parts.append(f"{value:,.0f} examples/s")
-        elif name == "examples":
-            parts.append(f"{value:,.0f} examples")
+        elif name in ("examples", *_COUNTS):
+            if value or name not in _COUNTS:
+                parts.append(f"{value:,.0f} {name.replace('_', ' ')}")
         else:
             parts.append(f"{name} {value:.4f}")
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Watches losses and predictions a few steps behind the devices, and stops what has diverged."""
+"""Watches losses, predictions and counts a few steps behind the devices, and stops what has diverged."""
 
 from collections import deque
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxembed import structure
 
 from ..data import Batch
 from ..metrics import StreamingMetrics
@@ -31,6 +33,8 @@ class Watch:
         self._out, self._pending = out, deque()
         self._trainer = trainer
         self._all_finite = jax.jit(_all_finite)
+        self._said: set[str] = set()
+        self._news: list[str] = []
         #: Step of the last checkpoint.
         self.last_good: int | None = None
         self.reset()
@@ -39,6 +43,7 @@ class Watch:
         """Starts the figures of `result` anew."""
         self._losses: list[float] = []
         self._metrics = StreamingMetrics(1 << 12)
+        self._bad_ids = self._extra_rounds = 0
 
     def add(self, step: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
         """Takes what step number `step` (from 1) returned.
@@ -46,7 +51,8 @@ class Watch:
         Raises:
           TrainingDiverged: if the loss of a step before is not finite.
         """
-        values = gather(self._trainer, (metrics["logits"], batch.labels, batch.mask))
+        counts = metrics["bad_ids"], metrics["rounds"]
+        values = gather(self._trainer, (metrics["logits"], batch.labels, batch.mask, *counts))
         self._pending.append((step, metrics["loss"], values))
         while len(self._pending) > _BEHIND:
             self._read()
@@ -63,20 +69,60 @@ class Watch:
             raise self._diverged(int(state.embedding.step), "a table, slot or parameter")
 
     def result(self) -> dict[str, float]:
-        """Mean loss and AUC of the steps since `reset`; no AUC where all labels were alike."""
+        """Figures of the steps since `reset`.
+
+        Returns:
+          "loss", the mean; "auc", but where all labels were alike; "bad_ids", how many ids were outside [0, V);
+          "extra_rounds", how many rounds of all_to_all there were beyond the first of each stack and step.
+        """
         found = {"loss": float(np.mean(self._losses))} if self._losses else {}
-        return found | {name: value for name, value in figures(self._metrics).items() if name == "auc"}
+        found |= {name: value for name, value in figures(self._metrics).items() if name == "auc"}
+        return found | {"bad_ids": self._bad_ids, "extra_rounds": self._extra_rounds}
+
+    def news(self) -> list[str]:
+        """Lines on what was counted since the last call, once for each feature and stack."""
+        news, self._news = self._news, []
+        return news
 
     def _read(self) -> None:
         step, loss, values = self._pending.popleft()
         loss = float(loss)
         if not np.isfinite(loss):
             raise self._diverged(step, f"the loss ({loss})")
-        logits, labels, mask = (np.asarray(x) for x in values)
+        logits, labels, mask = (np.asarray(x) for x in values[:3])
         if not np.isfinite(logits[mask > 0]).all():
             raise self._diverged(step, "a logit")
         self._losses.append(loss)
         self._metrics.update(labels, logits, mask)
+        self._count(step, *values[3:])
+
+    def _count(self, step: int, bad_ids: Any, rounds: dict[str, Any]) -> None:
+        features = structure.flatten(self._trainer.embedding.feature_config)
+        for (path, feature), (_, count) in zip(features, structure.flatten(bad_ids), strict=True):
+            if not int(count):
+                continue
+            self._bad_ids += int(count)
+            name, size = structure.join(path), feature.table.vocabulary_size
+            self._say_once(
+                f"feature {name}",
+                f"step {step:,}: {int(count):,} ids of feature {name!r} are outside [0, {size:,}): they give zeros and "
+                "update nothing; bad_ids counts them from here on",
+            )
+        for stack, count in rounds.items():
+            if int(count) <= 1:
+                continue
+            self._extra_rounds += int(count) - 1
+            self._say_once(
+                f"stack {stack}",
+                f"step {step:,}: {int(count)} rounds of all_to_all for stack {stack!r}: a shard asked another for more "
+                "rows than one has room for. Nothing is dropped, but the step takes longer; extra_rounds counts them "
+                'from here on. If there are many, set tables.exchange to "all_gather"',
+            )
+
+    def _say_once(self, what: str, line: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._news.append(line)
 
     def _diverged(self, step: int, what: str) -> TrainingDiverged:
         kept = (
