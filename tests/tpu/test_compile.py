@@ -41,6 +41,24 @@ json.dump(
     sys.stdout,
 )
 """
+#: MB that making the canonical tables of ten million rows takes beside state and result.
+CANONICAL = """
+import json, sys, tpu_compile, jax, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from jaxembed import FeatureConfig, TableConfig
+from jaxembed.optimizers import Adagrad
+from jaxembed.train import ShardedEmbedding
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+found = {}
+for rows in (10_000_000, 10_000_001):
+    config = {"f": FeatureConfig(TableConfig(rows, 128, name="t"))}
+    embedding = ShardedEmbedding(config, Adagrad(0.1), Mesh(np.array(devices), ("devices",)))
+    memory = jax.jit(embedding.to_canonical).lower(embedding.abstract_state()).compile().memory_analysis()
+    found[rows] = memory.temp_size_in_bytes
+json.dump(found, sys.stdout)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +100,11 @@ def test_tables_exchange_what_the_formula_says(costs, exchange):
         exchanged = sum(cost["exchanged"].values()) - cost["dense_bytes"]
         # all_gather brings the entries once for both ways, which the formula counts twice.
         assert 0.9 * cost["predicted"] <= exchanged <= 1.01 * cost["predicted"]
+
+
+def test_canonical_tables_take_a_few_windows_of_memory():
+    found = answer(start(CANONICAL))
+    shard = 10_000_000 * 128 * 4 // 16
+    assert found["10000000"] < shard / 10
+    # Columns of 8 are given another layout, table and slots one after the other; no device holds a whole table.
+    assert found["10000001"] <= 2.1 * shard

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .placement import Stack, TablePlacement
+from .windows import canonical_by_windows, window_rows
 
 
 class CanonicalTables:
@@ -78,10 +79,20 @@ class CanonicalTables:
 
     def _from_stacks(self, tables, slots):
         by_table, slots_by_table = {}, {}
+        expected_tables, expected_slots = self.abstract()
+
+        def convert(stack, p, array, leaf):
+            trailing = leaf.shape[1:]
+            window = window_rows(stack, p, leaf.sharding, trailing)
+            if window:
+                return canonical_by_windows(stack, p, array, leaf.sharding, trailing, window)
+            return table_of_stack(stack, p, array)
+
         for name, (stack, p) in self._places.items():
-            by_table[name] = table_of_stack(stack, p, tables[stack.name])
+            by_table[name] = convert(stack, p, tables[stack.name], expected_tables[name])
             slots_by_table[name] = {
-                k: table_of_stack(stack, p, array) for k, array in slots[stack.name].items()
+                slot: convert(stack, p, array, expected_slots[name][slot])
+                for slot, array in slots[stack.name].items()
             }
         return by_table, slots_by_table
 
