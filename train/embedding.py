@@ -17,6 +17,7 @@ from jaxembed.optimizers import Optimizer
 from jaxembed.preprocessing import preprocess
 
 from .engines import custom, packing
+from .engines.auto_plan import plan_for_batch
 from .engines.batch import PackedBatch, ShardedBatch, ShardedWeights
 from .engines.canonical import CanonicalTables
 from .engines.initial import draws_by_row, initial_rows, table_key
@@ -67,13 +68,16 @@ class ShardedEmbedding:
       mesh: of the devices. Its axes are taken as automatic ones; `embedding.mesh` has them.
       axis: axis or axes of the mesh over which batch and tables are sharded; None takes all.
       plan: table name to "mod", "div", "table", "column" or "replicated" (`engines.placement`), or what
-        `plan_tables` chose; None and tables that it leaves out take "mod".
+        `plan_tables` chose; None and tables that it leaves out take "mod". "auto" plans for `example_batch` and
+        the devices' memory, logs the plan and keeps it as `plan`.
       exchange: how rows travel: "all_gather" (`engines.gathering`), "all_to_all" (`engines.routing`), or
         "auto", the one that moves fewer bytes.
       engine: "xla"; "sparsecore" (v5p, v6e and later, with jax-tpu-embedding installed), which leaves tables
         that SparseCores cannot hold to "xla", and says so; or "auto", the latter where the mesh has them.
       capacity: entries that a shard has room for in each stack, of all its features together. None takes
         what the batches need, in steps of a thirty-second, and never less than before.
+      example_batch: of `plan="auto"`: a batch of this host like those to come.
+      overrides: of `plan="auto"`: table name to sharding.
 
     Raises:
       ValueError: if an argument is not of the form above.
@@ -89,10 +93,12 @@ class ShardedEmbedding:
         mesh: Mesh,
         *,
         axis: str | tuple[str, ...] | None = None,
-        plan: Mapping[str, str] | ShardingPlan | None = None,
+        plan: Mapping[str, str] | ShardingPlan | str | None = None,
         exchange: str = "auto",
         engine: str = "auto",
         capacity: int | None = None,
+        example_batch: Any = None,
+        overrides: Mapping[str, str] | None = None,
     ):
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}.")
@@ -102,6 +108,17 @@ class ShardedEmbedding:
         self.num_shards = math.prod(self.mesh.shape[axis] for axis in self.axes)
         cores = sparse_cores(engine, self.mesh.devices.flat[0])
         self.tables = feature_tables(feature_config)
+        if (example_batch is not None or overrides is not None) and plan != "auto":
+            raise ValueError(f"example_batch and overrides are of plan='auto', got plan={plan!r}.")
+        if isinstance(plan, str):
+            if plan != "auto" or example_batch is None:
+                raise ValueError(
+                    f"plan must be 'auto' with an example_batch, a plan, or sharding by table, got {plan!r} and "
+                    f"example_batch {type(example_batch).__name__}."
+                )
+            batch = preprocess(example_batch, feature_config)
+            plan = plan_for_batch(feature_config, optimizer, self.mesh, self.num_shards, batch, overrides)
+        self.plan = plan if isinstance(plan, ShardingPlan) else None
         if isinstance(plan, ShardingPlan):
             if plan.num_shards != self.num_shards:
                 raise ValueError(

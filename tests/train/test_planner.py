@@ -107,3 +107,36 @@ def test_refusals():
         ShardedEmbedding(
             CONFIG, Adagrad(0.1), jax.make_mesh((4,), ("d",), devices=jax.devices()[:4]), plan=plan()
         )
+
+
+def test_auto_plans_for_an_example_and_the_memory_of_the_devices(caplog):
+    batch = {
+        "big": np.arange(BATCH, dtype=np.int32),
+        "small": RaggedTensor.from_row_lengths(np.zeros(BATCH * VALENCY, np.int32), np.full(BATCH, VALENCY)),
+        "tiny": np.zeros((BATCH, 3), np.int32),
+    }
+    mesh = jax.make_mesh((8,), ("d",))
+    with caplog.at_level("INFO", "jaxembed"):
+        own = ShardedEmbedding(CONFIG, Adagrad(0.1), mesh, plan="auto", example_batch=batch)
+    expected = plan(
+        memory=own.plan.memory_per_device,
+        ids_per_batch={"big": BATCH, "small": BATCH * VALENCY, "tiny": 3 * BATCH},
+        bags_per_batch={"big": BATCH, "small": BATCH, "tiny": 3 * BATCH},
+    )
+    assert own.plan == expected
+    assert str(expected) in caplog.text
+    own = ShardedEmbedding(
+        CONFIG, Adagrad(0.1), mesh, plan="auto", example_batch=batch, overrides={"small": "div"}
+    )
+    assert own.plan.shardings["small"] == "div"
+    assert {p.sharding for s in own.stacks.values() for p in s.placements if p.table.name == "small"} == {"div"}
+
+
+def test_auto_says_what_it_needs():
+    mesh = jax.make_mesh((8,), ("d",))
+    with pytest.raises(ValueError, match="plan must be 'auto' with an example_batch"):
+        ShardedEmbedding(CONFIG, Adagrad(0.1), mesh, plan="auto")
+    with pytest.raises(ValueError, match="plan must be 'auto' with an example_batch"):
+        ShardedEmbedding(CONFIG, Adagrad(0.1), mesh, plan="mod")
+    with pytest.raises(ValueError, match="example_batch and overrides are of plan='auto', got plan=None"):
+        ShardedEmbedding(CONFIG, Adagrad(0.1), mesh, overrides={"small": "div"})
