@@ -1,0 +1,27 @@
+"""The tutorials of docs/ as they stand: each page is one program, run in a process and a folder of its own."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+TUTORIALS = sorted((pathlib.Path(__file__).parents[1] / "docs" / "tutorials").glob("*.md"))
+NEEDS = {"torchrec": ["torch"], "tensorflow": ["tensorflow"]}
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_tutorial_runs(page, tmp_path):
+    for module in NEEDS.get(page.stem, ()):
+        pytest.importorskip(module)
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+    assert program, f"{page} has no python blocks"
+    file = tmp_path / f"{page.stem}.py"
+    file.write_text(program)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
