@@ -1,6 +1,7 @@
 # make demo   train on MovieLens, checkpoint, serve, and show that both sides agree
 # make test   the tests            make test-slow  the long ones, too
 # make lint   ruff and pyright     make bench      lookup, against its peers
+# make docs   the documentation's site, in build/site
 # make sanitize   the kernel with AddressSanitizer and UndefinedBehaviorSanitizer, by itself and behind XLA
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard jaxembed/native/*)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint bench sanitize clean
+.PHONY: demo test test-slow lint docs bench sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/movielens.py
@@ -23,6 +24,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/typecheck.py
+
+# The reader of docstrings wants the packages where they are installed to. Warnings are errors.
+docs: $(VENV)/.docs
+	rm -rf build/api && mkdir -p build/api
+	cp -r jaxembed build/api/ && cp -r train serve build/api/jaxembed/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The second test loads the instrumented library in place of the installed one. Python itself is not
 # instrumented: the sanitizer's library must come first, with the C++ one whose exceptions it watches.
@@ -59,6 +66,10 @@ $(VENV)/.test: $(VENV)/.python $(SOURCES)
 
 $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/python -m pip install -q -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install -q -e '.[docs]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo

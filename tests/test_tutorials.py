@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-TUTORIALS = sorted((pathlib.Path(__file__).parents[1] / "docs" / "tutorials").glob("*.md"))
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+TUTORIALS = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "sharding.md"]
 NEEDS = {"torchrec": ["torch"], "tensorflow": ["tensorflow"]}
 
 
