@@ -35,7 +35,11 @@ def _load() -> str | None:
         handler = ctypes.CDLL(str(path)).JaxembedEmbeddingBags
     except (OSError, AttributeError) as e:
         return f"{path} cannot be loaded ({e})"
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    try:
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    except RuntimeError as e:
+        # A kernel built with the headers of a newer jaxlib than the one that runs.
+        return f"the kernel was built for another jaxlib ({e})"
     return None
 
 

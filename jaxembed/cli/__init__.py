@@ -30,6 +30,8 @@ COMMANDS = {
     "convert": Command("jaxembed.cli.convert", "a checkpoint into another form"),
     "diff": Command("jaxembed.cli.diff", "what changed between two, by table"),
     "serve": Command("jaxembed.serve.server.command", "a bundle, over HTTP and gRPC", extra="server"),
+    "bench": Command("jaxembed.cli.bench", "one lookup, timed on this machine"),
+    "doctor": Command("jaxembed.cli.doctor", "what this machine and installation give", on_cpu=False),
 }
 
 

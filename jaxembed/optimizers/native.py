@@ -26,7 +26,10 @@ def available() -> bool:
         handler = ctypes.CDLL(str(path)).JaxembedUpdateRows
     except (OSError, AttributeError):
         return False
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    try:
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    except RuntimeError:
+        return False
     return True
 
 

@@ -1,0 +1,58 @@
+"""`jaxembed COMMAND --help` of every command, `doctor`, and `bench`."""
+
+import shlex
+
+import pytest
+
+from jaxembed.cli import COMMANDS, main
+from jaxembed.cli.doctor import memory_lines
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    examples = [x for x in capsys.readouterr().out.splitlines() if x.startswith(f"jaxembed {name}")]
+    assert examples
+    for example in examples:
+        # argparse prints the help, and ends, before it finds what is missing; an unknown flag is still an error.
+        with pytest.raises(SystemExit) as stopped:
+            main([*shlex.split(example)[1:], "--no-such-flag"])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.rstrip().endswith("unrecognized arguments: --no-such-flag")
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "core: works" in out
+    assert "extra server: " in out
+    assert "jaxlib " in out
+
+
+def test_doctor_says_what_is_broken(monkeypatch, capsys):
+    monkeypatch.setattr("jaxembed.bag_native.unavailable_reason", lambda: 1 / 0)
+    assert main(["doctor"]) == 1
+    assert "core: ZeroDivisionError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "told"), [("max", "none"), (str(3 << 30), "3.0 GiB")])
+def test_limit_of_the_control_group(tmp_path, text, told):
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text(text + "\n")
+    assert list(memory_lines(tmp_path)) == ["memory: unknown", f"memory limit of the control group: {told}"]
+
+
+def test_bench(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (
+        main(["bench", "--vocabulary", "100", "--dim", "8", "--batch", "4", "--valency", "3", "--rounds", "2"])
+        == 0
+    )
+    assert "plain JAX" in capsys.readouterr().out
+
+
+def test_bench_of_nothing(capsys):
+    assert main(["bench", "--batch", "0"]) == 1
+    assert capsys.readouterr().err == "jaxembed: --batch must be at least 1, got 0.\n"
