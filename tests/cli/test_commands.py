@@ -56,3 +56,24 @@ def test_bench(capsys, monkeypatch):
 def test_bench_of_nothing(capsys):
     assert main(["bench", "--batch", "0"]) == 1
     assert capsys.readouterr().err == "jaxembed: --batch must be at least 1, got 0.\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "told"),
+    [
+        ("convert /nowhere/a out", 1, "/nowhere/a"),
+        ("inspect /nowhere/a", 1, "/nowhere/a"),
+        ("diff /nowhere/a /nowhere/b", 1, "/nowhere/a"),
+        ("train --config /nowhere/a.toml", 1, "/nowhere/a.toml"),
+        ("train --config /nowhere/a.ini", 1, ".toml or .json"),
+        ("serve /nowhere/a --model nonsense", 1, "MODULE:NAME"),
+        ("serve /nowhere/a --http-port 99999", 1, "must be a port"),
+        ("bench --rounds 0", 1, "--rounds must be at least 1"),
+    ],
+)
+def test_mistakes_give_one_line(line, status, told, capsys):
+    assert main(line.split()) == status
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.startswith("jaxembed: ")
+    assert err.count("\n") == 1
