@@ -3,13 +3,14 @@
 # make lint   ruff and pyright     make bench      lookup, against its peers
 # make docs   the documentation's site, in build/site
 # make sanitize   the kernel with AddressSanitizer and UndefinedBehaviorSanitizer, by itself and behind XLA
+# make test-aarch64   the kernel's own tests on NEON: cross-compiled, run by an emulator
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard jaxembed/native/*)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint docs bench sanitize clean
+.PHONY: demo test test-slow lint docs bench sanitize test-aarch64 clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/movielens.py
@@ -44,6 +45,17 @@ sanitize: $(VENV)/.test
 	PYTHONPATH=$(SANITIZED)/install ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc JAXEMBED_SANITIZED=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(PYTEST) tests/test_native.py
+
+# Needs Debian's g++-aarch64-linux-gnu and qemu-user, and neither XLA nor Python.
+AARCH64 := build/aarch64
+NATIVE := jaxembed/native
+CROSS := aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Wno-psabi -I$(NATIVE)
+test-aarch64:
+	mkdir -p $(AARCH64)
+	$(CROSS) -O3 -DJAXEMBED_ISA=baseline -c $(NATIVE)/run_task.cc -o $(AARCH64)/run_task.o
+	$(CROSS) -static tests/native/kernel_test.cc $(NATIVE)/select.cc $(NATIVE)/place.cc $(AARCH64)/run_task.o \
+	  -o $(AARCH64)/kernel_test
+	qemu-aarch64 $(AARCH64)/kernel_test
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/lookup.py

@@ -18,7 +18,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 // Below this many bytes a call stays on its thread: waking another costs more.
-constexpr int64_t kInlineBytes = 1 << 17;
+constexpr int64_t kInlineBytes = 1 << 18;
 constexpr int64_t kMinChunk = 1 << 16, kMaxChunk = 1 << 21;
 
 struct Work {

@@ -22,6 +22,12 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 constexpr int kMostVectors = 8;  // summed in registers at a time; GCC keeps longer arrays in memory
+// Whole rows of a power of two take more where there are 32 registers.
+#if defined(__AVX512VL__) || defined(__aarch64__)
+constexpr int kWholeVectors = 16;
+#else
+constexpr int kWholeVectors = 8;
+#endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
@@ -444,6 +450,102 @@ struct Runner {
   }
 };
 
+constexpr int64_t BytesOf(RowType type, int64_t columns) {
+  switch (type) {
+    case RowType::kF32: return 4 * columns;
+    case RowType::kBF16:
+    case RowType::kF16: return 2 * columns;
+    case RowType::kInt8:
+    case RowType::kCodes8: return columns;
+    default: return columns / 2;
+  }
+}
+
+// The usual case: all entries of the task are valid and in order, and a row is `blocks` times NV vectors. With
+// these known at compile time a row costs little more than its loads.
+template <RowType T, int NV, bool kWeighted, typename Id>
+void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t blocks, float* scratch) {
+  constexpr int64_t kColumns = NV * kLanes, kBytes = BytesOf(T, kColumns);
+  const Table& t = bag.table;
+  const int64_t dim = blocks * kColumns, row_bytes = blocks * kBytes;
+  const Id* ids = static_cast<const Id*>(bag.ids.data);
+  const int64_t fetch_end = task.end - kAhead;
+  int64_t end = placed.splits[task.first_bag];
+  for (int64_t b = task.first_bag; b < task.last_bag; ++b) {
+    const int64_t begin = end;
+    end = placed.splits[b + 1];
+    float* sum = scratch ? scratch : static_cast<float*>(bag.out) + b * dim;
+    float divisor = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const uint8_t* base = static_cast<const uint8_t*>(t.rows) + block * kBytes;
+      Floats acc[NV];
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) acc[v] = Floats{};
+      float biases = 0;
+      divisor = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        if (i < fetch_end) {
+          const int64_t ahead = ids[i + kAhead];
+          const uint8_t* row = base + ahead * row_bytes;
+#pragma GCC unroll 16
+          for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(row + line, 0, 3);
+          if (Affine(T) && block == 0) {
+            __builtin_prefetch(t.scale + ahead, 0, 3);
+            __builtin_prefetch(t.bias + ahead, 0, 3);
+          }
+        }
+        const int64_t id = ids[i];
+        const uint8_t* row = base + id * row_bytes;
+        float w = 1.0f;
+        if constexpr (kWeighted) {
+          w = bag.weights[i];
+          divisor += bag.combiner == Combiner::kSqrtn ? w * w : w;
+        }
+        if constexpr (Affine(T)) {
+          biases += w * t.bias[id];
+          w *= t.scale[id];
+        }
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) {
+          const Floats x = Load<T>(t, row, kLanes * v);
+          if constexpr (Affine(T) || kWeighted) {
+            acc[v] += w * x;
+          } else {
+            acc[v] += x;
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) {
+        if constexpr (Affine(T)) acc[v] += biases;
+        std::memcpy(sum + block * kColumns + kLanes * v, &acc[v], 4 * kLanes);
+      }
+    }
+    if constexpr (!kWeighted) divisor = static_cast<float>(end - begin);
+    Scale(bag.combiner, divisor, sum, dim);
+    Write(bag, b, sum);
+  }
+}
+
+// Runs the task if its rows are of a width that RunWhole takes.
+template <RowType T, bool kWeighted, typename Id>
+bool TryWhole(const Bag& bag, const Placed& placed, const Task& task, float* scratch) {
+  const int64_t dim = bag.table.dim;
+#define JAXEMBED_WHOLE(NV)                                            \
+  if (dim == NV * kLanes) {                                           \
+    RunWhole<T, NV, kWeighted, Id>(bag, placed, task, 1, scratch);    \
+    return true;                                                      \
+  }
+  JAXEMBED_WHOLE(1)
+  JAXEMBED_WHOLE(2)
+  JAXEMBED_WHOLE(4)
+  if constexpr (kWholeVectors > 8) JAXEMBED_WHOLE(8)
+#undef JAXEMBED_WHOLE
+  if (dim % (kWholeVectors * kLanes)) return false;
+  RunWhole<T, kWholeVectors, kWeighted, Id>(bag, placed, task, dim / (kWholeVectors * kLanes), scratch);
+  return true;
+}
+
 template <typename Id>
 bool AllValid(const Id* ids, int64_t begin, int64_t end, int64_t vocabulary) {
   using Unsigned = std::make_unsigned_t<Id>;
@@ -469,6 +571,8 @@ int64_t RunAs(const Bag& bag, const Placed& placed, const Task& task) {
   if (runner.plain) {  // each row fetches the one kAhead after it, so the first ones are left
     const int64_t first = task.end - task.begin < kAhead ? task.end : task.begin + kAhead;
     for (int64_t i = task.begin; i < first; ++i) Prefetch<T>(bag.table, runner.row_bytes, ids[i]);
+    const bool combined = bag.layout != Layout::kDense && !bag.sequence_length && !task.partial;
+    if (combined && TryWhole<T, kWeighted, Id>(bag, placed, task, scratch)) return 0;
   }
   runner.Run(task);
   return runner.bad;
