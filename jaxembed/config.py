@@ -81,6 +81,10 @@ class TableConfig:
     Raises:
       ValueError: if an argument is not of the form above.
 
+    Example:
+      >>> TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie").vocabulary_size
+      4
+
     References:
       `tf.tpu.experimental.embedding.TableConfig`.
     """

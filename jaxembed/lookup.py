@@ -61,6 +61,15 @@ def serving_embedding_lookup(
       ValueError: if inputs, weights or tables do not fit the configuration, or an id outside [0, V)
         that no rule prunes is found. Inside a trace such ids give zeros instead.
 
+    Example:
+      >>> import jaxembed as je
+      >>> movie = je.TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie")
+      >>> ids = je.RaggedTensor.from_lists([[0, 1], [], [3]])
+      >>> rows = jnp.arange(8.0).reshape(4, 2)
+      >>> features = {"watched": je.FeatureConfig(table=movie)}
+      >>> je.serving_embedding_lookup({"watched": ids}, None, {movie: rows}, features)["watched"].tolist()
+      [[2.0, 4.0], [0.0, 0.0], [6.0, 7.0]]
+
     References:
       `tf.tpu.experimental.embedding.serving_embedding_lookup`.
     """

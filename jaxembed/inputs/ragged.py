@@ -27,6 +27,10 @@ class RaggedTensor:
 
     References:
       `tf.RaggedTensor` with one ragged dimension.
+
+    Example:
+      >>> RaggedTensor.from_lists([[0, 1], [], [3]]).shape
+      (3, None)
     """
 
     values: Any
