@@ -19,7 +19,7 @@ def test_tutorial_runs(page, tmp_path):
         pytest.importorskip(module)
     program = "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
     assert program, f"{page} has no python blocks"
-    file = tmp_path / f"{page.stem}.py"
+    file = tmp_path / "tutorial.py"
     file.write_text(program)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
