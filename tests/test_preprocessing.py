@@ -205,7 +205,7 @@ def test_every_form_of_input(words):
         ("int64", [True], "row 0: the id must be an int64, got True"),
         ("int64", [[2**63]], "must be an int64, got 9223372036854775808"),
         ("int64", np.array([1, 2**63], np.uint64), "row 1: the id must be an int64, got 9223372036854775808"),
-        ("int64", np.array([1.0]), "the id must be an int64, got np.float64"),
+        ("int64", np.array([1.0]), r"the id must be an int64, got (np.float64\(1|1)"),
         ("string", [["a", 5]], "row 0, position 1: the id must be a string, got 5"),
         ("string", np.array([1]), "row 0: the id must be a string"),
         ("string", [["\ud800"]], "must be a string of whole characters"),
