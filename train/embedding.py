@@ -191,8 +191,8 @@ class ShardedEmbedding:
             ragged and sparse ones only outside of `jax.jit`.
           weights: as `shard_batch` returned them, or as of `serving_embedding_lookup`.
           count_bad_ids: also return how many ids of each feature were outside [0, V).
-          count_rounds: also return how many rounds of all_to_all the lookup took, int32 by stack: 0 where rows do
-            not travel so, more than 1 where the batch overflows the window of a round. Nothing is dropped then;
+          count_rounds: also return how many rounds of all_to_all the lookup took, int32 by stack whose rows
+            travel so: more than 1 where the batch overflows the window of a round. Nothing is dropped then;
             lookup and update take that many times as long.
 
         Returns:

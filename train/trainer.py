@@ -58,7 +58,7 @@ class Trainer:
         self.graphdef, params = nnx.split(model)
         self._initial_params = nnx.to_pure_dict(params)
         #: (state, batch) to the next state, which takes the memory of this one, and a dict of the "loss", the [B]
-        #: "logits", and the counts "bad_ids" and "rounds" of `ShardedEmbedding.lookup`.
+        #: "logits", and the "rounds" that `ShardedEmbedding.lookup` counts.
         self.step = jax.jit(self._step, donate_argnums=0)
         self.predict = jax.jit(self._predict)
         self.replicate = jax.jit(lambda arrays: arrays, out_shardings=embedding.replicated)
@@ -119,8 +119,8 @@ class Trainer:
         return Batch(features, weights, *rest)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        activations, bad_ids, rounds = self.embedding.lookup(
-            state.embedding, batch.features, batch.weights, count_bad_ids=True, count_rounds=True
+        activations, rounds = self.embedding.lookup(
+            state.embedding, batch.features, batch.weights, count_rounds=True
         )
 
         def loss_of(params, activations):
@@ -134,7 +134,7 @@ class Trainer:
         )
         updates, opt_state = self.optimizer.update(param_grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        found = {"loss": loss, "logits": logits, "bad_ids": bad_ids, "rounds": rounds}
+        found = {"loss": loss, "logits": logits, "rounds": rounds}
         return TrainState(embedding, params, opt_state), found
 
     def _predict(self, state: TrainState, batch: Batch) -> jax.Array:

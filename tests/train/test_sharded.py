@@ -210,14 +210,13 @@ def test_extra_rounds_of_all_to_all_are_counted():
     def rounds(ids):
         bags = RaggedTensor.from_row_lengths(ids, np.full(16, 32))
         _, counts = embedding.lookup(embedding.init(jax.random.key(0)), {"t": bags}, count_rounds=True)
-        (count,) = counts.values()
-        return int(count)
+        return [int(count) for count in counts.values()]
 
-    assert rounds(ids) == 1
+    assert rounds(ids) == [1]
     # Each shard asks one owner for 64 rows, and has room for 24 a round; a round ends where the first is full.
-    assert 3 <= rounds(ids * 8) <= 8
+    assert 3 <= rounds(ids * 8)[0] <= 8
     embedding = ShardedEmbedding({"t": FeatureConfig(table)}, SGD(1.0), mesh(), exchange="all_gather")
-    assert rounds(ids) == 0
+    assert rounds(ids) == []
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

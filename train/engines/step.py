@@ -122,7 +122,9 @@ class StepProgram:
             sums, rounds = {}, {}
             for name, engine in engines.items():
                 table = self.stacks[name].rows_of(tables[name])
-                sums[name], rounds[name] = engine.look_up(table, *_local(name, entries, weights))
+                sums[name], count = engine.look_up(table, *_local(name, entries, weights))
+                if isinstance(engine, xla.XlaEngine) and xla.is_routed(engine.exchange):
+                    rounds[name] = count
             return split_features(layout, sums), rounds
 
         def backward_tables(weights, entries, gradients):

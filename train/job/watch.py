@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxembed import structure
-
 from ..data import Batch
+from ..engines.batch import FeatureLayout
 from ..metrics import StreamingMetrics
 from ..trainer import Trainer, TrainState
 
@@ -51,9 +50,9 @@ class Watch:
         Raises:
           TrainingDiverged: if the loss of a step before is not finite.
         """
-        counts = metrics["bad_ids"], metrics["rounds"]
-        values = gather(self._trainer, (metrics["logits"], batch.labels, batch.mask, *counts))
-        self._pending.append((step, metrics["loss"], values))
+        arrays = (metrics["logits"], batch.labels, batch.mask, batch.features.bad_ids, metrics["rounds"])
+        values = gather(self._trainer, arrays)
+        self._pending.append((step, metrics["loss"], values, batch.features.layout.features))
         while len(self._pending) > _BEHIND:
             self._read()
 
@@ -85,7 +84,7 @@ class Watch:
         return news
 
     def _read(self) -> None:
-        step, loss, values = self._pending.popleft()
+        step, loss, values, features = self._pending.popleft()
         loss = float(loss)
         if not np.isfinite(loss):
             raise self._diverged(step, f"the loss ({loss})")
@@ -94,15 +93,14 @@ class Watch:
             raise self._diverged(step, "a logit")
         self._losses.append(loss)
         self._metrics.update(labels, logits, mask)
-        self._count(step, *values[3:])
+        self._count(step, features, *values[3:])
 
-    def _count(self, step: int, bad_ids: Any, rounds: dict[str, Any]) -> None:
-        features = structure.flatten(self._trainer.embedding.feature_config)
-        for (path, feature), (_, count) in zip(features, structure.flatten(bad_ids), strict=True):
+    def _count(self, step: int, features: tuple[FeatureLayout, ...], bad_ids: Any, rounds: Any) -> None:
+        for layout, count in zip(features, np.asarray(bad_ids).sum(0), strict=True):
             if not int(count):
                 continue
             self._bad_ids += int(count)
-            name, size = structure.join(path), feature.table.vocabulary_size
+            name, size = layout.path, layout.feature.table.vocabulary_size
             self._say_once(
                 f"feature {name}",
                 f"step {step:,}: {int(count):,} ids of feature {name!r} are outside [0, {size:,}): they give zeros and "
