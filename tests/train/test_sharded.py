@@ -8,6 +8,7 @@ import pytest
 from jaxembed import FeatureConfig, RaggedTensor, SparseTensor, TableConfig, serving_embedding_lookup
 from jaxembed.initializers import RandomUniform
 from jaxembed.optimizers import SGD, Adagrad
+from jaxembed.train import Checkpointer
 from jaxembed.train.embedding import ShardedEmbedding
 
 EXCHANGES = ("all_gather", "all_to_all")
@@ -150,6 +151,29 @@ def test_canonical_states_carry_over_to_another_mesh():
         jax.tree.map(np.asarray, target.lookup(moved, inputs, weights)),
         jax.tree.map(np.asarray, source.lookup(state, inputs, weights)),
     )
+
+
+@pytest.mark.parametrize("axis", ["y", ("y", "x")])
+def test_axes_of_the_mesh_in_any_order(tmp_path, axis):
+    grid = jax.make_mesh((2, 4), ("x", "y"))
+    config = {
+        "odd": FeatureConfig(TableConfig(101, 8, name="odd")),
+        "even": FeatureConfig(TableConfig(64, 4, name="even")),
+    }
+    ours = ShardedEmbedding(config, Adagrad(0.1), grid, axis=axis)
+    plain = ShardedEmbedding(config, Adagrad(0.1), mesh(1))
+    state, expected = ours.init(jax.random.key(0)), plain.embedding_tables(plain.init(jax.random.key(0)))
+    tables = ours.embedding_tables(state)
+    jax.tree.map(np.testing.assert_array_equal, tables, expected)
+    # Arrays of the mesh's own go into one program with them.
+    other = jax.device_put(np.ones(8, np.float32), ours.replicated)
+    assert jax.jit(lambda tables, x: tables[config["odd"].table][0] @ x)(tables, other).shape == ()
+    with Checkpointer(tmp_path, ours) as checkpointer:
+        checkpointer.save(state)
+        restored = checkpointer.restore().state
+    back = ours.from_canonical(*ours.to_canonical(state))
+    for same in (restored, back):
+        jax.tree.map(np.testing.assert_array_equal, ours.to_canonical(same), ours.to_canonical(state))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

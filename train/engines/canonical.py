@@ -1,7 +1,7 @@
 """Between the stacks of one mesh and canonical tables [V, D], which know nothing of meshes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,19 +33,42 @@ class CanonicalTables:
         shardings: Any,
     ):
         self._stacks, self._mesh, self._axes = stacks, mesh, axes
+        others = tuple(axis for axis in mesh.axis_names if axis not in axes)
+        order = [mesh.axis_names.index(axis) for axis in (*axes, *others)]
+        # A jitted program takes devices in one order only: there it is that of the shards, to callers the mesh's.
+        self._is_reordered = order != sorted(order)
+        self._inner_mesh = Mesh(mesh.devices.transpose(order), (*axes, *others))
+        self._stack_shardings = shardings
+        inner = jax.tree.map(lambda s: NamedSharding(self._inner_mesh, s.spec), shardings)
+        self._inner_stack_shardings = inner if self._is_reordered else shardings
         places = {p.table.name: (stack, p) for stack in stacks.values() for p in stack.placements}
         self._places = {name: places[name] for name in names}
-        out = jax.tree.map(lambda leaf: leaf.sharding, self.abstract())
-        self.from_stacks = jax.jit(self._from_stacks, out_shardings=out)
-        self._to_stacks_jit = jax.jit(self._to_stacks, out_shardings=shardings)
+        self._inner_shardings = _shardings(self._abstract(self._inner_sharding))
+        self._from_stacks_jit = jax.jit(self._from_stacks, out_shardings=self._inner_shardings)
+        self._to_stacks_jit = jax.jit(self._to_stacks, out_shardings=self._inner_stack_shardings)
 
     def abstract(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Shapes, types and shardings of tables and slots."""
+        return self._abstract(self._mesh_sharding if self._is_reordered else self._inner_sharding)
 
+    def _inner_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        return canonical_sharding(self._inner_mesh, self._axes, shape)
+
+    def _mesh_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Over whole axes of the mesh, in its own order of devices."""
+        rows, columns, num_rows, num_columns = [], [], 1, 1
+        for axis in self._axes:
+            size = self._mesh.shape[axis]
+            if not columns and shape[0] % (num_rows * size) == 0:
+                rows, num_rows = [*rows, axis], num_rows * size
+            elif len(shape) > 1 and shape[1] % (num_columns * size) == 0:
+                columns, num_columns = [*columns, axis], num_columns * size
+        spec = (tuple(rows) or None, tuple(columns) or None)
+        return NamedSharding(self._mesh, PartitionSpec(*spec[: len(shape)]))
+
+    def _abstract(self, sharding_of: Callable[[tuple[int, ...]], NamedSharding]) -> Any:
         def leaf(shape, dtype):
-            return jax.ShapeDtypeStruct(
-                shape, dtype, sharding=canonical_sharding(self._mesh, self._axes, shape)
-            )
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(shape))
 
         tables, slots = {}, {}
         for name, (stack, p) in self._places.items():
@@ -57,6 +80,13 @@ class CanonicalTables:
                 for slot in stack.optimizer.slot_names
             }
         return tables, slots
+
+    def from_stacks(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
+        """Tables and slots by table, from those by stack."""
+        if not self._is_reordered:
+            return self._from_stacks_jit(tables, slots)
+        inner = jax.device_put((tables, slots), self._inner_stack_shardings)
+        return jax.device_put(self._from_stacks_jit(*inner), _shardings(self.abstract()))
 
     def to_stacks(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
         """Tables and slots by stack.
@@ -75,7 +105,10 @@ class CanonicalTables:
             }
             for name, expected in expected_slots.items()
         }
-        return self._to_stacks_jit(tables, slots)
+        if not self._is_reordered:
+            return self._to_stacks_jit(tables, slots)
+        inner = jax.device_put((tables, slots), self._inner_shardings)
+        return jax.device_put(self._to_stacks_jit(*inner), self._stack_shardings)
 
     def _from_stacks(self, tables, slots):
         by_table, slots_by_table = {}, {}
@@ -112,6 +145,10 @@ class CanonicalTables:
         return by_stack, slots_by_stack
 
 
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
 def _fit(what: str, array: Any, leaf: jax.ShapeDtypeStruct) -> Any:
     shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
     if shape != leaf.shape or dtype != leaf.dtype:
@@ -125,13 +162,16 @@ def canonical_sharding(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]
 
     JAX shards only dimensions that the number of shards divides. Give large tables a vocabulary_size that
     is a multiple of the number of devices: each then holds whole rows of its own.
+
+    Args:
+      mesh: whose first axes are `axes`.
+      axes: over which the tables are sharded.
+      shape: of the array.
     """
     n = math.prod(mesh.shape[axis] for axis in axes)
     rows = math.gcd(shape[0], n)
     columns = math.gcd(shape[1], n // rows) if len(shape) > 1 else 1
-    others = tuple(axis for axis in mesh.axis_names if axis not in axes)
-    devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in (*axes, *others)])
-    split = Mesh(devices.reshape(rows, columns, -1), ("rows", "columns", "copies"))
+    split = Mesh(mesh.devices.reshape(rows, columns, -1), ("rows", "columns", "copies"))
     spec = ("rows" if rows > 1 else None, "columns" if columns > 1 else None)
     # Slots may have one number a row.
     return NamedSharding(split, PartitionSpec(*spec[: len(shape)]))
