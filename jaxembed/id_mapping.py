@@ -150,6 +150,14 @@ class VocabularyFile:
             )
         return content
 
+    def tokens(self) -> list[Any]:
+        """The ids of the file, by line: bytes, or ints.
+
+        Raises:
+          ValueError: as `read`, or if it is not of the form above.
+        """
+        return _parse(self.read(), self.file, self.dtype)
+
     def load(self) -> None:
         """Reads the file now, rather than when the first id is looked up.
 
@@ -173,7 +181,7 @@ class VocabularyFile:
 
     @functools.cached_property
     def _index(self) -> Any:
-        tokens = _parse(self.read(), self.file, self.dtype)
+        tokens = self.tokens()
         if len(tokens) != self.size:
             raise ValueError(f"vocabulary file {self.file} has {len(tokens)} ids, recorded were {self.size}.")
         if self.dtype == "string":

@@ -1,20 +1,28 @@
-"""A SavedModel that looks features up for TensorFlow Serving: ragged ids in, activations out.
+"""A SavedModel that looks features up for TensorFlow Serving: ragged or sparse ids in, activations out.
 
-The signature "serving_default" takes, for each feature, its ids [N] under the feature's name and int64 row
-splits [B + 1] under `NAME_row_splits`, and gives its activations by the same name. `lookup`, for callers in
-Python, takes a dict of RaggedTensors instead. With a model of dense inputs these are inputs of their names, and its
-outputs are those of the signature. The tables and the model's parameters are variables, once on disk, and the lookup is the
-StableHLO of `serving_embedding_lookup` in plain JAX.
+Each feature has the inputs of its name in the signatures that it fits:
+
+| signature | inputs of a feature NAME |
+|---|---|
+| "serving_default" | ids [N] NAME, int64 row splits [B + 1] NAME_row_splits |
+| "weighted" | those, and float32 [N] NAME_weights where the feature takes weights |
+| "sparse" | ids [N] NAME, int64 [N, 2] NAME_indices, int64 [2] NAME_dense_shape |
+| "sparse_weighted" | those, and float32 [N] NAME_weights where the feature takes weights |
+
+Ids are int64 rows, or what the feature's preprocessing maps to rows, which the SavedModel does itself. Outputs are named as
+the features. `lookup`, for callers in Python, takes a dict of RaggedTensors instead. With a model of dense inputs these
+are inputs of their names, and its outputs are those of the signature. The tables and the model's parameters are variables,
+once on disk, and the lookup is the StableHLO of `serving_embedding_lookup` in plain JAX, exported by orbax-export.
 
 References:
-  `tf.saved_model.save`; jax2tf's native serialization (XlaCallModule).
+  `orbax.export.ExportManager`, `orbax.export.JaxModule`; `tf.saved_model.save`.
 """
 
 import os
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,19 +30,20 @@ import numpy as np
 
 from jaxembed import structure
 from jaxembed.backends import use_backend
-from jaxembed.combiners import CustomCombiner
-from jaxembed.convert.arrays import refuse_types
+from jaxembed.convert.arrays import mapped_rows, refuse_types
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Stream, path_of
 from jaxembed.convert.publishing import published
-from jaxembed.features import feature_tables, flat_features, table_of
-from jaxembed.inputs import RaggedTensor
+from jaxembed.convert.saved_model_inputs import SPLITS, Inputs, feature_names, kinds_of, plain
+from jaxembed.features import feature_tables, table_of
 from jaxembed.lookup import serving_embedding_lookup
+from jaxembed.quantization import simulate_on_host
 
 SLOTS = False
 SIDECAR = False
-SIGNATURE = "serving_default"
-SPLITS = "row_splits"
+COMBINER_WEIGHTS = True
+#: The programs run on any of these.
+PLATFORMS = ("cpu", "tpu", "cuda")
 
 
 def matches(path: pathlib.Path) -> bool:
@@ -44,14 +53,24 @@ def matches(path: pathlib.Path) -> bool:
 
 
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
-    """Writes one; TensorFlow keeps variables in memory until they are saved, so all tables have to fit there."""
-    needed("tensorflow", "saved-model")
+    """Writes one; tables with a quantization_config as training looked them up. TensorFlow saves them from mapped files."""
     refuse_types(contents, "a SavedModel for TensorFlow Serving", ("bfloat16", "float16"))
-    names = _names(contents.feature_config)
-    _save(out, contents.feature_config, names, {s.table: _whole(s) for s in contents.tables}, None, None, {})
-    return [
+    config = contents.feature_config
+    names, configs = feature_names(config), feature_tables(config)
+    tables = {}
+    for i, stream in enumerate(contents.tables):
+        quantization = configs[stream.table].quantization_config
+        tables[stream.table] = mapped_rows(out.parent / f"rows-{i}", stream, _as_trained(stream, quantization))
+    _save(out, config, tables, contents.combiner_weights, None, None, {})
+    notes = [
+        f"table {name!r} as training looked it up, quantized to {table.quantization_config.num_buckets} buckets"
+        for name, table in configs.items()
+        if table.quantization_config is not None
+    ]
+    notes += [
         f"feature {path!r} -> inputs {name}, {name}_{SPLITS}; output {name}" for path, name in names.items()
     ]
+    return [*notes, f"signatures: {', '.join(kind.signature for kind in kinds_of(config))}"]
 
 
 def export_saved_model(
@@ -59,6 +78,7 @@ def export_saved_model(
     feature_config: Any,
     tables: Mapping[str, Any],
     *,
+    combiner_weights: Mapping[str, Any] | None = None,
     model: Callable[[Any, Any, dict[str, Any]], Any] | None = None,
     params: Any = None,
     dense: Mapping[str, tuple[int, ...]] | None = None,
@@ -69,6 +89,7 @@ def export_saved_model(
       out: a new folder; TensorFlow Serving wants it named by a number.
       feature_config: the feature configuration.
       tables: by name, [V, D] float32.
+      combiner_weights: by table name, the [num_weights] weights of its CustomCombiner.
       model: `model(params, activations, dense)` returns a pytree of arrays with leading dimension B; an output is
         named by its path, or "output" where it is the only one. None gives the activations.
       params: a pytree of arrays.
@@ -80,12 +101,10 @@ def export_saved_model(
     Raises:
       ValueError: if `out` is there, a table does not fit, or a feature or name has no place in a SavedModel.
     """
-    needed("tensorflow", "saved-model")
-    place = path_of(out)
+    place, dense = path_of(out), dict(dense or {})
     if os.path.lexists(place):
         raise ValueError(f"{place} exists; pass another path or remove it.")
-    names, dense = _names(feature_config), dict(dense or {})
-    taken = {*names.values(), *(f"{name}_{SPLITS}" for name in names.values())}
+    taken = {name for kind in kinds_of(feature_config) for name in Inputs(feature_config, kind, {}).names}
     for name in dense:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in taken:
             raise ValueError(f"a dense input cannot be named {name!r} in a signature; rename it.")
@@ -97,119 +116,91 @@ def export_saved_model(
         if arrays[name].dtype != np.float32:
             raise ValueError(f"table {name!r} must be float32 in a SavedModel, got {arrays[name].dtype.name}.")
     with published(place) as scratch:
-        _save(scratch, feature_config, names, arrays, model, params, dense)
+        _save(scratch, feature_config, arrays, combiner_weights or {}, model, params, dense)
     return place
 
 
 def _save(
     out: pathlib.Path,
     feature_config: Any,
-    names: Mapping[str, str],
     tables: Mapping[str, np.ndarray],
+    combiner_weights: Mapping[str, Any],
     model: Callable[..., Any] | None,
     params: Any,
     dense: Mapping[str, tuple[int, ...]],
 ) -> None:
     tf: Any = needed("tensorflow", "saved-model")
-    leaves, treedef = jax.tree.flatten(params)
-    module = tf.Module()
-    with tf.device("/cpu:0"):
-        module.tables = [tf.Variable(rows, trainable=False, name=_plain(name)) for name, rows in tables.items()]
-        module.params = [tf.Variable(np.asarray(leaf), trainable=False) for leaf in leaves]
-
-    def function(rows: Any, params: Any, ids: Any, splits: Any, dense: Any) -> Any:
-        inputs = {p: RaggedTensor(i, s) for p, i, s in zip(names, ids, splits, strict=True)}
-        packed = structure.map_leaves(lambda path, _: inputs[structure.join(path)], feature_config)
-        with use_backend("xla"):
-            found = serving_embedding_lookup(packed, None, dict(zip(tables, rows, strict=True)), feature_config)
-        if model is not None:
-            return model(jax.tree.unflatten(treedef, params), found, dense)
-        return {names[structure.join(path)]: leaf for path, leaf in structure.flatten(found)}
-
-    from jax.experimental import jax2tf
-
-    converted = jax2tf.convert(
-        function,
-        polymorphic_shapes=[
-            None,
-            None,
-            [f"(n{i},)" for i in range(len(names))],
-            ["(b + 1,)"] * len(names),
-            {name: "(b, ...)" for name in dense},
-        ],
-        with_gradient=False,
-        native_serialization_platforms=("cpu", "tpu", "cuda"),
-    )
-    _add_signatures(tf, module, converted, feature_config, names, dense)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tf.saved_model.save(module, str(out), signatures={SIGNATURE: module.serve})
-
-
-def _names(feature_config: Any) -> dict[str, str]:
-    """By path of a feature its name in the signature."""
-    names: dict[str, str] = {}
-    for path, feature in flat_features(feature_config).items():
-        if feature.preprocessing is not None:
-            raise ValueError(f"feature {path!r} has preprocessing, which a SavedModel has no place for.")
-        if isinstance(feature.table.combiner, CustomCombiner):
-            raise ValueError(f"feature {path!r} has a CustomCombiner, which a SavedModel has no place for.")
-        name = _plain(path) or "ids"
-        if name in names.values() or any(f"{other}_{SPLITS}" == name for other in names.values()):
-            raise ValueError(f"feature {path!r} has the name of another in a signature, {name!r}; rename one.")
-        names[path] = name
-    return names
-
-
-def _whole(stream: Stream) -> np.ndarray:
-    rows = np.empty(stream.shape, stream.dtype)
-    for start, block in stream.blocks():
-        rows[start : start + block.shape[0]] = block
-    return rows
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]", "_", name)
-
-
-def _add_signatures(
-    tf: Any,
-    module: Any,
-    function: Callable[..., Any],
-    feature_config: Any,
-    names: Mapping[str, str],
-    dense: Mapping[str, tuple[int, ...]],
-) -> None:
-    sizes = [feature.table.vocabulary_size for feature in flat_features(feature_config).values()]
-
-    def run(ids: Sequence[Any], splits: Sequence[Any], others: dict[str, Any]) -> dict[str, Any]:
-        checks = [
-            tf.debugging.Assert(
-                tf.reduce_all((values >= 0) & (values < size)),
-                [f"feature {path!r} has an id outside of [0, {size})", values],
-            )
-            for path, values, size in zip(names, ids, sizes, strict=True)
-        ]
-        with tf.control_dependencies(checks):
-            narrow = [[tf.saturate_cast(x, tf.int32) for x in parts] for parts in (ids, splits)]
-        outputs = function(list(module.tables), list(module.params), *narrow, others)
-        leaves, _ = jax.tree.flatten_with_path(outputs)
-        return {
-            _plain(jax.tree_util.keystr(path, simple=True, separator="_")) or "output": x for path, x in leaves
+        export: Any = needed("orbax.export", "saved-model")
+        leaves, treedef = jax.tree.flatten(params)
+        variables = {
+            "tables": [_tensor(tf, rows) for rows in tables.values()],
+            "combiners": [np.asarray(value, np.float32) for value in combiner_weights.values()],
+            "model": [np.asarray(leaf) for leaf in leaves],
         }
+        inputs = {kind.signature: Inputs(feature_config, kind, dense) for kind in kinds_of(feature_config)}
+        names = feature_names(feature_config)
 
-    def serve(**inputs: Any) -> dict[str, Any]:
-        parts = [[inputs[f"{name}{end}"] for name in names.values()] for end in ("", f"_{SPLITS}")]
-        return run(*parts, {name: inputs[name] for name in dense})
+        def function(kind: Inputs) -> Callable[[Any, Any], dict[str, Any]]:
+            def run(values: Any, arrays: Any) -> dict[str, Any]:
+                found = serving_embedding_lookup(
+                    *kind.lookup_inputs(arrays),
+                    dict(zip(tables, values["tables"], strict=True)),
+                    feature_config,
+                    combiner_weights=dict(zip(combiner_weights, values["combiners"], strict=True)),
+                )
+                if model is None:
+                    return {names[structure.join(path)]: leaf for path, leaf in structure.flatten(found)}
+                return _named(model(jax.tree.unflatten(treedef, values["model"]), found, arrays["dense"]))
 
-    def lookup(inputs: Mapping[str, Any]) -> dict[str, Any]:
-        ragged = [inputs[name] for name in names.values()]
-        others = {name: inputs[name] for name in dense}
-        return run([r.values for r in ragged], [r.row_splits for r in ragged], others)
+            return run
 
-    floats = {name: tf.TensorSpec([None, *shape], tf.float32, name) for name, shape in dense.items()}
-    flat = {name: tf.TensorSpec([None], tf.int64, name) for name in names.values()}
-    flat |= {f"{name}_{SPLITS}": tf.TensorSpec([None], tf.int64, f"{name}_{SPLITS}") for name in names.values()}
-    module.serve = tf.function(serve, autograph=False).get_concrete_function(**flat, **floats)
-    ragged = {name: tf.RaggedTensorSpec([None, None], tf.int64, 1, tf.int64) for name in names.values()}
-    module.lookup = tf.function(lookup, input_signature=[{**ragged, **floats}], autograph=False)
+        with use_backend("xla"), tf.device("/cpu:0"):
+            module = export.JaxModule(
+                variables,
+                {name: function(kind) for name, kind in inputs.items()},
+                input_polymorphic_shape={name: kind.polymorphic_shapes() for name, kind in inputs.items()},
+                jax2tf_kwargs={name: {"native_serialization_platforms": PLATFORMS} for name in inputs},
+                jit_compile=False,
+            )
+            manager = export.ExportManager(
+                module,
+                [
+                    export.ServingConfig(
+                        name,
+                        input_signature=[kind.signature(tf)],
+                        tf_preprocessor=kind.preprocessor(tf),
+                        extra_trackable_resources=kind.resources(tf, out.parent),
+                        method_key=name,
+                    )
+                    for name, kind in inputs.items()
+                ],
+            )
+            ragged = next(iter(inputs.values()))
+            manager.tf_module.lookup = tf.function(
+                lambda found: module.methods[ragged.kind.signature](
+                    ragged.preprocessor(tf)(ragged.flat(found))
+                ),
+                input_signature=[ragged.ragged_signature(tf)],
+                autograph=False,
+            )
+            manager.save(str(out))
+
+
+def _tensor(tf: Any, rows: np.ndarray) -> Any:
+    """A tensor of these very bytes, where numpy lends them: a variable then takes no memory of its own."""
+    if not rows.flags.writeable or not rows.flags.c_contiguous or rows.ctypes.data % 64:
+        return tf.convert_to_tensor(rows)
+    return tf.experimental.dlpack.from_dlpack(np.asarray(rows).__dlpack__())
+
+
+def _as_trained(stream: Stream, quantization: Any) -> Iterator[tuple[int, np.ndarray]]:
+    for start, rows in stream.blocks():
+        yield start, rows if quantization is None else simulate_on_host(rows, quantization)
+
+
+def _named(outputs: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree.flatten_with_path(outputs)
+    keystr = jax.tree_util.keystr
+    return {plain(keystr(path, simple=True, separator="_")) or "output": leaf for path, leaf in leaves}

@@ -19,6 +19,7 @@ import numpy as np
 from jaxembed.checkpoint.files import open_regular, refuse_pointer, write_file
 from jaxembed.checkpoint.safetensors_file import header_of, map_file
 from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.convert.arrays import mapped_rows
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import key_for, place_arrays
@@ -95,11 +96,8 @@ def _save(out: pathlib.Path, names: Mapping[str, Stream]) -> None:
     for i, (name, stream) in enumerate(names.items()):
         # torch.save takes whole tensors: these are mapped files, so that they need no memory.
         is_bfloat16 = stream.dtype == ml_dtypes.bfloat16
-        dtype = np.dtype(np.int16) if is_bfloat16 else stream.dtype
-        mapped = np.memmap(out.parent / f"rows-{i}", dtype, "w+", shape=stream.shape)
-        for start, rows in stream.blocks():
-            mapped[start : start + rows.shape[0]] = rows.view(dtype)
-        tensor = torch.from_numpy(mapped)
+        dtype = np.dtype(np.int16) if is_bfloat16 else None
+        tensor = torch.from_numpy(mapped_rows(out.parent / f"rows-{i}", stream, stream.blocks(), dtype))
         state[name] = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
     torch.save(state, out)
 

@@ -5,6 +5,7 @@ import operator
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 
 from jaxembed.inputs.ids import is_host, narrow_ids
@@ -21,7 +22,7 @@ class SparseTensor:
     Args:
       indices: [nnz, rank] int32 or int64 coordinates.
       values: [nnz] ids (int32 or int64) or weights (floating point).
-      dense_shape: `rank` ints, rank at least 2; the first is B.
+      dense_shape: `rank` ints, rank at least 2; the first is B. Under `jax.export` they may be symbolic.
 
     Raises:
       ValueError: if shapes, types or (for host arrays) coordinates are not of the form above.
@@ -49,7 +50,7 @@ class SparseTensor:
                     value = value.astype(np.int32)
                 object.__setattr__(self, field, value)
         try:
-            shape = tuple(operator.index(n) for n in self.dense_shape)
+            shape = tuple(n if _is_symbolic(n) else operator.index(n) for n in self.dense_shape)
         except TypeError:
             raise ValueError(
                 f"SparseTensor: dense_shape must be ints, got {self.dense_shape!r}; "
@@ -145,3 +146,7 @@ def check_indices(indices: np.ndarray, dense_shape: tuple[int, ...], what: str =
             f"{what}: entry {at} lies at {indices[at].tolist()}, outside of dense_shape {list(dense_shape)}; "
             f"only padding may, at row {dense_shape[0]}."
         )
+
+
+def _is_symbolic(n: Any) -> bool:
+    return not isinstance(n, int | np.integer) and jax.export.is_symbolic_dim(n)

@@ -132,7 +132,7 @@ def test_mutated_bundles(bundles, tmp_path, count):
 
 # Orbax's futures of reads that failed come back to event loops that are closed by then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("count", [15, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [15, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutated_checkpoints(config, checkpoint, tmp_path, count):
     """The same of one step of a training checkpoint, tables, slots and model."""
     copy = shutil.copytree(checkpoint / "2", tmp_path / "2")
