@@ -32,10 +32,16 @@ class Supervisor:
       config: of the server.
 
     Raises:
+      ValueError: if there is no folder of bundles.
       OSError: if a port is taken.
     """
 
     def __init__(self, config: ServerConfig):
+        if not config.directory.is_dir():
+            raise ValueError(
+                f"there is no folder at {config.directory}; name the one that `jaxembed convert --to serving` fills "
+                "with versions, or make it, and versions may come later."
+            )
         self._own_state = config.state is None
         state = pathlib.Path(config.state or tempfile.mkdtemp(prefix="jaxembed-"))
         self._config = replace(config, state=str(state))
@@ -45,9 +51,13 @@ class Supervisor:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         self._listener = socket.socket(family)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.bind((config.host, config.http_port))
+        _bind(self._listener, "--http-port", config.host, config.http_port)
         self._listener.listen(_BACKLOG)
-        self._grpc_holder, self.grpc_port = _reserve(config, family)
+        try:
+            self._grpc_holder, self.grpc_port = _reserve(config, family)
+        except OSError:
+            self._listener.close()
+            raise
         self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
         self._failures = 0
         self._stop = threading.Event()
@@ -139,7 +149,19 @@ def _reserve(config: ServerConfig, family: socket.AddressFamily) -> tuple[socket
     """A port that gRPC of all workers can share; the socket is bound, but never listens."""
     if config.grpc_port is None:
         return None, None
+    # Another server would share the port as the workers do, and answer some of the requests.
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _bind(probe, "--grpc-port", config.host, config.grpc_port)
     holder = socket.socket(family)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    holder.bind((config.host, config.grpc_port))
+    _bind(holder, "--grpc-port", config.host, config.grpc_port)
     return holder, holder.getsockname()[1]
+
+
+def _bind(bound: socket.socket, flag: str, host: str, port: int) -> None:
+    try:
+        bound.bind((host, port))
+    except OSError as e:
+        bound.close()
+        raise OSError(f"cannot listen at {host} port {port}: {e.strerror}; pass another {flag}.") from e
