@@ -25,7 +25,7 @@ def backend() -> str:
       ValueError: if JAXEMBED_BACKEND is none of "auto", "native", "xla".
       RuntimeError: if "native" is asked for where the kernel is not available.
     """
-    wanted = _override.get() or os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    wanted = _wanted()
     if wanted not in BACKENDS:
         raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {BACKENDS}, got {wanted!r}.")
     if wanted == "xla":
@@ -48,12 +48,23 @@ def backend() -> str:
     return "xla"
 
 
+def lookup_path() -> str:
+    """What a lookup is traced as: "xla", "native", or "auto", which is the kernel except in exported programs.
+
+    Raises:
+      ValueError: as `backend`.
+      RuntimeError: as `backend`.
+    """
+    return "auto" if backend() == "native" and _wanted() == "auto" else backend()
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Chooses the path of the lookups that are traced within: "auto", "native" or "xla".
 
-    A function that `jax.jit` has traced keeps the path it was traced with. Use "xla" to export
-    (`jax.export`) a program without custom calls.
+    A function that `jax.jit` has traced keeps the path it was traced with. Programs of `jax.export` are plain
+    JAX under "auto"; under "native" they call the kernel, which the process that runs them must have, and
+    `jax.export.export` must be told so with `DisabledSafetyCheck.custom_call("jaxembed_embedding_bags")`.
 
     Raises:
       ValueError: if `name` is none of these.
@@ -65,3 +76,7 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _override.reset(token)
+
+
+def _wanted() -> str:
+    return _override.get() or os.environ.get(ENVIRONMENT_VARIABLE, "auto")

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jaxembed import bag_native, bag_xla
-from jaxembed.backends import backend
+from jaxembed.backends import lookup_path
 from jaxembed.inputs.ids import signed_ids
 
 Layout = Literal["dense", "ragged", "sparse"]
@@ -78,26 +78,17 @@ def embedding_bags(
     Args:
       bags: F static halves.
       operands: their F dynamic halves.
-      path: "native" or "xla"; default: `jaxembed.backend()`.
+      path: of `jaxembed.backends.lookup_path`, which is the default.
 
     Returns:
       F arrays ([B, D]; [B, L, D] for sequences; [N, D] for the dense layout) in their tables' types, and
       the int32 [F] counts of bad ids.
     """
     bags, operands = tuple(bags), tuple(_signed(op) for op in operands)
-
-    def portable(operands):
-        outputs = [bag_xla.embedding_bag(bag, op) for bag, op in zip(bags, operands, strict=True)]
-        counts = [bad_ids for _, bad_ids in outputs]
-        return [out for out, _ in outputs], jax.numpy.stack(counts) if counts else jax.numpy.zeros(0, "int32")
-
-    if (path or backend()) == "xla" or not bag_native.supports(bags, operands):
-        return portable(operands)
-
-    def native(operands):
-        return bag_native.embedding_bags(bags, operands)
-
-    return jax.lax.platform_dependent(operands, cpu=native, default=portable)
+    path = path or lookup_path()
+    if path == "xla" or not bag_native.supports(bags, operands):
+        return bag_xla.embedding_bags(bags, operands)
+    return bag_native.embedding_bags(bags, operands, in_exports=path == "native")
 
 
 def row_gradients(bag: Bag, operands: BagOperands, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:

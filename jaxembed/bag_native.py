@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from jaxembed import bag_xla
 from jaxembed.quantized_table import QuantizedTable
@@ -78,10 +81,17 @@ def _row_type(table: Any) -> int | None:
 
 
 def embedding_bags(
-    bags: Sequence["Bag"], operands: Sequence["BagOperands"]
+    bags: Sequence["Bag"], operands: Sequence["BagOperands"], *, in_exports: bool = False
 ) -> tuple[list[jax.Array], jax.Array]:
-    """As `jaxembed.bag.embedding_bags`, with the kernel."""
-    return _call(tuple(bags), [_canonical(op) for op in operands])
+    """As `jaxembed.bag.embedding_bags`, on CPU with the kernel, elsewhere in plain JAX.
+
+    Args:
+      bags: static halves.
+      operands: dynamic halves.
+      in_exports: whether programs of `jax.export` call the kernel, too. Else they are plain JAX, and run in
+        processes that do not have it.
+    """
+    return _call(tuple(bags), in_exports, [_canonical(op) for op in operands])
 
 
 def _canonical(op: "BagOperands") -> "BagOperands":
@@ -90,22 +100,38 @@ def _canonical(op: "BagOperands") -> "BagOperands":
     return op
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _call(bags, operands):
-    flat, meta, results = [], [], []
-    seen: dict[int, int] = {}
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _call(bags, in_exports, operands):
+    leaves, tree = jax.tree.flatten([_used(bag, op) for bag, op in zip(bags, operands, strict=True)])
+    # Features may share arrays, which the kernel takes once.
+    distinct = {id(leaf): leaf for leaf in leaves}
+    places = {key: place for place, key in enumerate(distinct)}
+    *outputs, counts = _LOOKUP.bind(
+        *distinct.values(),
+        bags=bags,
+        tree=tree,
+        places=tuple(places[id(leaf)] for leaf in leaves),
+        in_exports=in_exports,
+    )
+    return outputs, counts
 
-    def index(array) -> int:
-        if array is None:
-            return -1
-        if id(array) not in seen:
-            seen[id(array)] = len(flat)
-            flat.append(array)
-        return seen[id(array)]
 
+def _used(bag: "Bag", op: "BagOperands") -> "BagOperands":
+    if bag.sequence_length or bag.layout == "dense":
+        op = op._replace(weights=None)
+    return op if bag.sequence_length else op._replace(columns=None)
+
+
+def _operands(arrays, tree, places) -> list["BagOperands"]:
+    return jax.tree.unflatten(tree, [arrays[place] for place in places])
+
+
+def _kernel(*arrays, bags, tree, places, in_exports):
+    del in_exports
+    operands = _operands(arrays, tree, places)
+    index = {id(array): place for place, array in enumerate(arrays)}
+    meta = []
     for bag, op in zip(bags, operands, strict=True):
-        row_type, dim = _row_type(op.table), op.table.shape[1]
-        weights = None if bag.sequence_length or bag.layout == "dense" else op.weights
         meta += [
             _LAYOUTS[bag.layout],
             _COMBINERS[bag.combiner],
@@ -113,21 +139,81 @@ def _call(bags, operands):
             bag.prune_weights,
             bag.num_bags,
             bag.sequence_length,
-            row_type,
-            dim,
-            *(index(array) for array in _arrays(op.table)),
-            index(op.ids),
-            index(op.bags),
-            index(op.columns if bag.sequence_length else None),
-            index(weights),
+            _row_type(op.table),
+            op.table.shape[1],
+            *(
+                -1 if array is None else index[id(array)]
+                for array in (*_arrays(op.table), op.ids, op.bags, op.columns, op.weights)
+            ),
         ]
-        shape = (bag.num_bags, bag.sequence_length, dim) if bag.sequence_length else (bag.num_bags, dim)
-        results.append(jax.ShapeDtypeStruct(shape, _output_type(op.table)))
-    results.append(jax.ShapeDtypeStruct((len(bags),), jnp.int32))
-    call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
-    *outputs, counts = call(*flat, meta=np.asarray(meta, np.int64))
-    outputs = [out.astype(op.table.dtype) for out, op in zip(outputs, operands, strict=True)]
-    return outputs, counts
+    results = _results(bags, operands)
+    # Of quantized tables the kernel gives what it accumulates.
+    given = [
+        jax.ShapeDtypeStruct(result.shape, jnp.float32) if isinstance(op.table, QuantizedTable) else result
+        for result, op in zip(results, operands, strict=False)
+    ]
+    *outputs, counts = jax.ffi.ffi_call(TARGET, [*given, results[-1]])(*arrays, meta=np.asarray(meta, np.int64))
+    return [*(out.astype(op.table.dtype) for out, op in zip(outputs, operands, strict=True)), counts]
+
+
+def _portable(*arrays, bags, tree, places, in_exports):
+    del in_exports
+    outputs, counts = bag_xla.embedding_bags(bags, _operands(arrays, tree, places))
+    return [*outputs, counts]
+
+
+def _results(bags, operands) -> list[jax.ShapeDtypeStruct]:
+    results = []
+    for bag, op in zip(bags, operands, strict=True):
+        length = (bag.sequence_length,) if bag.sequence_length else ()
+        results.append(jax.ShapeDtypeStruct((bag.num_bags, *length, op.table.shape[1]), op.table.dtype))
+    return [*results, jax.ShapeDtypeStruct((len(bags),), jnp.int32)]
+
+
+def _abstract(*arrays, **parameters):
+    if any(map(_varies, arrays)):
+        # Under shard_map: the portable program tells over which axes its outputs vary.
+        return jax.make_jaxpr(functools.partial(_portable, **parameters))(*arrays).out_avals
+    operands = _operands(arrays, parameters["tree"], parameters["places"])
+    return [ShapedArray(result.shape, result.dtype) for result in _results(parameters["bags"], operands)]
+
+
+def _varies(array: Any) -> bool:
+    manual = getattr(array, "mat", None)  # its name in newer versions of jax
+    return bool(getattr(array, "vma", ()) if manual is None else manual.varying)
+
+
+def _lower_on_cpu(context, *arrays, **parameters):
+    exporting = context.module_context.lowering_parameters.for_export
+    body = _portable if exporting and not parameters["in_exports"] else _kernel
+    return mlir.lower_fun(body, multiple_results=True)(context, *arrays, **parameters)
+
+
+def _batch(arrays, axes, **parameters):
+    moved = [
+        array if axis is None else jnp.moveaxis(array, axis, 0)
+        for array, axis in zip(arrays, axes, strict=True)
+    ]
+    mapped = [array for array, axis in zip(moved, axes, strict=True) if axis is not None]
+
+    def one(values):
+        values = iter(values)
+        whole = [array if axis is None else next(values) for array, axis in zip(moved, axes, strict=True)]
+        return _LOOKUP.bind(*whole, **parameters)
+
+    outputs = jax.lax.map(one, mapped)
+    return outputs, [0] * len(outputs)
+
+
+#: Whether a program calls the kernel is decided when it is lowered: tracing does not tell whether it is for
+#: `jax.export`.
+_LOOKUP = Primitive(TARGET)
+_LOOKUP.multiple_results = True
+_LOOKUP.def_impl(_kernel)
+_LOOKUP.def_abstract_eval(_abstract)
+mlir.register_lowering(_LOOKUP, _lower_on_cpu, platform="cpu")
+mlir.register_lowering(_LOOKUP, mlir.lower_fun(_portable, multiple_results=True))
+batching.primitive_batchers[_LOOKUP] = _batch
 
 
 def _arrays(table: Any) -> tuple[Any, Any, Any, Any]:
@@ -136,20 +222,17 @@ def _arrays(table: Any) -> tuple[Any, Any, Any, Any]:
     return table, None, None, None
 
 
-def _output_type(table: Any) -> Any:
-    return jnp.dtype(jnp.float32) if isinstance(table, QuantizedTable) else table.dtype
+def _forward(bags, in_exports, operands):
+    return _call(bags, in_exports, operands), operands
 
 
-def _forward(bags, operands):
-    return _call(bags, operands), operands
-
-
-def _backward(bags, operands, cotangents):
+def _backward(bags, in_exports, operands, cotangents):
+    del in_exports
     outputs, _ = cotangents
 
     def differentiable(parts):
         rebuilt = [op._replace(table=t, weights=w) for op, (t, w) in zip(operands, parts, strict=True)]
-        return [bag_xla.embedding_bag(bag, op)[0] for bag, op in zip(bags, rebuilt, strict=True)]
+        return bag_xla.embedding_bags(bags, rebuilt)[0]
 
     parts = [(op.table, op.weights) for op in operands]
     _, pull = jax.vjp(differentiable, parts)

@@ -1,5 +1,6 @@
 """The portable path of embedding_bag: gather and segment_sum in plain JAX, on any backend."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +11,15 @@ from jaxembed.quantized_table import QuantizedTable
 
 if TYPE_CHECKING:
     from jaxembed.bag import Bag, BagOperands
+
+
+def embedding_bags(
+    bags: Sequence["Bag"], operands: Sequence["BagOperands"]
+) -> tuple[list[jax.Array], jax.Array]:
+    """As `jaxembed.bag.embedding_bags`, in plain JAX."""
+    pairs = [embedding_bag(bag, op) for bag, op in zip(bags, operands, strict=True)]
+    counts = [bad_ids for _, bad_ids in pairs]
+    return [out for out, _ in pairs], jnp.stack(counts) if counts else jnp.zeros(0, jnp.int32)
 
 
 def embedding_bag(bag: "Bag", operands: "BagOperands") -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed import structure
-from jaxembed.backends import backend
+from jaxembed.backends import lookup_path
 from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.combiners import CustomCombiner, positions_in_rows, ragged_rows
 from jaxembed.features import FeatureInput, match, table_of
@@ -39,7 +39,7 @@ def serving_embedding_lookup(
     """Looks every input up in its table and combines it, as its FeatureConfig says.
 
     Works eagerly, inside `jax.jit` and `jax.grad` (with respect to tables and weights), and under
-    `jax.export`.
+    `jax.export`, whose programs are plain JAX and need nothing else to run.
 
     Args:
       inputs: any structure of dicts, lists, tuples and namedtuples with a dense array of ids (any
@@ -89,7 +89,7 @@ def serving_embedding_lookup(
     shapes = tuple(lookup.output_shape for lookup in lookups)
     operands = jax.tree.map(narrow_ids, [lookup.operands for lookup in lookups])
     combiners = tuple(custom and custom[0] for custom in customs)
-    outputs, counts = _run(bags, shapes, combiners, backend(), operands, [c and c[1:] for c in customs])
+    outputs, counts = _run(bags, shapes, combiners, lookup_path(), operands, [c and c[1:] for c in customs])
     activations = structure.pack(inputs, iter(outputs))
     if not count_bad_ids:
         return activations

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxembed import bag_native, structure
-from jaxembed.backends import backend, use_backend
+from jaxembed.backends import lookup_path, use_backend
 from jaxembed.combiners import CustomCombiner
 from jaxembed.features import FeatureInput
 from jaxembed.inputs import RaggedTensor
@@ -90,8 +90,8 @@ class ServingFunction:
             raise ValueError(f"dense_inputs {list(self._dense.shapes)} need a model, got model=None.")
         features = served_features(self._feature_config, max_ids_per_row, weighted)
         self._packer, self._reader = Packer(features), Reader(self._feature_config)
-        self._path = backend()
-        self._layout = Layout(features, shared=self._path == "native" and self._native_supports(features))
+        self._path = lookup_path()
+        self._layout = Layout(features, shared=self._path != "xla" and self._native_supports(features))
         self._limits = [feature.max_ids for feature in features]
         self._ladder = make_ladder(
             max(self._limits), max_batch_size, batch_sizes, row_lengths, self._layout.shared

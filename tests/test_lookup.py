@@ -4,9 +4,11 @@ import collections
 
 import hypothesis
 import jax
+import jax.export  # not loaded by jax itself
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import jaxembed as je
 from jaxembed import bag_native
@@ -217,7 +219,9 @@ def test_vmap(path):
     np.testing.assert_array_equal(out[1], [ROWS[1] + ROWS[2], ROWS[3]])
 
 
-def test_export_with_symbolic_sizes_and_without_custom_calls():
+@pytest.mark.parametrize("backend", ["auto", "xla"])
+def test_export_with_symbolic_sizes_and_without_custom_calls(backend):
+    @jax.jit
     def f(values, splits, table):
         return lookup(je.RaggedTensor(values, splits), table=table)
 
@@ -227,11 +231,51 @@ def test_export_with_symbolic_sizes_and_without_custom_calls():
         jax.ShapeDtypeStruct((b,), jnp.int32),
         jax.ShapeDtypeStruct(ROWS.shape, ROWS.dtype),
     )
-    with je.use_backend("xla"):
-        exported = jax.export.export(jax.jit(f), platforms=("cpu", "tpu"))(*arguments)
+    concrete = (jnp.array([1, 2, 3], jnp.int32), jnp.array([0, 1, 1, 3], jnp.int32), ROWS)
+    with je.use_backend(backend):
+        direct = f(*concrete)
+        # What a program has been compiled as says nothing of what it is exported as.
+        assert (bag_native.TARGET in f.lower(*concrete).as_text()) == (je.backend() == "native")
+        fixed = jax.export.export(f)(*concrete)
+        exported = jax.export.export(f, platforms=("cpu", "tpu"))(*arguments)
+    np.testing.assert_array_equal(jax.export.deserialize(fixed.serialize()).call(*concrete), direct)
     loaded = jax.export.deserialize(exported.serialize())
-    out = loaded.call(jnp.array([1, 2, 3], jnp.int32), jnp.array([0, 1, 1, 3], jnp.int32), ROWS)
-    np.testing.assert_array_equal(out, [ROWS[1], [0, 0, 0], ROWS[2] + ROWS[3]])
+    for out in (direct, loaded.call(*concrete)):
+        np.testing.assert_array_equal(out, [ROWS[1], [0, 0, 0], ROWS[2] + ROWS[3]])
+
+
+def test_export_with_the_kernel():
+    if not bag_native.available():
+        pytest.skip("the kernel was not built")
+    ids = je.RaggedTensor.from_lists([[1], [2, 3]])
+    arguments = (ids.values, ids.row_splits, ROWS)
+    f = jax.jit(lambda values, splits, table: lookup(je.RaggedTensor(values, splits), table=table))
+    with je.use_backend("native"):
+        exported = jax.export.export(
+            f, disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(bag_native.TARGET)]
+        )(*arguments)
+    assert bag_native.TARGET in exported.mlir_module()
+    np.testing.assert_array_equal(exported.call(*arguments), [ROWS[1], ROWS[2] + ROWS[3]])
+
+
+def test_shard_map(path):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def sharded(out_specs):
+        return jax.shard_map(
+            lambda table, ids: lookup(ids, table=table),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec("x")),
+            out_specs=out_specs,
+        )
+
+    ids = jnp.array([3, 1, 1, 0], jnp.int32)
+    whole = sharded(PartitionSpec("x"))
+    np.testing.assert_array_equal(jax.jit(whole)(ROWS, ids), ROWS[np.asarray(ids)])
+    gradient = jax.grad(lambda table: whole(table, ids).sum())(jnp.asarray(ROWS))
+    np.testing.assert_array_equal(gradient[:4, 0], [1, 2, 0, 1])
+    with pytest.raises(ValueError, match="require replication"):
+        sharded(PartitionSpec())(ROWS, ids)
 
 
 @pytest.mark.parametrize("ids", [je.RaggedTensor.from_lists([]), je.RaggedTensor.from_lists([[], []])])
