@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxembed.id_mapping import HashBuckets, Preprocessing, VocabularyFile
 from jaxembed.initializers import Initializer, TruncatedNormal
+from jaxembed.optimizers.base import Optimizer
 
 COMBINERS = ("mean", "sum", "sqrtn")
 
@@ -92,7 +93,7 @@ class TableConfig:
     vocabulary_size: int
     dim: int
     initializer: Initializer | Callable[..., Any] | None = None
-    optimizer: Any = None
+    optimizer: Optimizer | None = None
     combiner: Any = "mean"
     name: str = ""
     quantization_config: QuantizationConfig | None = None
@@ -113,6 +114,13 @@ class TableConfig:
             )
         if self.dim < 1:
             raise ValueError(f"dim must be at least 1, got {self.dim}.")
+        if self.dim >= 2**31:
+            raise ValueError(f"dim must be below 2**31, got {self.dim}.")
+        if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
+            raise ValueError(
+                f"optimizer must be one of jaxembed.optimizers or None, got {self.optimizer!r}; wrap a rule of your "
+                "own in CustomOptimizer."
+            )
         if self.initializer is None:
             put("initializer", TruncatedNormal(mean=0.0, stddev=1.0 / math.sqrt(self.dim)))
         elif not callable(self.initializer):
@@ -187,8 +195,13 @@ class FeatureConfig:
         length = _as_int(self.max_sequence_length, "max_sequence_length")
         if length < 0:
             raise ValueError(f"max_sequence_length must be at least 0, got {length}.")
+        if length >= 2**31:
+            raise ValueError(f"max_sequence_length must be below 2**31, got {length}.")
         object.__setattr__(self, "max_sequence_length", length)
-        object.__setattr__(self, "validate_weights_and_indices", bool(self.validate_weights_and_indices))
+        if not isinstance(self.validate_weights_and_indices, bool):
+            raise ValueError(
+                f"validate_weights_and_indices must be True or False, got {self.validate_weights_and_indices!r}."
+            )
         if self.output_shape is not None:
             try:
                 shape = tuple(operator.index(n) for n in np.atleast_1d(np.asarray(self.output_shape, object)))

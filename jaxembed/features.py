@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from jaxembed import structure
 from jaxembed.config import FeatureConfig, TableConfig
 
@@ -81,7 +83,7 @@ def match(inputs: Any, weights: Any, feature_config: Any) -> list[FeatureInput]:
     flat_weights: list[Any] = [None] * len(flat_inputs)
     if weights is not None:
         pairs = [(structure.join(key), leaf) for key, leaf in structure.flatten(weights)]
-        if [path for path, _ in pairs] != [path for path, _ in flat_inputs]:
+        if not structure.alike(inputs, weights):
             raise ValueError(
                 "weights must have the structure of inputs, with None for features without: inputs are "
                 f"{[path for path, _ in flat_inputs]}, weights are {[path for path, _ in pairs]}."
@@ -103,8 +105,12 @@ def table_of(tables: Mapping[Any, Any], config: TableConfig) -> Any:
     """The array of a table, from a dict keyed by TableConfig or by name.
 
     Raises:
-      ValueError: if it is missing or not [vocabulary_size, dim].
+      ValueError: if it is missing, or no floating point array of [vocabulary_size, dim].
     """
+    if not isinstance(tables, Mapping):
+        raise ValueError(
+            f"tables must be a dict of TableConfig (or table name) to [V, D] array, got {type(tables).__name__}."
+        )
     if config in tables:
         table = tables[config]
     elif config.name in tables:
@@ -115,7 +121,17 @@ def table_of(tables: Mapping[Any, Any], config: TableConfig) -> Any:
             f"tables has no table for {config.name!r} (by TableConfig or by name); it has {known}. "
             "A TableConfig key must equal the one in the feature configuration."
         )
-    shape = tuple(getattr(table, "shape", ()))
+    if not hasattr(table, "shape") or not hasattr(table, "dtype"):
+        raise ValueError(
+            f"table {config.name!r} must be an array or a QuantizedTable, got {type(table).__name__}; "
+            "convert it with numpy.asarray."
+        )
+    if not jnp.issubdtype(table.dtype, jnp.floating):
+        raise ValueError(
+            f"table {config.name!r} must be floating point, got {table.dtype}; convert it to "
+            f"{config.dtype.name}, or decode it with jaxembed.QuantizedTable."
+        )
+    shape = tuple(table.shape)
     if shape != (config.vocabulary_size, config.dim):
         raise ValueError(
             f"table {config.name!r} must be [{config.vocabulary_size}, {config.dim}] "

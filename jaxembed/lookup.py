@@ -15,7 +15,8 @@ from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.combiners import CustomCombiner, positions_in_rows, ragged_rows
 from jaxembed.features import FeatureInput, match, table_of
 from jaxembed.inputs import RaggedTensor, SparseTensor
-from jaxembed.inputs.ids import is_concrete, narrow_ids, signed_ids
+from jaxembed.inputs.ids import is_concrete, is_host, is_on_device, narrow_ids, signed_ids
+from jaxembed.inputs.sparse import check_indices
 from jaxembed.validation import check_ids
 
 
@@ -175,6 +176,8 @@ def plan_lookup(item: FeatureInput, table: Any) -> Lookup:
     if isinstance(ids, RaggedTensor):
         return _plan_ragged(path, feature, ids, weights, table)
     if isinstance(ids, SparseTensor):
+        if is_on_device(ids.indices):
+            check_indices(np.asarray(ids.indices), ids.dense_shape, f"Feature {path!r}")
         return _plan_sparse(feature, ids, weights, table)
     if feature.max_sequence_length > 0:
         raise ValueError(
@@ -207,7 +210,7 @@ def _check_weights(path: str, feature: Any, ids: Any, weights: Any) -> None:
     parts = ("row_splits",) if isinstance(ids, RaggedTensor) else ("indices",)
     for part in parts:
         a, b = getattr(ids, part), getattr(weights, part)
-        if a is not b and isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and not np.array_equal(a, b):
+        if a is not b and is_concrete(a) and is_concrete(b) and not np.array_equal(a, b):
             raise ValueError(
                 f"Weight for {path} must be parallel to its input: their {part} differ; "
                 f"build the weights with the {part} of the ids."
@@ -250,6 +253,12 @@ def _plan_sparse(feature: Any, ids: SparseTensor, weights: Any, table: Any) -> L
     num_bags = math.prod(leading)
     for axis, size in enumerate(leading[1:], start=1):
         rows = rows * size + indices[:, axis]
+    if len(leading) > 1 and not is_host(indices):
+        # Unseen in a trace, a coordinate beyond its axis would count in another row.
+        inside = True
+        for axis, size in enumerate(leading):
+            inside &= (indices[:, axis] >= 0) & (indices[:, axis] < size)
+        rows = jnp.where(inside, rows, num_bags)
     prune = feature.validate_weights_and_indices or len(leading) > 1
     bag = Bag("sparse", num_bags, combiner, prune_ids=prune, prune_weights=prune and combiner != "sum")
     values = None if weights is None else weights.values

@@ -4,6 +4,7 @@
 None must stay a leaf, so features are matched by path here.
 """
 
+import collections
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,12 +23,28 @@ def pack(tree: Any, leaves: Iterator[Any]) -> Any:
     """A structure like `tree` with its leaves taken from `leaves`, in the order of `flatten`."""
     if isinstance(tree, Mapping):
         packed = {key: pack(tree[key], leaves) for key in sorted(tree, key=str)}
-        return {key: packed[key] for key in tree}
+        ordered = ((key, packed[key]) for key in tree)
+        # Of these JAX tells a dict apart.
+        if isinstance(tree, collections.defaultdict):
+            return collections.defaultdict(tree.default_factory, ordered)
+        return collections.OrderedDict(ordered) if isinstance(tree, collections.OrderedDict) else dict(ordered)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(pack(child, leaves) for child in tree))
     if isinstance(tree, list | tuple):
         return type(tree)(pack(child, leaves) for child in tree)
     return next(leaves)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two structures have the same keys, and sequences and dicts at the same places."""
+    children, others = _children(one), _children(other)
+    if children is None or others is None:
+        return children is others
+    return (
+        isinstance(one, Mapping) == isinstance(other, Mapping)
+        and [key for key, _ in children] == [key for key, _ in others]
+        and all(alike(a, b) for (_, a), (_, b) in zip(children, others, strict=True))
+    )
 
 
 def map_leaves(function: Callable[[Path, Any], Any], tree: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.config import TableConfig
-from jaxembed.inputs.ids import is_concrete
+from jaxembed.inputs.ids import is_concrete, is_on_device
 from jaxembed.inputs.ragged import check_row_splits
 
 
@@ -17,7 +17,7 @@ def check_ids(path: str, table: TableConfig, lookup: Any) -> None:
     bag, operands = lookup.bag, lookup.operands
     if not all(is_concrete(array) for array in operands[1:]):
         return
-    if bag.layout == "ragged" and not isinstance(operands.bags, np.ndarray):
+    if bag.layout == "ragged" and is_on_device(operands.bags):
         check_row_splits(np.asarray(operands.bags), operands.ids.shape[0], f"Feature {path!r}")
     ids = np.asarray(operands.ids)
     bad = (ids < 0) | (ids >= table.vocabulary_size)

@@ -39,7 +39,9 @@ def test_default_initializer_is_a_truncated_normal():
         ({"vocabulary_size": 1.5}, "vocabulary_size must be an int, got 1.5"),
         ({"vocabulary_size": 2**31}, "hash the ids into fewer buckets"),
         ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"dim": 2**31}, "dim must be below"),
         ({"initializer": 3}, "initializer must be callable"),
+        ({"optimizer": "sgd"}, "optimizer must be one of jaxembed.optimizers or None, got 'sgd'"),
         ({"combiner": "max"}, "combiner must be one of .* got 'max'"),
         ({"combiner": 3}, "combiner must be one of"),
         ({"name": None}, "TableConfig needs a name, got None"),
@@ -58,6 +60,12 @@ def test_table_refusals(arguments, message):
     [
         ({"table": "t"}, "table must be a TableConfig, got 't'"),
         ({"max_sequence_length": -1}, "max_sequence_length must be at least 0, got -1"),
+        ({"max_sequence_length": 2**31}, "max_sequence_length must be below"),
+        (
+            {"validate_weights_and_indices": "no"},
+            "validate_weights_and_indices must be True or False, got 'no'",
+        ),
+        ({"validate_weights_and_indices": None}, "must be True or False, got None"),
         ({"output_shape": [2, 0]}, "output_shape must hold ints of at least 1"),
         ({"output_shape": [2.5]}, "output_shape must be ints or None"),
         ({"name": 3}, "name must be a str or None, got 3"),

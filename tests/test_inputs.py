@@ -50,6 +50,12 @@ def test_wide_ids_saturate_at_the_border_of_jit(id_, kept):
     assert jax.jit(lambda x: x.values)(ragged).tolist() == [kept]
 
 
+def test_converted_dense_ids_saturate_before_a_jit_could_wrap_them():
+    ids = je.as_input(np.array([[5, 2**32 + 1], [-(2**40), 7]], np.int64))
+    assert jax.jit(lambda x: x)(ids).tolist() == [[5, 2**31 - 1], [-(2**31), 7]]
+    assert je.as_input([]).dtype == np.int32
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -66,6 +72,13 @@ def test_wide_ids_saturate_at_the_border_of_jit(id_, kept):
         (lambda: je.RaggedTensor.from_lists([["a"]]), "rows must hold numbers"),
         (lambda: je.RaggedTensor.from_lists([[[1]]]), "row 0 must be a flat list"),
         (lambda: je.RaggedTensor.from_row_lengths([1], [-1]), "row_lengths must be"),
+        (
+            lambda: je.RaggedTensor.from_row_lengths([1, 2, 3], [1]),
+            "must add up to the number of values, got 1 for 3",
+        ),
+        (lambda: je.RaggedTensor.from_lists(None), "rows must be a list of lists, got None"),
+        (lambda: je.RaggedTensor.from_value_rowids([], [], nrows=-1), "nrows must be at least 0, got -1"),
+        (lambda: je.SparseTensor([], [], None), "dense_shape must be ints, got None"),
         (lambda: je.RaggedTensor.from_value_rowids([1, 2], [1, 0]), "sort the values by row first"),
         (lambda: je.RaggedTensor.from_value_rowids([1, 2], [0]), "must be of one length, got 2 and 1"),
         (lambda: je.RaggedTensor.from_dense([1, 2]), r"must be \[B, L\]"),

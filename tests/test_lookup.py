@@ -281,3 +281,44 @@ def test_shard_map(path):
 @pytest.mark.parametrize("ids", [je.RaggedTensor.from_lists([]), je.RaggedTensor.from_lists([[], []])])
 def test_empty(path, ids):
     np.testing.assert_array_equal(lookup(ids), np.zeros((ids.num_rows, D)))
+
+
+def test_structures_of_other_kinds_of_dicts():
+    config = {"b": FEATURE, "a": FEATURE}
+    ids = collections.OrderedDict(b=jnp.array([1]), a=jnp.array([2]))
+    for inputs in (ids, collections.defaultdict(list, ids)):
+        out = je.serving_embedding_lookup(inputs, None, {"t": ROWS}, config)
+        assert type(out) is type(inputs)
+        paired = jax.tree.map(lambda i, o: (i, o), inputs, out)
+        np.testing.assert_array_equal(paired["a"][1][0], ROWS[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tables": None}, "tables must be a dict of TableConfig"),
+        ({"tables": {"t": ROWS.tolist()}}, "must be an array or a QuantizedTable, got list"),
+        ({"tables": {"t": np.arange(V * D).reshape(V, D)}}, "table 't' must be floating point, got int64"),
+        ({"weights": [None]}, "weights must have the structure of inputs"),
+    ],
+)
+def test_arguments_of_another_kind(change, message):
+    arguments = {"inputs": {"0": jnp.array([1])}, "weights": None, "tables": {"t": ROWS}}
+    with pytest.raises(ValueError, match=message):
+        je.serving_embedding_lookup(**(arguments | change), feature_config={"0": FEATURE})
+
+
+def test_arrays_of_the_device_are_checked_as_those_of_the_host_are(path):
+    ids = je.RaggedTensor(jnp.array([1, 2, 3]), jnp.array([0, 1, 3]))
+    weights = je.RaggedTensor(jnp.ones(3), jnp.array([0, 2, 3]))
+    with pytest.raises(ValueError, match="parallel to its input: their row_splits differ"):
+        lookup(ids, weights)
+    for coordinate, shape in (([7, 0], (2, 2)), ([0, 5, 0], (2, 3, 2))):
+        sparse = je.SparseTensor(jnp.array([coordinate]), jnp.array([1]), shape)
+        with pytest.raises(ValueError, match=f"entry 0 lies at .*outside of dense_shape .{shape[0]}, "):
+            lookup(sparse)
+    # In a trace, what lies outside is in no row.
+    outside = je.SparseTensor(jnp.array([[0, 1, 0], [0, 5, 0], [-1, 2, 0]]), jnp.array([1, 2, 3]), (2, 3, 2))
+    out = jax.jit(lookup)(outside)
+    np.testing.assert_array_equal(out[0, 1], ROWS[1])
+    assert float(jnp.abs(out).sum()) == float(jnp.abs(ROWS[1]).sum())

@@ -1,6 +1,6 @@
 """Says what changed between two checkpoints, bundles or files, by table; exits with 2 if anything did.
 
-jaxembed diff runs/movielens/checkpoints/155 runs/movielens/checkpoints/310
+jaxembed diff runs/movielens/checkpoints/157 runs/movielens/checkpoints/314
 """
 
 import argparse

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.inputs.ids import narrow_ids
 from jaxembed.inputs.ragged import RaggedTensor
 from jaxembed.inputs.sparse import SparseTensor
 
@@ -19,7 +20,8 @@ def as_input(x: Any) -> Any:
     | `tf.sparse.SparseTensor` | SparseTensor |
     | `jax.experimental.sparse.BCOO` | SparseTensor |
     | scipy sparse matrix or array | SparseTensor, whose values are the matrix's |
-    | numpy and jax arrays, lists of numbers, `tf.Tensor` | dense array |
+    | numpy and jax arrays, lists of numbers, `tf.Tensor` | dense array; 64-bit ids of the host saturate to int32 \
+      unless JAX computes in 64 bits, so that a `jax.jit` cannot wrap them to another row |
 
     Raises:
       ValueError: if there is no such conversion.
@@ -38,9 +40,9 @@ def as_input(x: Any) -> Any:
     if isinstance(x, list | tuple):
         if any(isinstance(row, list | tuple | np.ndarray) for row in x):
             return RaggedTensor.from_lists(x)
-        x = np.asarray(x)
+        x = np.asarray(x) if x else np.zeros(0, np.int32)
     if hasattr(x, "shape") and hasattr(x, "dtype") and np.dtype(x.dtype).kind in "iufV":
-        return x
+        return narrow_ids(x)
     raise ValueError(
         f"as_input cannot convert {type(x).__name__}; pass a list of lists, a numpy or jax array, a BCOO, a scipy "
         "sparse matrix, a pyarrow list array, or a TensorFlow tensor."
@@ -102,4 +104,4 @@ def _from_tensorflow(x: Any) -> Any:
         raise ValueError(
             f"as_input: a TensorFlow tensor must be eager, got {name}; convert outside of tf.function."
         )
-    return x.numpy()
+    return narrow_ids(x.numpy())

@@ -17,6 +17,11 @@ def is_concrete(array: Any) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
+def is_on_device(array: Any) -> bool:
+    """Whether `array` has values that can be looked at, but only now, where a host array's were before."""
+    return is_concrete(array) and not is_host(array)
+
+
 def narrow_ids(array: Any) -> Any:
     """64-bit host integers as int32, saturated, unless JAX computes in 64 bits.
 

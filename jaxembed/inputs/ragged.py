@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -97,6 +98,9 @@ class RaggedTensor:
     @classmethod
     def from_lists(cls, rows, dtype=None) -> "RaggedTensor":
         """From a list of lists, one list a bag. `dtype` default: int32, int64 where needed, or float32."""
+        if not isinstance(rows, Iterable):
+            raise ValueError(f"RaggedTensor.from_lists: rows must be a list of lists, got {rows!r}.")
+        rows = list(rows)
         arrays = [np.asarray(row) for row in rows]
         for i, array in enumerate(arrays):
             if array.ndim != 1:
@@ -124,6 +128,11 @@ class RaggedTensor:
             )
         splits = np.zeros(lengths.size + 1, np.int64)
         np.cumsum(lengths, out=splits[1:])
+        if splits[-1] != np.shape(values)[0]:
+            raise ValueError(
+                f"from_row_lengths: row_lengths must add up to the number of values, got {splits[-1]} for "
+                f"{np.shape(values)[0]}; for values that are padding give row_splits to RaggedTensor."
+            )
         return cls(values, splits.astype(np.int32) if splits[-1] < 2**31 else splits)
 
     @classmethod
@@ -132,6 +141,8 @@ class RaggedTensor:
         rowids = np.asarray(value_rowids)
         if rowids.ndim != 1 or (rowids.size and rowids.dtype.kind not in "iu"):
             raise ValueError(f"from_value_rowids: value_rowids must be [N] ints, got {value_rowids!r}.")
+        if nrows is not None and nrows < 0:
+            raise ValueError(f"from_value_rowids: nrows must be at least 0, got {nrows}.")
         if nrows is None:
             nrows = int(rowids[-1]) + 1 if rowids.size else 0
         if rowids.size and (np.any(np.diff(rowids) < 0) or rowids[0] < 0 or rowids[-1] >= nrows):

@@ -40,6 +40,8 @@ class SparseTensor:
     dense_shape: tuple[int, ...]
 
     def __post_init__(self):
+        if not isinstance(self.dense_shape, tuple | list | np.ndarray):
+            raise ValueError(f"SparseTensor: dense_shape must be ints, got {self.dense_shape!r}.")
         for field in ("indices", "values"):
             value = getattr(self, field)
             if isinstance(value, list | tuple):
