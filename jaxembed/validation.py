@@ -49,7 +49,8 @@ def _looked_up(bag: Any, operands: Any, ids: np.ndarray) -> np.ndarray:
         rows = np.asarray(operands.bags)
         live = (rows >= 0) & (rows < bag.num_bags)
         if bag.sequence_length:
-            live &= np.asarray(operands.columns) < bag.sequence_length
+            columns = np.asarray(operands.columns)
+            live &= (columns >= 0) & (columns < bag.sequence_length)
     if bag.prune_ids:
         live &= ids >= 0
     if bag.prune_weights and operands.weights is not None:

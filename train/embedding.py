@@ -15,6 +15,7 @@ from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 from jaxembed.optimizers import Optimizer
 from jaxembed.preprocessing import preprocess
+from jaxembed.validation import check_ids
 
 from .engines import custom, packing
 from .engines.auto_plan import plan_for_batch
@@ -60,7 +61,8 @@ class ShardedEmbedding:
         state = embedding.apply_gradients(state, batch, gradients)
 
     Only rows that a batch looks up are touched: the cost of a step does not grow with the vocabulary. Ids
-    outside [0, V) give zeros, are counted where asked, and never update a row.
+    outside [0, V) are refused where `lookup` lays a batch out itself; elsewhere they give zeros, are counted
+    where asked, and never update a row.
 
     Args:
       feature_config: a structure of FeatureConfig.
@@ -199,9 +201,10 @@ class ShardedEmbedding:
           A structure like the batch of activations, sharded over their first dimension; with counts a tuple.
 
         Raises:
-          ValueError: if batch or weights do not fit the configuration.
+          ValueError: if batch or weights do not fit the configuration, or inputs that are laid out here hold an
+            id outside [0, V) and are not counted. Of a ShardedBatch, such ids give zeros.
         """
-        batch, values = self._sharded(batch, weights)
+        batch, values = self._sharded(batch, weights, refuse_bad_ids=not count_bad_ids)
         outputs, rounds = self._program.look_up(state.tables, batch, values)
         outputs = custom.combine(batch.layout, outputs, batch.valencies, state.combiner_weights)
         activations = batch.layout.skeleton.pack(outputs)
@@ -262,11 +265,7 @@ class ShardedEmbedding:
         Raises:
           ValueError: if they do not fit the configuration, or the entries of a shard the fixed capacity.
         """
-        plan = self._plan(batch, weights)
-        if packing.is_traced(plan):
-            return packing.pack_in_trace(plan, self.stacks, self.num_shards), None
-        packed = self._pack(plan)
-        return self.place_batch(packed, self.agree(packed))
+        return self._shard(self._plan(batch, weights))
 
     def pack_batch(self, batch: Any, weights: Any = None) -> PackedBatch:
         """The host's half of `shard_batch`: for a thread of its own, while a step runs.
@@ -416,9 +415,19 @@ class ShardedEmbedding:
         batch = preprocess(batch, self.feature_config)
         return packing.plan_batch(batch, weights, self.feature_config, self.stacks, jax.process_count())
 
-    def _sharded(self, batch: Any, weights: Any) -> tuple[ShardedBatch, Any]:
+    def _shard(self, plan: packing.Plan) -> tuple[ShardedBatch, ShardedWeights | None]:
+        if packing.is_traced(plan):
+            return packing.pack_in_trace(plan, self.stacks, self.num_shards), None
+        packed = self._pack(plan)
+        return self.place_batch(packed, self.agree(packed))
+
+    def _sharded(self, batch: Any, weights: Any, refuse_bad_ids: bool = False) -> tuple[ShardedBatch, Any]:
         if not isinstance(batch, ShardedBatch):
-            batch, weights = self.shard_batch(batch, weights)
+            plan = self._plan(batch, weights)
+            if refuse_bad_ids:
+                for item, lookup in zip(plan.items, plan.lookups, strict=True):
+                    check_ids(item.path, item.feature.table, lookup)
+            batch, weights = self._shard(plan)
         if weights is None:
             return batch, None
         if not isinstance(weights, ShardedWeights) or set(weights.values) != set(batch.entries):

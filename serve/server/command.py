@@ -9,6 +9,7 @@ AIP_PREDICT_ROUTE and AIP_STORAGE_URI are obeyed.
 """
 
 import argparse
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,11 @@ from typing import Any
 from . import logs
 from .config import ServerConfig
 from .workers import Supervisor
+
+# Only workers import these; they would die of one that is missing, and be started again for ever.
+for _package in ("grpc", "prometheus_client", "starlette", "uvicorn", "uvloop"):
+    if importlib.util.find_spec(_package) is None:
+        raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -193,6 +193,34 @@ def test_bad_ids_give_zeros_are_counted_and_update_nothing(exchange):
     np.testing.assert_array_equal(changed, [5, 100])
 
 
+@pytest.mark.parametrize("bad", [-1, 101, 2**40])
+def test_bad_ids_of_an_eager_lookup_are_refused(bad):
+    embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, SGD(1.0), mesh())
+    state = embedding.init(jax.random.key(0))
+    message = rf"Feature 't': id {bad} at position 1.* vocabulary_size 101"
+    for batch in (np.array([5, bad]), RaggedTensor(np.array([5, bad]), np.array([0, 1, 2]))):
+        with pytest.raises(ValueError, match=message):
+            embedding.lookup(state, {"t": batch})
+        assert not embedding.lookup(state, embedding.shard_batch({"t": batch})[0])["t"][1].any()
+
+
+@pytest.mark.parametrize("exchange", ["auto", *EXCHANGES])
+def test_a_batch_without_rows(exchange):
+    embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, Adagrad(1.0), mesh(), exchange=exchange)
+    state = embedding.init(jax.random.key(0))
+    for batch, shape in (
+        (RaggedTensor.from_lists([]), (0, 8)),
+        (np.zeros(0, np.int32), (0, 8)),
+        (np.zeros((2, 0), np.int32), (2, 0, 8)),
+    ):
+        activations = embedding.lookup(state, {"t": batch})["t"]
+        assert activations.shape == shape
+        new = embedding.apply_gradients(state, {"t": batch}, {"t": activations})
+        jax.tree.map(
+            np.testing.assert_array_equal, embedding.to_canonical(new)[:2], embedding.to_canonical(state)[:2]
+        )
+
+
 def test_dense_ids_may_be_traced_and_others_say_what_to_do():
     embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, SGD(1.0), mesh())
     state = embedding.init(jax.random.key(0))

@@ -325,7 +325,9 @@ def test_dense_ids_may_be_traced():
     state = ours.init(jax.random.key(0))
     ids = np.array([[3, -1, 7], [100, 101, 0]], np.int32)
     activations = jax.jit(lambda state, ids: ours.lookup(state, {"t": ids}))(state, ids)
-    np.testing.assert_array_equal(activations["t"], ours.lookup(state, {"t": ids})["t"])
+    eager, counts = ours.lookup(state, {"t": ids}, count_bad_ids=True)
+    np.testing.assert_array_equal(activations["t"], eager["t"])
+    assert int(counts["t"]) == 2
 
 
 def test_checkpoints_know_nothing_of_the_engine(tmp_path):

@@ -1,6 +1,8 @@
-"""Ports that are taken and folders that are not there, before any worker starts."""
+"""What is said before any worker starts: ports that are taken, folders and packages that are not there."""
 
+import importlib.util
 import socket
+import sys
 
 import pytest
 
@@ -28,3 +30,14 @@ def test_a_port_in_use_is_named(tmp_path, capsys, flag, shared):
 def test_a_folder_that_is_not_there(tmp_path, capsys):
     assert main(["serve", str(tmp_path / "bundels"), "--http-port", "0", "--grpc-port", "0"]) != 0
     assert f"there is no folder at {tmp_path / 'bundels'}; name the one" in capsys.readouterr().err
+
+
+def test_a_package_that_is_not_there(tmp_path, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else found(name, *rest)
+    )
+    monkeypatch.delitem(sys.modules, "jaxembed.serve.server.command", raising=False)
+    assert main(["serve", str(tmp_path)]) != 0
+    message = "`jaxembed serve` needs the package 'uvicorn'; install it with pip install 'jaxembed[server]'."
+    assert message in capsys.readouterr().err
