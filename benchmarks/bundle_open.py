@@ -26,6 +26,7 @@ LIMIT_SECONDS, LIMIT_BYTES = 0.05, 50e6
 
 
 def main() -> int:
+    """Measures every reader in a process of its own, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2**22, help="of the table, of 128 float32 each")
     parser.add_argument("--only", nargs="*", choices=READERS, default=READERS)

@@ -30,6 +30,7 @@ FORMATS = {
 
 
 def main() -> int:
+    """Converts a made-up table into every format and back, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2**21, help="of the table, of 128 float32 each")
     parser.add_argument("--formats", nargs="*", choices=[*FORMATS], default=[*FORMATS])
@@ -57,6 +58,7 @@ def main() -> int:
 
 
 def make_table(file: pathlib.Path, rows: int) -> None:
+    """Writes [rows, DIM] random float32."""
     table = np.lib.format.open_memmap(file, "w+", np.float32, (rows, DIM))
     rng = np.random.default_rng(0)
     for start in range(0, rows, 1 << 14):
@@ -64,6 +66,7 @@ def make_table(file: pathlib.Path, rows: int) -> None:
 
 
 def show(source: str, target: str, size: int, found: dict[str, float]) -> None:
+    """Prints one row of the table."""
     rate = size / found["seconds"] / 1e9
     print(
         f"| {source} | {target} | {found['seconds']:.1f} | {rate:.2f} | {found['peak'] / 1e6:.0f} |", flush=True

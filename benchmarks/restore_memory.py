@@ -23,6 +23,7 @@ DIM = 128
 
 
 def main() -> int:
+    """Saves on one mesh, restores on the other, and prints the peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2**21, help="of the table, of 128 float32 each")
     parser.add_argument("--devices", type=int, default=8, help="of the larger mesh")

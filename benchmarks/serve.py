@@ -191,9 +191,12 @@ def show(best: dict[tuple[str, str, int], Load | None], rows: Sequence[int]) -> 
                 base = [
                     rate(peer, t, count) for t in (["json", "binary"] if transport == "grpc" else [transport])
                 ]
-                cells.append(rate("ours", transport, count) / np.nanmax([*base, 0]) if any(base) else np.nan)
+                # A peer that met the limit at no load is no base.
+                found = max((value for value in base if not np.isnan(value)), default=np.nan)
+                cells.append(rate("ours", transport, count) / found)
             if not np.isnan(cells).all():
-                print(f"{f'ours / {peer}, {transport}':24}" + "".join(f"{cell:11.2f}x" for cell in cells))
+                texts = ("-" if np.isnan(cell) else f"{cell:.2f}x" for cell in cells)
+                print(f"{f'ours / {peer}, {transport}':24}" + "".join(f"{text:>12}" for text in texts))
 
 
 def check(scores: dict[tuple[str, str, int], np.ndarray]) -> int:

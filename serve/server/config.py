@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
+import sys
+from importlib.machinery import PathFinder
 from typing import Any
 
 MEGABYTE = 1 << 20
@@ -76,6 +79,11 @@ class ServerConfig:
             raise ValueError(f"name must be letters, digits, _ . and -, got {self.name!r}.")
         if self.model is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.model):
             raise ValueError(f"model must be MODULE:NAME, got {self.model!r}.")
+        if self.model is not None and not _is_found(self.model.partition(":")[0]):
+            raise ValueError(
+                f"model is {self.model!r}, but there is no module {self.model.partition(':')[0]!r}; install it, or name "
+                "its folder in PYTHONPATH."
+            )
         if self.dense_inputs and self.model is None:
             raise ValueError(f"dense_inputs {list(self.dense_inputs)} need a model, got model=None.")
         for field in (
@@ -119,6 +127,12 @@ class ServerConfig:
     def from_json(cls, text: str) -> "ServerConfig":
         """What `to_json` wrote."""
         return cls(**json.loads(text))
+
+
+def _is_found(module: str) -> bool:
+    top = module.partition(".")[0]
+    # Workers look in the folder that they are started in, too.
+    return top in sys.modules or PathFinder.find_spec(top, [os.getcwd(), *sys.path]) is not None
 
 
 def _is_number(value: Any) -> bool:

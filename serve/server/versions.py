@@ -93,6 +93,10 @@ class Versions:
     async def start(self) -> None:
         """Loads the version to serve, and begins to watch the folder."""
         await self.look()
+        if self._current is None and not self._failed:
+            self._metrics.log.warning(
+                "no version to serve yet", extra={"folder": str(self._config.directory), "pinned": self.pinned}
+            )
         self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def stop(self) -> None:

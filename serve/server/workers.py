@@ -42,12 +42,11 @@ class Supervisor:
                 f"there is no folder at {config.directory}; name the one that `jaxembed convert --to serving` fills "
                 "with versions, or make it, and versions may come later."
             )
-        self._own_state = config.state is None
-        state = pathlib.Path(config.state or tempfile.mkdtemp(prefix="jaxembed-"))
-        self._config = replace(config, state=str(state))
-        self._metrics = state / "metrics"
-        shutil.rmtree(self._metrics, ignore_errors=True)
-        self._metrics.mkdir(parents=True)
+        if (config.directory / "manifest.json").is_file():
+            raise ValueError(
+                f"{config.directory} is one version of a bundle; name the folder that it is in, "
+                f"{config.directory.parent}."
+            )
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         self._listener = socket.socket(family)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,7 +57,14 @@ class Supervisor:
         except OSError:
             self._listener.close()
             raise
+        self._own_state = config.state is None
+        state = pathlib.Path(config.state or tempfile.mkdtemp(prefix="jaxembed-"))
+        self._config = replace(config, state=str(state))
+        self._metrics = state / "metrics"
+        shutil.rmtree(self._metrics, ignore_errors=True)
+        self._metrics.mkdir(parents=True)
         self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
+        self._due: dict[int, float] = {}
         self._failures = 0
         self._stop = threading.Event()
         self._log = logs.logger()
@@ -113,17 +119,19 @@ class Supervisor:
         for slot, (process, started) in list(self._workers.items()):
             if process.poll() is None:
                 continue
-            self._forget(process.pid)
-            lived = time.monotonic() - started
-            self._failures = 0 if lived > _HEALTHY_SECONDS else self._failures + 1
-            # One that lived is replaced at once, one that dies young more and more slowly.
-            delay = min(0.0 if self._failures <= 1 else 0.5 * 2**self._failures, _SLOWEST_RESTART)
-            self._log.error(
-                "a worker died", extra={"worker": process.pid, "status": process.returncode, "delay": delay}
-            )
-            if self._stop.wait(delay):
-                return
-            self._start(slot)
+            if slot not in self._due:
+                self._forget(process.pid)
+                now = time.monotonic()
+                self._failures = 0 if now - started > _HEALTHY_SECONDS else self._failures + 1
+                # One that lived is replaced at once, one that dies young more and more slowly.
+                delay = min(0.0 if self._failures <= 1 else 0.5 * 2**self._failures, _SLOWEST_RESTART)
+                self._due[slot] = now + delay
+                self._log.error(
+                    "a worker died", extra={"worker": process.pid, "status": process.returncode, "delay": delay}
+                )
+            if time.monotonic() >= self._due[slot]:
+                del self._due[slot]
+                self._start(slot)
 
     def _forget(self, pid: int) -> None:
         from prometheus_client import multiprocess

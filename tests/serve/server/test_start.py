@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from jaxembed.cli import main
+from jaxembed.serve.server.config import ServerConfig
 
 pytest.importorskip("uvicorn")
 
@@ -30,6 +31,21 @@ def test_a_port_in_use_is_named(tmp_path, capsys, flag, shared):
 def test_a_folder_that_is_not_there(tmp_path, capsys):
     assert main(["serve", str(tmp_path / "bundels"), "--http-port", "0", "--grpc-port", "0"]) != 0
     assert f"there is no folder at {tmp_path / 'bundels'}; name the one" in capsys.readouterr().err
+
+
+def test_a_single_version_is_not_a_folder_of_versions(tmp_path, capsys):
+    (tmp_path / "314").mkdir()
+    (tmp_path / "314" / "manifest.json").write_text("{}")
+    assert main(["serve", str(tmp_path / "314"), "--http-port", "0", "--grpc-port", "0"]) != 0
+    assert f"is one version of a bundle; name the folder that it is in, {tmp_path}." in capsys.readouterr().err
+
+
+def test_a_model_whose_module_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here_only.py").write_text("")
+    assert ServerConfig(str(tmp_path), model="here_only:f").model == "here_only:f"
+    assert main(["serve", str(tmp_path), "--model", "nosuch:f"]) != 0
+    assert "there is no module 'nosuch'; install it" in capsys.readouterr().err
 
 
 def test_a_package_that_is_not_there(tmp_path, capsys, monkeypatch):
