@@ -99,7 +99,7 @@ def convert(
         notes.append(f"left out: slots, which {target_format} has no place for")
         slots = {}
     combiner_weights = {name: value for name, value in found.combiner_weights.items() if name in tables}
-    if combiner_weights and not getattr(writer, "COMBINER_WEIGHTS", getattr(writer, "SIDECAR", True)):
+    if combiner_weights and not getattr(writer, "COMBINER_WEIGHTS", True):
         notes.append(f"left out: the weights of custom combiners, which {target_format} has no place for")
     arrays += [(n, slot, array) for n in tables for slot, array in sorted(slots.get(n, {}).items())]
     with progress_bar(

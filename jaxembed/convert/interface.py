@@ -7,8 +7,7 @@ A format is a module of this package with
     write(out, contents) -> list[str]      writes a new file or folder `out`; what there is to say of it
 
 and may have COMBINER, what its tables are combined by where no feature configuration says so (default "mean"),
-SLOTS, whether it writes slots (default True), SIDECAR, whether it writes one beside its arrays (default True), and
-COMBINER_WEIGHTS, whether it writes the weights of custom combiners (default as SIDECAR).
+SLOTS and COMBINER_WEIGHTS, whether it writes slots, and the weights of custom combiners (both default True).
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ from jaxembed.convert.keys import key_for, place_arrays
 
 #: Slots are the optimizer's variables in Keras, in an order that is the model's.
 SLOTS = False
-SIDECAR = False
+COMBINER_WEIGHTS = False
 LAYERS = "_default_device_embedding_layers/"
 
 

@@ -40,8 +40,6 @@ from jaxembed.lookup import serving_embedding_lookup
 from jaxembed.quantization import simulate_on_host
 
 SLOTS = False
-SIDECAR = False
-COMBINER_WEIGHTS = True
 #: The programs run on any of these.
 PLATFORMS = ("cpu", "tpu", "cuda")
 

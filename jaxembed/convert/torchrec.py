@@ -26,7 +26,7 @@ from jaxembed.convert.keys import key_for, place_arrays
 
 #: Fused optimizers keep their state sharded, and read it in no other form.
 SLOTS = False
-SIDECAR = False
+COMBINER_WEIGHTS = False
 COMBINER = "sum"
 SUFFIXES = (".pt", ".pth")
 MAX_DEPTH = 16
