@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     foreign.add_argument(
         "--layout",
         metavar="FILE",
-        help="of jax-tpu-embedding: its EmbeddingSpecProto, serialized; of keras-rs: a weights file of the model to fill",
+        help="of jax-tpu-embedding: its EmbeddingSpecProto, serialized; to write keras-rs: a weights file of the model to "
+        "fill; to write tensorflow in SparseCore's stacks: SparseCoreTableLayouts, serialized, or a checkpoint that has them",
     )
     serving = parser.add_argument_group("to serving")
     serving.add_argument("--version", type=int, help="default: the step")

@@ -70,7 +70,7 @@ def convert(
       keys: (table, slot or None) of the arrays by their names in the foreign file; None guesses, and says so.
       dtype: to round tables to; None keeps their type.
       combiner: of the features that are made up for a source without a feature configuration.
-      layout: see `Options`.
+      layout: see `Options`; of what is written, if that takes one, else of what is read.
       progress: whether to draw a bar; None on a terminal.
       dry_run: write nothing, and report what would be written, without digests.
 
@@ -83,9 +83,20 @@ def convert(
     path, target = path_of(source), path_of(out)
     source_format = source_format or formats.guess_source(path)
     target_format = target_format or formats.guess_target(target)
-    options = Options(step, keys, None if layout is None else path_of(layout))
     writer = formats.load(target_format)
-    found = open_source(path, source_format, options)
+    options = Options(step, keys, None if layout is None else path_of(layout))
+    is_written = "write" in getattr(writer, "LAYOUT", ())
+    if (
+        layout is not None
+        and not is_written
+        and "read" not in getattr(formats.load(source_format), "LAYOUT", ())
+    ):
+        raise ValueError(
+            f"layout is neither for reading {source_format} nor for writing {target_format}; leave it out."
+        )
+    found = open_source(
+        path, source_format, dataclasses.replace(options, layout=None) if is_written else options
+    )
     if source_format != "jaxembed" and step is not None:
         found = dataclasses.replace(found, step=step)
     config, notes = _fit(found, source_format, feature_config, combiner, dtype)

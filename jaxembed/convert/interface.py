@@ -7,7 +7,8 @@ A format is a module of this package with
     write(out, contents) -> list[str]      writes a new file or folder `out`; what there is to say of it
 
 and may have COMBINER, what its tables are combined by where no feature configuration says so (default "mean"),
-SLOTS and COMBINER_WEIGHTS, whether it writes slots, and the weights of custom combiners (both default True).
+SLOTS and COMBINER_WEIGHTS, whether it writes slots, and the weights of custom combiners (both default True), and
+LAYOUT, which of "read" and "write" take `Options.layout` (default none).
 """
 
 import dataclasses
@@ -32,8 +33,8 @@ class Options:
     Attributes:
       step: which step to read, of formats that have several.
       keys: where the arrays belong, by the names they have in the file; None guesses.
-      layout: a file that the format needs besides: of jax-tpu-embedding its EmbeddingSpecProto, of keras-rs,
-        to write, a weights file of the model.
+      layout: a file that the format takes besides: of jax-tpu-embedding its EmbeddingSpecProto; to write keras-rs, a
+        weights file of the model; to write stacks of TensorFlow, its SparseCoreTableLayouts, serialized or in a checkpoint.
     """
 
     step: int | None = None

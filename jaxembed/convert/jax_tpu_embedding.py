@@ -26,6 +26,8 @@ from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar
 from jaxembed.serialization import strict_json
 from jaxembed.sparsecore_layout import StackedTable, from_jax_tpu_embedding
 
+#: What takes `Options.layout`.
+LAYOUT = ("read", "write")
 SPEC, VARIABLES = "embedding_spec.pb", "variables"
 TABLE, SLOT = "table", "slot"
 MAX_JSON = 64 << 20
@@ -168,7 +170,8 @@ def _stacks(path: pathlib.Path | None, options: Options) -> Mapping[str, tuple[S
     if file is None:
         raise ValueError(
             "jax-tpu-embedding's variables do not say where tables are in their stacks; write "
-            "create_proto_from_feature_specs(...).SerializeToString() to a file, and pass it as layout (--layout)."
+            "create_proto_from_feature_specs(...).SerializeToString() to a file, and pass it as layout (--layout), or "
+            f"put it beside the arrays as {SPEC}."
         )
     name = "jax_tpu_embedding.sparsecore.lib.proto.embedding_spec_pb2"
     spec: Any = needed(name, "jax-tpu-embedding").EmbeddingSpecProto()

@@ -19,6 +19,8 @@ from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, stored
 from jaxembed.convert.keys import key_for, place_arrays
 
+#: What takes `Options.layout`.
+LAYOUT = ("write",)
 #: Slots are the optimizer's variables in Keras, in an order that is the model's.
 SLOTS = False
 COMBINER_WEIGHTS = False

@@ -1,14 +1,15 @@
 """Object checkpoints of TensorFlow's TPUEmbedding and TPUEmbeddingForServing, stacked by SparseCore or not.
 
 An embedding object tracks `_variables`: {table: {"parameters": [V, D], slot: [V, D]}}. Of SparseCore they are
-by stack instead, and `_sparse_core_table_layouts` says where in a stack a table is.
+by stack instead (`tensorflow_stacks.py`): read as tables, and written so where a layout is given.
 
 References:
   `tf.tpu.experimental.embedding.TPUEmbeddingForServing`; tensorflow/core/protobuf/trackable_object_graph.proto.
 """
 
+import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,23 @@ from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.checkpoint.writing import regrouped
 from jaxembed.convert.arrays import refuse_types
 from jaxembed.convert.formats import needed
-from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
+from jaxembed.convert.interface import Contents, Options, Place, Source, stored
 from jaxembed.convert.keys import is_table, place_arrays
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
 from jaxembed.convert.tensor_bundle import TensorBundle
-from jaxembed.sparsecore_layout import StackedTable, check_stack, from_tensorflow
+from jaxembed.convert.tensorflow_stacks import (
+    LAYOUTS,
+    Layouts,
+    Variable,
+    layouts_in_file,
+    parse_layouts,
+    unstacked,
+    variables_of,
+)
 
+#: What takes `Options.layout`.
+LAYOUT = ("write",)
 PARAMETERS, VARIABLES = "parameters", "_variables"
-LAYOUTS = "_sparse_core_table_layouts"
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 VALUE = "VARIABLE_VALUE"
 NAME = "ckpt"
@@ -56,7 +66,7 @@ def read(path: pathlib.Path, options: Options) -> Source:
             arrays.pop(key, None)
             for member in members:
                 name = f"{key}#{member.name}"
-                arrays[name] = _unstacked(by_key[key], member)
+                arrays[name] = unstacked(by_key[key], member)
                 places[name] = (member.name, slot)
 
     def guess(key: str, array: StoredArray) -> Place | None:
@@ -70,30 +80,39 @@ def read(path: pathlib.Path, options: Options) -> Source:
 
 
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
-    """Writes a folder with a checkpoint that `tf.train.Checkpoint(embedding=...)` restores."""
+    """Writes a folder with a checkpoint that `tf.train.Checkpoint(embedding=...)` restores, by stacks if a layout is given."""
     tf: Any = needed("tensorflow", "tensorflow")
     refuse_types(contents, "a TPUEmbedding of TensorFlow", ("bfloat16", "float16"))
+    given = _given_layouts(contents.options.layout)
+    variables = variables_of(contents, given and given[1])
     out.mkdir()
-    parts = []
+    parts: list[str] = []
 
     def save(names: list[str], slices: list[str], tensors: list[Any]) -> None:
         parts.append(str(out.parent / "parts" / f"part-{len(parts)}"))
         tf.raw_ops.SaveV2(prefix=parts[-1], tensor_names=names, shape_and_slices=slices, tensors=tensors)
 
     with tf.device("/cpu:0"):
-        for stream in contents.streams:
-            row_bytes = max(stream.num_bytes // stream.shape[0], 1)
-            for start, rows in regrouped(stream.blocks(), max(PART_BYTES // row_bytes, 1)):
-                save([_key(stream)], [slice_spec(stream.shape, start, rows.shape[0])], [tf.constant(rows)])
+        for i, variable in enumerate(variables):
+            key, dtype = _key(_name(variable)), variable.streams[0].dtype
+            row_bytes = max(math.prod(variable.shape[1:]) * dtype.itemsize, 1)
+            blocks = variable.blocks(out.parent / f"stack-{i}")
+            for start, rows in regrouped(blocks, max(PART_BYTES // row_bytes, 1)):
+                save([key], [slice_spec(variable.shape, start, rows.shape[0])], [tf.constant(rows)])
         counter = f"save_counter/.ATTRIBUTES/{VALUE}"
-        save([GRAPH, counter], ["", ""], [tf.constant(_graph(contents, counter)), tf.constant(1, tf.int64)])
+        names, values = [counter], [tf.constant(1, tf.int64)]
+        if given is not None:
+            names, values = [*names, _key(LAYOUTS)], [*values, tf.constant(given[0])]
+        graph = tf.constant(_graph(variables, given is not None, counter))
+        save([GRAPH, *names], [""] * (1 + len(names)), [graph, *values])
         tf.raw_ops.MergeV2Checkpoints(
             checkpoint_prefixes=parts, destination_prefix=str(out / NAME), delete_old_dirs=False
         )
     state = f'model_checkpoint_path: "{NAME}"\nall_model_checkpoint_paths: "{NAME}"\n'
     write_file(out / "checkpoint", [state.encode()])
     write_file(out / SIDECAR, [sidecar_of(contents)])
-    return [f"restore it with tf.train.Checkpoint(embedding=...).restore({NAME!r} in that folder)"]
+    stacks = [f"table {m.name!r} -> stack {v.owner!r}" for v in variables if not v.slot for m in v.members]
+    return [*stacks, f"restore it with tf.train.Checkpoint(embedding=...).restore({NAME!r} in that folder)"]
 
 
 class _Tensors:
@@ -136,13 +155,15 @@ class _Tensors:
         except (self._tf.errors.OpError, ValueError, RuntimeError) as e:
             raise ValueError(f"{self.prefix}: {key} cannot be read, or is damaged: {str(e)[:300]}") from e
 
-    def message(self, key: str, message: Any) -> Any:
-        """The protocol buffer in a string tensor."""
+    def string(self, key: str) -> bytes:
+        """The value of a string tensor."""
         try:
-            message.ParseFromString(self._reader.get_tensor(key))
-        except Exception as e:  # TensorFlow's errors, protobuf's DecodeError, and TypeError of what is no bytes
+            value = self._reader.get_tensor(key)
+        except Exception as e:  # TensorFlow raises many types
             raise ValueError(f"{self.prefix}: {key} is damaged: {str(e)[:200]}") from e
-        return message
+        if not isinstance(value, bytes):
+            raise ValueError(f"{self.prefix}: {key} is damaged: it is no string.")
+        return value
 
 
 def _prefix(path: pathlib.Path) -> pathlib.Path:
@@ -164,7 +185,12 @@ def _places(tensors: _Tensors) -> dict[str, Place]:
         return {}
     from tensorflow.core.protobuf import trackable_object_graph_pb2  # type: ignore[import-not-found]
 
-    nodes = tensors.message(GRAPH, trackable_object_graph_pb2.TrackableObjectGraph()).nodes
+    graph = trackable_object_graph_pb2.TrackableObjectGraph()
+    try:
+        graph.ParseFromString(tensors.string(GRAPH))
+    except Exception as e:  # protobuf's DecodeError is of no common type
+        raise ValueError(f"{tensors.prefix}: {GRAPH} is damaged: {str(e)[:200]}") from e
+    nodes = graph.nodes
     places: dict[str, Place] = {}
 
     def children(node: Any) -> Iterator[tuple[str, Any]]:
@@ -184,48 +210,36 @@ def _places(tensors: _Tensors) -> dict[str, Place]:
     return places
 
 
-def _layouts(tensors: _Tensors) -> dict[str, list[StackedTable]]:
+def _layouts(tensors: _Tensors) -> Layouts:
     """The tables of each stack of SparseCore."""
-    keys = [key for key in tensors.shapes if LAYOUTS in key]
-    if not keys:
-        return {}
-    from tensorflow.core.tpu.kernels import sparse_core_layout_pb2  # type: ignore[import-not-found]
-
-    stacks: dict[str, list[StackedTable]] = {}
-    for key in keys:
-        for layout in tensors.message(key, sparse_core_layout_pb2.SparseCoreTableLayouts()).tables:
-            table = from_tensorflow(layout)
-            stacks.setdefault(table.stack, []).append(table)
-    for tables in stacks.values():
-        check_stack(tables)
-    return stacks
+    return {
+        stack: tables
+        for key in tensors.shapes
+        if LAYOUTS in key
+        for stack, tables in parse_layouts(f"{tensors.prefix}: {key}", tensors.string(key)).items()
+    }
 
 
-def _unstacked(stack: StoredArray, table: StackedTable) -> StoredArray:
-    if stack.shape not in (table.stack_shape, table.stack_shape[:1]):
-        raise ValueError(
-            f"{stack.what} must be {list(table.stack_shape)} by its layout, got {list(stack.shape)}."
-        )
-    shape = table.shape[: len(stack.shape)]
-
-    def read_rows(start: int, stop: int) -> np.ndarray:
-        return table.read_rows(_Whole(stack), start, stop)
-
-    return stored(f"{stack.what}, table {table.name!r}", shape, stack.dtype, read_rows)
-
-
-class _Whole:
-    """A stack as `StackedTable.read_rows` takes it."""
-
-    def __init__(self, stack: StoredArray):
-        self.shape, self.dtype, self._source = stack.shape, stack.dtype, stack.source
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self._source[rows]
+def _given_layouts(path: pathlib.Path | None) -> tuple[bytes, Layouts] | None:
+    """The layouts to write stacks by: a file's, or those in a checkpoint."""
+    if path is None:
+        return None
+    if not matches(path):
+        return layouts_in_file(path)
+    tensors = _Tensors(_prefix(path))
+    for key in tensors.shapes:
+        if LAYOUTS in key and (layouts := parse_layouts(f"{tensors.prefix}: {key}", tensors.string(key))):
+            return tensors.string(key), layouts
+    raise ValueError(
+        f"{path} has no layout of stacks to take; it is a checkpoint whose tables are unstacked. Leave layout out."
+    )
 
 
-def _key(stream: Stream) -> str:
-    name = stream.table if stream.slot is None else f"{stream.table}/{stream.slot}"
+def _name(variable: Variable) -> str:
+    return variable.owner if variable.slot is None else f"{variable.owner}/{variable.slot}"
+
+
+def _key(name: str) -> str:
     return f"embedding/{name.replace('.', '..').replace('/', '.S')}/.ATTRIBUTES/{VALUE}"
 
 
@@ -236,8 +250,8 @@ def slice_spec(shape: tuple[int, ...], start: int, count: int) -> str:
     return f"{' '.join(map(str, shape))} {':'.join([f'{start},{count}', *['-'] * (len(shape) - 1)])}"
 
 
-def _graph(contents: Contents, counter: str) -> bytes:
-    """What TensorFlow stores about a Checkpoint(embedding=TPUEmbeddingForServing)."""
+def _graph(variables: Sequence[Variable], has_layouts: bool, counter: str) -> bytes:
+    """What TensorFlow stores about a Checkpoint(embedding=...): TPUEmbeddingForServing, or with layouts TPUEmbeddingV2."""
     from tensorflow.core.protobuf import trackable_object_graph_pb2  # type: ignore[import-not-found]
 
     graph = trackable_object_graph_pb2.TrackableObjectGraph()
@@ -253,13 +267,15 @@ def _graph(contents: Contents, counter: str) -> bytes:
 
     # The root must come first: its children are added once they have numbers.
     node({})
-    variables: dict[str, dict[str, int]] = {}
+    owners: dict[str, dict[str, int]] = {}
     embedding: dict[str, int] = {}
-    for stream in contents.streams:
-        name = stream.table if stream.slot is None else f"{stream.table}/{stream.slot}"
-        embedding[name] = node({}, _key(stream), name)
-        variables.setdefault(stream.table, {})[stream.slot or PARAMETERS] = embedding[name]
-    embedding[VARIABLES] = node({table: node(children) for table, children in variables.items()})
+    for variable in variables:
+        name = _name(variable)
+        embedding[name] = node({}, _key(name), name)
+        owners.setdefault(variable.owner, {})[variable.slot or PARAMETERS] = embedding[name]
+    if has_layouts:
+        embedding[LAYOUTS] = node({}, _key(LAYOUTS), LAYOUTS)
+    embedding[VARIABLES] = node({owner: node(children) for owner, children in owners.items()})
     for child, i in {"embedding": node(embedding), "save_counter": node({}, counter, "save_counter")}.items():
         graph.nodes[0].children.add(node_id=i, local_name=child)
     graph.nodes[0].has_checkpoint_values.value = True

@@ -128,63 +128,189 @@ def test_memory_is_a_few_blocks(tmp_path):
     np.testing.assert_array_equal(load_file(tmp_path / "a.safetensors")["tables/w"], variable.numpy())
 
 
-def stacked_checkpoint(directory):
-    """As TPUEmbeddingV2 on SparseCores saves one; it cannot be built without them."""
+#: TensorFlow's adapter, which stacks anew, finds no tables whose names have a "/" or ".".
+PLAIN = {"films": (400, 6), "users": (70, 8)}
+
+
+def stacked_layouts(num_partitions=4, shapes=SHAPES):
+    """As TPUEmbeddingV2 makes them of its tables."""
     from tensorflow.core.tpu.kernels import sparse_core_layout_pb2
-    from tensorflow.python.tpu import (
-        _pywrap_sparse_core_layout,
-        tpu_embedding_v3_checkpoint_adapter,
-        tpu_embedding_v3_utils,
-    )
+    from tensorflow.python.tpu import _pywrap_sparse_core_layout
 
     stacker = _pywrap_sparse_core_layout.SparseCoreLayoutStacker(
-        num_partitions=4, sparse_cores_per_partition=4, disable_table_stacking=False
+        num_partitions=num_partitions, sparse_cores_per_partition=4, disable_table_stacking=False
     )
-    for name, (rows, dim) in SHAPES.items():
-        stacker.AddTable(name, rows, dim, "group", output_samples=8, num_features=1)
+    for name, shape in shapes.items():
+        stacker.AddTable(name, *shape, "group", output_samples=8, num_features=1)
     layouts = sparse_core_layout_pb2.SparseCoreTableLayouts()
     layouts.ParseFromString(stacker.GetLayouts().SerializeToString())
-    assert len({layout.stacked_table_name for layout in layouts.tables}) == 1
-    assert any(layout.sparse_core_shard_rotation for layout in layouts.tables)
-    stack = layouts.tables[0].stacked_table_name
-    rows = layouts.tables[0].total_rows_per_sparse_core_shard * layouts.tables[0].num_sparse_cores
-    width = layouts.tables[0].unsharded_padded_shape[1]
-    values = {
-        kind: {n: np.arange(r * d, dtype=np.float32).reshape(r, d) + offset for n, (r, d) in SHAPES.items()}
-        for kind, offset in (("parameters", 0.25), ("accumulators", 0.5))
-    }
-    variables = {
-        kind: tf.Variable(
-            tpu_embedding_v3_checkpoint_adapter._shard_from_cpu_to_sc(
-                [values[kind][layout.table_name] for layout in layouts.tables],
-                f"{rows} {width} 0,{rows}:0,{width}",
-                list(layouts.tables),
-            )
-        )
-        for kind in values
-    }
-    embedding = tf.train.Checkpoint()
-    embedding._track_trackable(
-        tpu_embedding_v3_utils.SparseCoreLayoutsTrackable(tf.constant(layouts.SerializeToString())),
-        tpu_embedding_v3_utils.SPARSECORE_LAYOUTS_CHECKPOINT_KEY,
+    return layouts
+
+
+def stack_of(layouts):
+    """Name, rows and width of the only stack."""
+    (name,) = {layout.stacked_table_name for layout in layouts.tables}
+    first = layouts.tables[0]
+    return (
+        name,
+        first.total_rows_per_sparse_core_shard * first.num_sparse_cores,
+        first.unsharded_padded_shape[1],
     )
-    embedding._track_trackable(variables["parameters"], stack)
-    embedding._track_trackable(variables["accumulators"], f"{stack}/accumulators")
-    embedding._variables = {stack: variables}
+
+
+def stacked(layouts, tables):
+    """[rows, width], put together by TensorFlow."""
+    from tensorflow.python.tpu import tpu_embedding_v3_checkpoint_adapter as adapter
+
+    _, rows, width = stack_of(layouts)
+    return adapter._shard_from_cpu_to_sc(
+        [tables[layout.table_name] for layout in layouts.tables],
+        f"{rows} {width} 0,{rows}:0,{width}",
+        list(layouts.tables),
+    )
+
+
+def values_of(kinds, shapes=SHAPES):
+    return {
+        kind: {n: np.arange(r * d, dtype=np.float32).reshape(r, d) + offset for n, (r, d) in shapes.items()}
+        for kind, offset in kinds.items()
+    }
+
+
+class TPUEmbeddingV2(tf.__internal__.tracking.AutoTrackable):
+    """What that of TensorFlow is to a checkpoint; it cannot be built without SparseCores."""
+
+    def __init__(self, layouts):
+        self.embedding_layouts = {layout.table_name: layout for layout in layouts.tables}
+
+    def build(self, layouts, values):
+        """As there, a variable takes its value from a checkpoint that is to be restored, else from `values`."""
+        from tensorflow.python.tpu import tpu_embedding_v3_utils as utils
+        from tensorflow.python.trackable import base
+
+        stack, rows, width = stack_of(layouts)
+
+        def getter(name, shape, dtype, initializer):
+            whole = base.ShardInfo(shape=shape, offset=[0, 0])
+            return tf.Variable(lambda: initializer(shape, dtype=dtype, shard_info=whole), name=name)
+
+        self._variables = {stack: {}}
+        for kind, value in values.items():
+            self._variables[stack][kind] = self._add_variable_with_custom_getter(
+                name=stack if kind == "parameters" else f"{stack}/{kind}",
+                shape=[rows, width],
+                initializer=lambda shape, dtype, shard_info, value=value: value,
+                getter=getter,
+            )
+        self._track_trackable(
+            utils.SparseCoreLayoutsTrackable(tf.constant(layouts.SerializeToString())),
+            utils.SPARSECORE_LAYOUTS_CHECKPOINT_KEY,
+        )
+        return self._variables[stack]
+
+    def _checkpoint_adapter(self, path):
+        from tensorflow.python.tpu import tpu_embedding_v3_checkpoint_adapter as adapter
+
+        return adapter.TpuEmbeddingV3CheckpointAdapter.create_from_checkpoint(path)
+
+
+def restored_by_v2(path, layouts, kinds):
+    """The stacks that TPUEmbeddingV2 of these layouts restores."""
+    embedding = TPUEmbeddingV2(layouts)
+    tf.train.Checkpoint(embedding=embedding).restore(str(path)).expect_partial()
+    found = embedding.build(layouts, dict.fromkeys(kinds, tf.fill(stack_of(layouts)[1:], -1.0)))
+    return {kind: variable.numpy() for kind, variable in found.items()}
+
+
+KINDS = {"parameters": 0.25, "accumulators": 0.5}
+
+
+def stacked_checkpoint(directory, shapes=SHAPES):
+    layouts, values = stacked_layouts(shapes=shapes), values_of(KINDS, shapes)
+    assert any(layout.sparse_core_shard_rotation for layout in layouts.tables)
+    assert any(layout.sparse_core_shard_row_offset for layout in layouts.tables)
+    embedding = TPUEmbeddingV2(layouts)
+    embedding.build(layouts, {kind: stacked(layouts, tables) for kind, tables in values.items()})
     return tf.train.Checkpoint(embedding=embedding).save(str(directory / "model")), values
 
 
 def test_stacked_by_sparsecore(tmp_path):
+    """Read, and written again by the layout of a checkpoint or of a file: what TensorFlow itself would have written."""
     prefix, values = stacked_checkpoint(tmp_path / "tf")
-    # TensorFlow takes it for one of its own.
-    again = theirs_for_serving(prefix)
-    for name, table in values["parameters"].items():
-        np.testing.assert_array_equal(again._variables[name]["parameters"].numpy(), table)
     convert(prefix, tmp_path / "ckpt")
     read = read_checkpoint(tmp_path / "ckpt", slots=True)
     for name in SHAPES:
         np.testing.assert_array_equal(read.tables[name], values["parameters"][name])
         np.testing.assert_array_equal(read.slots[name]["accumulators"], values["accumulators"][name])
+    layouts = stacked_layouts()
+    (tmp_path / "layouts.pb").write_bytes(layouts.SerializeToString())
+    for i, layout in enumerate((prefix, tmp_path / "layouts.pb")):
+        out = tmp_path / f"back{i}"
+        report = convert(tmp_path / "ckpt", out, target_format="tensorflow", layout=layout)
+        assert any(note.startswith("table 'users' -> stack ") for note in report.notes)
+        ours, theirs = tf.train.load_checkpoint(str(out)), tf.train.load_checkpoint(prefix)
+        keys = theirs.get_variable_to_shape_map().keys() - {"_CHECKPOINTABLE_OBJECT_GRAPH"}
+        assert ours.get_variable_to_shape_map().keys() - {"_CHECKPOINTABLE_OBJECT_GRAPH"} == keys
+        for key in keys:
+            np.testing.assert_array_equal(ours.get_tensor(key), theirs.get_tensor(key))
+        third = convert(out, tmp_path / f"third{i}")
+        assert [a.digest for a in third.arrays] == [a.digest for a in report.arrays]
+    # For serving TensorFlow unstacks them, theirs and ours.
+    for path in (prefix, tmp_path / "back0" / "ckpt"):
+        again = theirs_for_serving(path)
+        for name, table in values["parameters"].items():
+            np.testing.assert_array_equal(again._variables[name]["parameters"].numpy(), table)
+
+
+@pytest.mark.parametrize("stacks", [True, False])
+@pytest.mark.parametrize("chips", [4, 2])
+def test_training_on_sparsecores_restores_them(tmp_path, stacks, chips):
+    """By its own layout, whole; else TensorFlow stacks the tables anew, but finds no slots (2.21: its adapter gives them
+    the stack's name)."""
+    prefix, values = stacked_checkpoint(tmp_path / "tf", PLAIN)
+    convert(prefix, tmp_path / "ckpt")
+    convert(tmp_path / "ckpt", tmp_path / "back", target_format="tensorflow", layout=prefix if stacks else None)
+    layouts = stacked_layouts(chips, PLAIN)
+    found = restored_by_v2(tmp_path / "back" / "ckpt", layouts, KINDS)
+    if not stacks or chips != 4:
+        assert (found.pop("accumulators") == -1).all()
+    for kind, stack in found.items():
+        np.testing.assert_array_equal(stack, stacked(layouts, values[kind]))
+
+
+def test_layouts_that_do_not_fit_are_refused(tmp_path):
+    tables = values_of({"p": 0})["p"]
+    np.savez(tmp_path / "a.npz", **tables)
+    np.savez(tmp_path / "less.npz", users=np.ones(SHAPES["users"], np.float32))
+    np.savez(tmp_path / "other.npz", **{**tables, "users": np.ones((3, 8), np.float32)})
+    (tmp_path / "good.pb").write_bytes(stacked_layouts().SerializeToString())
+    (tmp_path / "bad.pb").write_bytes(b"\xff\xff\xff")
+    (tmp_path / "empty.pb").write_bytes(b"")
+    convert(tmp_path / "a.npz", tmp_path / "plain", target_format="tensorflow")
+
+    def refused(message, layout, source="a.npz", target="tensorflow"):
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / source, tmp_path / "out", target_format=target, layout=tmp_path / layout)
+        assert not (tmp_path / "out").exists()
+
+    refused("bad.pb is no SparseCoreTableLayouts, or is damaged", "bad.pb")
+    refused("empty.pb is no SparseCoreTableLayouts: it has no tables", "empty.pb")
+    refused("plain has no layout of stacks to take", "plain")
+    refused(
+        r"the layout has the tables \['films/a.b', 'users'\], to be written are \['users'\]",
+        "good.pb",
+        "less.npz",
+    )
+    refused(r"table 'users' must be \[70, 8\] by the layout, got \[3, 8\]", "good.pb", "other.npz")
+    refused("layout is neither for reading npz nor for writing jaxembed", "good.pb", target="jaxembed")
+    embedding = ShardedEmbedding(config(), optimizers.SGD(0.1), jax.make_mesh((1,), ("d",)))
+    with Checkpointer(tmp_path / "mixed", embedding) as checkpointer:
+        checkpointer.save(embedding.init(jax.random.key(0)))
+    refused(
+        r"must have one optimizer: 'films/a.b' has the slots \['accumulators'\], 'users' \['momenta', ",
+        "good.pb",
+        "mixed",
+    )
 
 
 def theirs_for_serving(prefix):
@@ -194,7 +320,7 @@ def theirs_for_serving(prefix):
         feature_config={name: api.FeatureConfig(table=table) for name, table in tables.items()},
         optimizer=api.SGD(0.1),
     )
-    tf.train.Checkpoint(embedding=embedding).restore(prefix).expect_partial()
+    tf.train.Checkpoint(embedding=embedding).restore(str(prefix)).expect_partial()
     embedding.build()
     return embedding
 
