@@ -217,7 +217,13 @@ class ShardedEmbedding:
         return (activations, *counts) if counts else activations
 
     def apply_gradients(
-        self, state: EmbeddingState, batch: Any, activation_gradients: Any, weights: Any = None
+        self,
+        state: EmbeddingState,
+        batch: Any,
+        activation_gradients: Any,
+        weights: Any = None,
+        *,
+        called_values: dict[str, Any] | None = None,
     ) -> EmbeddingState:
         """One step of every table's optimizer on the rows that the batch looked up.
 
@@ -229,6 +235,8 @@ class ShardedEmbedding:
           batch: what was looked up.
           activation_gradients: a structure like the activations.
           weights: what it was looked up with.
+          called_values: what `called_values` returned outside of the `jax.jit` that this is called in; None calls
+            it now.
 
         Returns:
           The next state.
@@ -245,8 +253,24 @@ class ShardedEmbedding:
                 batch.layout, outputs, batch.valencies, combiner_weights, gradients
             )
             combiner_weights = custom.updated_weights(self.tables, combiner_weights, found)
-        tables, slots = self._program.update(state.tables, state.slots, batch, values, gradients, state.step)
+        if called_values is None:
+            called_values = self._called_now(state.step)
+        tables, slots = self._program.update(
+            state.tables, state.slots, batch, values, gradients, state.step, called_values
+        )
         return EmbeddingState(tables, slots, state.step + 1, combiner_weights)
+
+    def called_values(self) -> dict[str, Any]:
+        """What learning rates and hyperparameters that are callables without arguments return now.
+
+        A jitted step takes it as an argument and passes it to `apply_gradients`: the callables would otherwise be
+        called only when the step is compiled. With several hosts they must return the same on all.
+
+        Returns:
+          float32 scalars by stack; empty where there are no such callables.
+        """
+        called = {name: stack.optimizer.callables for name, stack in self.stacks.items()}
+        return {name: tuple(_scalar(f()) for f in functions) for name, functions in called.items() if functions}
 
     def shard_batch(self, batch: Any, weights: Any = None) -> tuple[ShardedBatch, ShardedWeights | None]:
         """Lays a batch out over the shards, on the host; call it outside of `jax.jit`.
@@ -402,6 +426,17 @@ class ShardedEmbedding:
         """Shapes, types and shardings of canonical tables and slots, without the values."""
         return self._canonical.abstract()
 
+    def _called_now(self, step: Any) -> dict[str, Any]:
+        values = self.called_values()
+        concrete = [v for v in jax.tree.leaves(values) if not isinstance(v, jax.core.Tracer)]
+        if concrete and isinstance(step, jax.core.Tracer):
+            raise ValueError(
+                "a learning rate is a callable without arguments, which a jitted step would call only once: pass "
+                "embedding.called_values() to the step as an argument, and from there to apply_gradients as "
+                "called_values; or use a schedule of the step."
+            )
+        return values
+
     def _pack(self, plan: packing.Plan) -> PackedBatch:
         num_shards = self._num_local_shards()
         packed = packing.pack_on_host(plan, self.stacks, range(num_shards), self._room, self._sparsecore)
@@ -459,6 +494,12 @@ class ShardedEmbedding:
                 for p in stack.placements:
                     slots[p.table.name] = stack.optimizer.init_slots((p.table.vocabulary_size, p.table.dim))
         return self._canonical.to_stacks(tables, slots)
+
+
+def _scalar(value: Any) -> Any:
+    return (
+        jnp.asarray(value, jnp.float32) if isinstance(value, jax.core.Tracer) else np.asarray(value, np.float32)
+    )
 
 
 def _stack(tables, optimizer: Optimizer | None, shardings: dict[str, str], num_shards: int, cores: int):

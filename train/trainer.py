@@ -60,6 +60,9 @@ class Trainer:
         #: (state, batch) to the next state, which takes the memory of this one, and a dict of the "loss", the [B]
         #: "logits", and the "rounds" that `ShardedEmbedding.lookup` counts.
         self.step = jax.jit(self._step, donate_argnums=0)
+        if any(stack.optimizer.callables for stack in embedding.stacks.values()):
+            step = self.step
+            self.step = lambda state, batch: step(state, batch, embedding.called_values())
         self.predict = jax.jit(self._predict)
         self.replicate = jax.jit(lambda arrays: arrays, out_shardings=embedding.replicated)
 
@@ -118,7 +121,9 @@ class Trainer:
         )
         return Batch(features, weights, *rest)
 
-    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _step(
+        self, state: TrainState, batch: Batch, called: Any = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         activations, rounds = self.embedding.lookup(
             state.embedding, batch.features, batch.weights, count_rounds=True
         )
@@ -130,7 +135,7 @@ class Trainer:
         gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
         (loss, logits), (param_grads, activation_grads) = gradient(state.params, activations)
         embedding = self.embedding.apply_gradients(
-            state.embedding, batch.features, activation_grads, batch.weights
+            state.embedding, batch.features, activation_grads, batch.weights, called_values=called
         )
         updates, opt_state = self.optimizer.update(param_grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

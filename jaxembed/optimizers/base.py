@@ -1,10 +1,11 @@
 """What all optimizers of embedding tables share: their options, and the order in which these apply to a row."""
 
+import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class Optimizer:
 
     Args:
       learning_rate: a float; a callable without arguments, called at each update; or a schedule, such as
-        optax's, called with the step.
+        optax's, called with the step. In a function that you compile, `with_called` says how to do the second.
       use_gradient_accumulation: sum the gradients of all occurrences of an id in the batch, then update the
         row once. False applies the occurrences one by one, in their order.
       clip_weight_min: lower bound of the weights, or None.
@@ -146,6 +147,18 @@ class Optimizer:
         """
         return value_at(self.learning_rate, step, "learning_rate")
 
+    @property
+    def callables(self) -> tuple[Callable[[], Any], ...]:
+        """Those of its arguments that are callables without arguments, called at each update."""
+        return tuple(rate for rate in self._rates() if _is_called(rate))
+
+    def with_called(self, values: Sequence[Any]) -> Self:
+        """The optimizer with values in place of its `callables`, for programs that take the values as arguments."""
+        left = iter(values)
+        return self._with_rates(
+            [_returning(next(left)) if _is_called(rate) else rate for rate in self._rates()]
+        )
+
     def update_rows(
         self, gradient: jax.Array, rows: jax.Array, slots: Slots, learning_rate: Any, step: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -189,6 +202,19 @@ class Optimizer:
 
         return optimizer_to_dict(self)
 
+    def _rates(self) -> tuple[LearningRate, ...]:
+        """All arguments that may be callables."""
+        return (self.learning_rate,)
+
+    def _with_rates(self, rates: Sequence[LearningRate]) -> Self:
+        return self._with(learning_rate=rates[0])
+
+    def _with(self, **fields: Any) -> Self:
+        other = copy.copy(self)
+        for field, value in fields.items():
+            other._put(field, value)
+        return other
+
     def _put(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)
 
@@ -216,6 +242,14 @@ def number_or_callable(value: Any, what: str) -> LearningRate:
     return value
 
 
+def _is_called(value: LearningRate) -> bool:
+    return callable(value) and not _takes_step(value, "learning_rate")
+
+
+def _returning(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
 def value_at(value: Any, step: Any, what: str) -> jax.Array:
     """A number, a callable without arguments or a schedule of the step, as a float32 scalar."""
     if not callable(value):
@@ -226,8 +260,8 @@ def value_at(value: Any, step: Any, what: str) -> jax.Array:
     if isinstance(step, jax.core.Tracer) and not isinstance(current, jax.core.Tracer):
         raise ValueError(
             f"{what} is a callable without arguments, which a compiled function would call only once; call "
-            f"learning_rate_at(step) outside of jit and pass its value in, or use a schedule of the step. "
-            f"Got {value!r}."
+            "learning_rate_at(step), or ShardedEmbedding.called_values(), outside of jit and pass its value in, "
+            f"or use a schedule of the step. Got {value!r}."
         )
     return jnp.asarray(current).astype(jnp.float32)
 

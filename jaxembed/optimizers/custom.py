@@ -96,6 +96,12 @@ class CustomOptimizer(Optimizer):
     def slot_initial_values(self):
         return dict(zip(self.slot_names, self.slot_initializers, strict=True))
 
+    def _rates(self):
+        return self.learning_rate, *self.hyperparameters
+
+    def _with_rates(self, rates):
+        return self._with(learning_rate=rates[0], hyperparameters=tuple(rates[1:]))
+
     def slot_shape(self, name, shape):
         dim = self.slot_dims[self.slot_names.index(name)] if self.slot_dims else 2
         return tuple(shape[:1]) if dim == 1 else tuple(shape)

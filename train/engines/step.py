@@ -1,5 +1,6 @@
 """Lookups and updates of all stacks as programs over the mesh."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -175,7 +176,16 @@ class StepProgram:
         call.defvjp(call_forward, call_backward, symbolic_zeros=True)
         return call(tables, weights, entries)
 
-    def _update(self, tables, slots, batch: ShardedBatch, weights: Any, gradients: list[Any], step: jax.Array):
+    def _update(
+        self,
+        tables,
+        slots,
+        batch: ShardedBatch,
+        weights: Any,
+        gradients: list[Any],
+        step: jax.Array,
+        called: dict[str, Any],
+    ):
         layout = batch.layout
         gradients = [
             _from_output(f, gradient, self.stacks[f.stack].num_shards)
@@ -185,18 +195,21 @@ class StepProgram:
         specs = jax.tree.map(lambda spec: spec, self.specs())
         engines = {name: self._engine(layout, name, entries) for name, entries in batch.entries.items()}
 
-        def body(tables, slots, entries, weights, gradients, step):
+        def body(tables, slots, entries, weights, gradients, step, called):
             tables, slots = dict(tables), dict(slots)
             for name, engine in engines.items():
                 stack = self.stacks[name]
+                if name in called:
+                    engine = _with_called(engine, called[name])
                 gradient = join_features(layout, gradients, name, stack.dim)
                 state = jax.tree.map(stack.rows_of, (tables[name], slots[name]))
                 state = engine.update(*state, *_local(name, entries, weights), gradient, step)
                 tables[name], slots[name] = jax.tree.map(stack.array_of, state)
             return tables, slots
 
-        in_specs = (*specs, *(on_shards,) * 3, PartitionSpec())
-        return self._shard_map(body, in_specs, specs)(tables, slots, batch.entries, weights, gradients, step)
+        in_specs = (*specs, *(on_shards,) * 3, PartitionSpec(), PartitionSpec())
+        program = self._shard_map(body, in_specs, specs)
+        return program(tables, slots, batch.entries, weights, gradients, step, called)
 
     def _engine(self, layout: BatchLayout, name: str, entries: Any) -> xla.XlaEngine | SparseCoreEngine:
         """Of a stack, for entries [n, N]."""
@@ -215,6 +228,12 @@ def _local(name: str, entries, weights):
     """This shard's entries of one stack, and their weights."""
     mine = jax.tree.map(lambda x: x[0], entries[name])
     return mine, None if weights is None else weights[name][0]
+
+
+def _with_called(engine: Any, values: Any) -> Any:
+    stack = engine.exchange.stack
+    stack = dataclasses.replace(stack, optimizer=stack.optimizer.with_called(values))
+    return dataclasses.replace(engine, exchange=dataclasses.replace(engine.exchange, stack=stack))
 
 
 def _initial_slots(stack: Stack, shape: tuple[int, ...]) -> dict[str, jax.Array]:
