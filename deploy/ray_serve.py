@@ -1,0 +1,62 @@
+"""A Ray Serve application of a folder of versions: as many replicas as the load needs, on any number of machines.
+
+    pip install '.[ray]'
+    serve run deploy.ray_serve:app bundles=/bundles
+    serve run deploy/ray_serve.yaml
+
+Each replica is one server, without ports of its own: Ray's proxy takes the requests, and spreads them. Clients reach the
+routes of `jaxembed serve`, over HTTP. What finds no room in a replica waits in the proxy, up to `max_queued_requests`;
+further requests are answered 503 there.
+
+Arguments:
+  bundles: folder of the versions, on every machine.
+  options: further options of `jaxembed serve`, in one string; those of ports and workers have no use.
+"""
+
+import argparse
+import shlex
+from collections.abc import Mapping
+
+from ray import serve
+from starlette.applications import Starlette
+
+from jaxembed.serve.server.app import make_app
+from jaxembed.serve.server.command import add_arguments, config_from
+from jaxembed.serve.server.config import ServerConfig
+from jaxembed.serve.server.service import Service
+
+# Requests of one replica at a time: enough to fill batches, few enough to keep the wait short.
+MAX_ONGOING_REQUESTS = 64
+MAX_QUEUED_REQUESTS = 128
+
+
+def app(arguments: Mapping[str, str]) -> serve.Application:
+    """The application.
+
+    Raises:
+      ValueError: if an argument is unknown or of no use.
+    """
+    unknown = arguments.keys() - {"bundles", "options"}
+    if unknown or "bundles" not in arguments:
+        raise ValueError(f"arguments are bundles and options, got {sorted(arguments)}; write bundles=/folder.")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args([arguments["bundles"], *shlex.split(arguments.get("options", ""))])
+    config = config_from(options, {})
+
+    def build() -> Starlette:
+        return application(config)
+
+    deployment = serve.deployment(
+        name="server",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_queued_requests=MAX_QUEUED_REQUESTS,
+        autoscaling_config={"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 16},
+        graceful_shutdown_timeout_s=config.drain_timeout,
+    )
+    return deployment(serve.ingress(build)()).bind()
+
+
+def application(config: ServerConfig) -> Starlette:
+    """What a replica runs: it is ready once a version is."""
+    return make_app(Service(config), lifespan=True)
