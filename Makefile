@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard jaxembed/native/*)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard jaxembed/native/* serve/native/*)
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test test-slow lint docs bench sanitize test-aarch64 clean

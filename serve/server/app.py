@@ -1,18 +1,20 @@
 """The routes over HTTP: v2, TensorFlow Serving's predict, health, metrics and switching of versions."""
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable
-from time import perf_counter
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from time import monotonic, perf_counter
+from typing import Any, ClassVar
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from . import tf_predict, v2_binary, v2_json
 from .body import read_body
@@ -33,14 +35,19 @@ _VERSION = "0.1.0"
 
 
 def make_app(
-    service: Service, *, predict_route: str | None = None, health_route: str | None = None
+    service: Service,
+    *,
+    predict_route: str | None = None,
+    health_route: str | None = None,
+    lifespan: bool = False,
 ) -> Starlette:
     """The application.
 
     Args:
-      service: started.
+      service: started, or to be by the lifespan.
       predict_route: another path for TensorFlow Serving's predict, as Vertex AI names it.
       health_route: another path for readiness.
+      lifespan: whether the application starts and stops the service, for servers that are not ours.
     """
     routes = Routes(service)
     name = service.config.name
@@ -72,7 +79,38 @@ def make_app(
         table.insert(0, Route(predict_route, routes.predict, methods=["POST"]))
     if health_route:
         table.insert(0, Route(health_route, routes.ready))
-    return Starlette(routes=table, exception_handlers={404: _not_found, 405: _not_found})
+    app = _App(
+        routes=table,
+        exception_handlers={404: _not_found, 405: _not_found},
+        lifespan=(lambda _: _running(service)) if lifespan else None,
+    )
+    app.direct = {f"{v2}/infer": routes.infer, f"{v1}:predict": routes.predict}
+    if predict_route:
+        app.direct[predict_route] = routes.predict
+    return app
+
+
+class _App(Starlette):
+    """Takes the paths that most requests are for past Starlette's routing."""
+
+    direct: ClassVar[dict[str, Callable[[Request], Awaitable[Response]]]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handler = self.direct.get(scope["path"]) if scope["type"] == "http" else None
+        if handler is None or scope["method"] != "POST":
+            await super().__call__(scope, receive, send)
+            return
+        response = await handler(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+@contextlib.asynccontextmanager
+async def _running(service: Service) -> AsyncIterator[None]:
+    await service.start()
+    try:
+        yield
+    finally:
+        await service.stop()
 
 
 class Routes:
@@ -87,8 +125,7 @@ class Routes:
         async def answer(body: bytes, begin: float) -> Response:
             service, started = self._service, perf_counter()
             model = service.versions.model(request.path_params.get("version"))
-            data, binary = v2_binary.split(body, request.headers.get(v2_binary.HEADER))
-            read = v2_json.read(model.signature, data, binary)
+            data, read = v2_binary.read(model, body, request.headers.get(v2_binary.HEADER))
             wanted = v2_json.binary_outputs(data)
             service.metrics.stage("parse", perf_counter() - started)
             read = _with_header_timeout(read, request)
@@ -123,7 +160,7 @@ class Routes:
         self, request: Request, protocol: str, answer: Callable[[bytes, float], Awaitable[Response]]
     ) -> Response:
         service, begin = self._service, perf_counter()
-        arrived = asyncio.get_running_loop().time()
+        arrived = monotonic()
         try:
             with service.admission():
                 body = await read_body(request, self._config.max_body_bytes, self._config.body_timeout)

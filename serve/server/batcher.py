@@ -4,7 +4,9 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
-from time import perf_counter
+import functools
+from time import monotonic, perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +16,12 @@ from .errors import RequestError, expired, overloaded
 from .metrics import Metrics
 from .served import ServedModel
 
+# A batch that takes less runs in the event loop: handing it to a thread and back would take about as long.
+_INLINE_SECONDS = 0.001
+_FORGET = 0.2
 
-@dataclasses.dataclass(eq=False)
+
+@dataclasses.dataclass(eq=False, slots=True)
 class _Entry:
     model: ServedModel
     rows: Rows
@@ -23,14 +29,16 @@ class _Entry:
     timed: float
     deadline: float
     result: asyncio.Future[list[np.ndarray]]
+    timer: asyncio.TimerHandle | None = None
 
 
 class Batcher:
-    """Runs one batch at a time, on a thread; what arrives meanwhile makes up the next one.
+    """Runs one batch at a time; what arrives meanwhile makes up the next one.
 
-    A request that finds nothing running runs at once, or after at most `wait` seconds in which others may
-    join it. A request whose deadline passed, or that nobody waits for, is never run. All rows of a batch are
-    of one version. Used from one event loop.
+    A request that finds nothing running runs at once, with all that the event loop reads together with it, or
+    after at most `wait` seconds in which others may join it. Batches that are known to be quick run in the event
+    loop, others on a thread. A request whose deadline passed, or that nobody waits for, is never run. All rows of
+    a batch are of one version. Used from one event loop.
 
     Args:
       max_rows: of a batch; a request of more rows runs alone.
@@ -44,10 +52,12 @@ class Batcher:
         self._metrics = metrics
         self._queue: collections.deque[_Entry] = collections.deque()
         self._queued_rows = 0
-        self._arrival = asyncio.Event()
-        self._full = asyncio.Event()
+        # Seconds that batches took of late, by the number of bits of their rows.
+        self._seconds: dict[int, float] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-run")
-        self._task: asyncio.Task[None] | None = None
+        self._running: asyncio.Future[Any] | None = None
+        self._due: asyncio.Handle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def queued_rows(self) -> int:
@@ -56,17 +66,18 @@ class Batcher:
 
     def start(self) -> None:
         """Starts to run what is submitted; in the event loop."""
-        self._task = asyncio.get_running_loop().create_task(self._work())
+        self._loop = asyncio.get_running_loop()
 
     async def stop(self) -> None:
         """Refuses what waits and ends."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        self._loop = None
+        if self._due is not None:
+            self._due.cancel()
         for entry in self._queue:
-            if not entry.result.done():
-                entry.result.set_exception(RequestError(503, "the server is stopping.", retry_after=1))
+            self._fail([entry], RequestError(503, "the server is stopping.", retry_after=1))
         self._queue.clear()
+        if self._running is not None:
+            await asyncio.wait([self._running])
         self._thread.shutdown()
 
     async def submit(self, model: ServedModel, rows: Rows, deadline: float) -> list[np.ndarray]:
@@ -75,52 +86,63 @@ class Batcher:
         Args:
           model: that packed them.
           rows: of a request.
-          deadline: in the time of the event loop.
+          deadline: in the time of `time.monotonic`; that of the event loop may be coarser.
 
         Raises:
           RequestError: if there is no room, or the deadline passed first.
         """
         if self._queued_rows and self._queued_rows + len(rows) > self._max_queued:
             raise overloaded(f"{self._queued_rows} rows wait already")
-        loop = asyncio.get_running_loop()
-        entry = _Entry(model, rows, loop.time(), perf_counter(), deadline, loop.create_future())
+        loop = self._loop
+        if loop is None:
+            raise RequestError(503, "the server is stopping.", retry_after=1)
+        entry = _Entry(model, rows, monotonic(), perf_counter(), deadline, loop.create_future())
         self._queue.append(entry)
         self._queued_rows += len(rows)
-        self._arrival.set()
-        if self._queued_rows >= self._max_rows:
-            self._full.set()
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await entry.result
-        except TimeoutError:
-            raise expired() from None
+        if self._running is not None or self._wait:
+            self._arm(entry)
+        if self._running is None:
+            self._schedule()
+        return await entry.result
 
-    async def _work(self) -> None:
-        while True:
-            await self._arrival.wait()
-            if self._wait:
-                await self._gather()
-            batch = self._next_batch()
-            if batch:
-                await self._run(batch)
-            if not self._queue:
-                self._arrival.clear()
-                self._full.clear()
+    def _schedule(self) -> None:
+        """The next batch runs once the event loop has read what is there, or the oldest request has waited."""
+        assert self._loop is not None
+        if not self._wait or self._queued_rows >= self._max_rows:
+            if self._due is None or isinstance(self._due, asyncio.TimerHandle):
+                if self._due is not None:
+                    self._due.cancel()
+                self._due = self._loop.call_soon(self._next)
+        elif self._due is None:
+            self._due = self._loop.call_later(
+                max(self._queue[0].arrived + self._wait - monotonic(), 0), self._next
+            )
 
-    async def _gather(self) -> None:
-        """Waits for more requests, but not beyond what the oldest may wait."""
-        until = self._queue[0].arrived + self._wait if self._queue else 0
-        if self._queued_rows < self._max_rows:
-            self._full.clear()
+    def _next(self) -> None:
+        self._due = None
+        batch = self._next_batch()
+        if not batch:
+            return
+        model, parts = batch[0].model, [entry.rows for entry in batch]
+        total = sum(map(len, parts))
+        assert self._loop is not None
+        if self._seconds.get(total.bit_length(), 1.0) < _INLINE_SECONDS:
             try:
-                async with asyncio.timeout_at(until):
-                    await self._full.wait()
-            except TimeoutError:
-                pass
+                outcome = self._run(model, parts)
+            except Exception as e:
+                outcome = e
+            self._finish(batch, total, outcome)
+            return
+        # While the thread runs, deadlines are watched.
+        for entry in (*batch, *self._queue):
+            if entry.timer is None:
+                self._arm(entry)
+        self._running = self._loop.run_in_executor(self._thread, self._run, model, parts)
+        self._running.add_done_callback(functools.partial(self._ran, batch, total))
 
     def _next_batch(self) -> list[_Entry]:
         batch: list[_Entry] = []
-        rows, now = 0, asyncio.get_running_loop().time()
+        rows, now, timed = 0, monotonic(), perf_counter()
         while self._queue:
             entry = self._queue[0]
             if entry.result.done() or entry.deadline <= now:
@@ -128,38 +150,64 @@ class Batcher:
                 self._queued_rows -= len(entry.rows)
                 if not entry.result.done():
                     entry.result.set_exception(expired())
+                self._disarm(entry)
                 continue
             other = batch and (entry.model is not batch[0].model or rows + len(entry.rows) > self._max_rows)
             if other:
                 break
             batch.append(self._queue.popleft())
             rows += len(entry.rows)
-            self._metrics.stage("queue", perf_counter() - entry.timed)
+            self._metrics.stage("queue", timed - entry.timed)
         return batch
 
-    async def _run(self, batch: list[_Entry]) -> None:
-        loop, begin = asyncio.get_running_loop(), perf_counter()
-        model, parts = batch[0].model, [entry.rows for entry in batch]
-        total = sum(map(len, parts))
-        try:
-            outputs, computed = await loop.run_in_executor(self._thread, model.run, parts)
-        except Exception as e:
-            self._fail(batch, e)
-            return
-        finally:
-            self._queued_rows -= total
-        self._metrics.batch(perf_counter() - begin, len(batch), total, computed, self._max_rows)
-        first = 0
-        for entry in batch:
-            last = first + len(entry.rows)
-            if not entry.result.done():
-                entry.result.set_result([output[first:last] for output in outputs])
-            first = last
+    def _run(self, model: ServedModel, parts: list[Rows]) -> tuple[list[np.ndarray], int, float]:
+        begin = perf_counter()
+        outputs, computed = model.run(parts)
+        return outputs, computed, perf_counter() - begin
 
-    def _fail(self, batch: list[_Entry], error: Exception) -> None:
-        """Requests were checked before, so this is the model's or the machine's fault, and not theirs."""
-        self._metrics.log.error("a batch failed", exc_info=error)
+    def _ran(self, batch: list[_Entry], total: int, running: asyncio.Future[Any]) -> None:
+        self._running = None
+        self._finish(batch, total, running.exception() or running.result())
+
+    def _finish(self, batch: list[_Entry], total: int, outcome: Any) -> None:
+        self._queued_rows -= total
+        if isinstance(outcome, BaseException):
+            # Requests were checked before, so this is the model's or the machine's fault, and not theirs.
+            self._metrics.log.error("a batch failed", exc_info=outcome)
+            message = f"the model failed: {type(outcome).__name__}; see the log of the server."
+            self._fail(batch, RequestError(503, message, retry_after=1))
+        else:
+            outputs, computed, seconds = outcome
+            size = total.bit_length()
+            known = self._seconds.get(size, seconds)
+            self._seconds[size] = known + _FORGET * (seconds - known)
+            self._metrics.batch(seconds, len(batch), total, computed, self._max_rows)
+            first = 0
+            for entry in batch:
+                last = first + len(entry.rows)
+                if not entry.result.done():
+                    entry.result.set_result([output[first:last] for output in outputs])
+                self._disarm(entry)
+                first = last
+        if self._queue and self._loop is not None:
+            self._schedule()
+
+    def _fail(self, batch: list[_Entry], error: RequestError) -> None:
         for entry in batch:
             if not entry.result.done():
-                message = f"the model failed: {type(error).__name__}; see the log of the server."
-                entry.result.set_exception(RequestError(503, message, retry_after=1))
+                entry.result.set_exception(error)
+            self._disarm(entry)
+
+    def _arm(self, entry: _Entry) -> None:
+        assert self._loop is not None
+        entry.timer = self._loop.call_later(max(entry.deadline - monotonic(), 0), _expire, entry)
+
+    def _disarm(self, entry: _Entry) -> None:
+        if entry.timer is not None:
+            entry.timer.cancel()
+            entry.timer = None
+
+
+def _expire(entry: _Entry) -> None:
+    if not entry.result.done():
+        entry.result.set_exception(expired())

@@ -19,7 +19,7 @@ from .config import ServerConfig
 from .workers import Supervisor
 
 # Only workers import these; they would die of one that is missing, and be started again for ever.
-for _package in ("grpc", "prometheus_client", "starlette", "uvicorn", "uvloop"):
+for _package in ("grpc", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"):
     if importlib.util.find_spec(_package) is None:
         raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 
@@ -55,7 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--http-port", type=int, help="default: AIP_HTTP_PORT, or 8000")
     parser.add_argument("--grpc-port", type=int, default=8001, help="-1 for none")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--state", help="folder for the pinned version, to outlive a restart")
+    parser.add_argument(
+        "--state", help="folder for the pinned version and compiled programs, to outlive a restart"
+    )
+    parser.add_argument(
+        "--compile-cache",
+        metavar="FOLDER",
+        help="for compiled programs alone; it must be as trusted as the program",
+    )
 
 
 def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> ServerConfig:
@@ -98,6 +105,7 @@ def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         workers=options.workers,
         admin_token=environment.get("JAXEMBED_ADMIN_TOKEN"),
         state=options.state,
+        compile_cache=options.compile_cache,
     )
 
 

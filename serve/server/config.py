@@ -43,7 +43,9 @@ class ServerConfig:
       grpc_port: 0 takes a free one; None serves no gRPC.
       workers: processes.
       admin_token: what `Authorization: Bearer` must carry to switch versions; None allows this machine alone.
-      state: folder that the workers share: the pinned version and their metrics.
+      state: folder that the workers share: the pinned version, their metrics and compiled programs.
+      compile_cache: folder of compiled programs, so that the next start is fast; whoever can write it decides what
+        is run. None takes one in `state`.
 
     Raises:
       ValueError: if a value is of no use.
@@ -73,6 +75,7 @@ class ServerConfig:
     workers: int = 1
     admin_token: str | None = None
     state: str | None = None
+    compile_cache: str | None = None
 
     def __post_init__(self):
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", self.name):
@@ -118,6 +121,13 @@ class ServerConfig:
     def directory(self) -> pathlib.Path:
         """Folder of the versions."""
         return pathlib.Path(self.bundles).expanduser().absolute()
+
+    @property
+    def compiled(self) -> pathlib.Path | None:
+        """Folder of compiled programs, if there is one."""
+        if self.compile_cache is not None:
+            return pathlib.Path(self.compile_cache).expanduser().absolute()
+        return None if self.state is None else pathlib.Path(self.state).absolute() / "compiled"
 
     def to_json(self) -> str:
         """For another process."""

@@ -1,9 +1,8 @@
 """The gRPC server of a worker; its port may be shared with those of other workers."""
 
-import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import grpc
@@ -11,6 +10,8 @@ import grpc
 from . import v2_grpc, v2_json
 from .errors import RequestError
 from .messages import METHODS, SERVICE
+from .request import InferenceRequest
+from .served import ServedModel
 from .service import Service
 
 _CODES = {
@@ -40,7 +41,9 @@ async def start_grpc(service: Service, host: str, port: int) -> grpc.aio.Server:
     methods = Methods(service)
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            getattr(methods, name), request_deserializer=_tolerant(request), response_serializer=_serialize
+            getattr(methods, name),
+            request_deserializer=None if name == "ModelInfer" else _tolerant(request),
+            response_serializer=_serialize,
         )
         for name, (request, _) in METHODS.items()
     }
@@ -60,6 +63,9 @@ def _tolerant(message: Any) -> Callable[[bytes], Any]:
             return e
 
     return deserialize
+
+
+_INFER = _tolerant(METHODS["ModelInfer"][0])
 
 
 def _serialize(message: Any) -> bytes:
@@ -108,12 +114,11 @@ class Methods:
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         """Runs a request."""
         service, begin = self._service, perf_counter()
-        arrived = asyncio.get_running_loop().time()
+        arrived = monotonic()
 
         async def answer() -> Any:
             with service.admission():
-                model = self._model(request.model_name, request.model_version)
-                read = v2_grpc.read(model.signature, request)
+                model, name, read = self._read(request)
                 service.metrics.stage("parse", perf_counter() - begin)
                 remaining = context.time_remaining()
                 if remaining is not None:
@@ -121,12 +126,26 @@ class Methods:
                     read = dataclasses.replace(read, timeout=timeout)
                 outputs = await service.infer(model, read, arrived)
                 written = perf_counter()
-                response = v2_grpc.write(model, request.model_name, read, outputs)
+                response = v2_grpc.write(model, name, read, outputs)
                 service.metrics.stage("write", perf_counter() - written)
                 service.metrics.request("v2_grpc", 200, perf_counter() - begin)
                 return response
 
         return await self._answer(request, context, answer, begin)
+
+    def _read(self, body: bytes) -> tuple[ServedModel, str, InferenceRequest]:
+        """The model that a ModelInferRequest is for, its name, and the request."""
+        current = self._service.versions.current
+        found = None if current is None or current.reader is None else current.reader.message(body)
+        message = _INFER(body if found is None else found[1])
+        if isinstance(message, Exception):
+            raise RequestError(400, "the message cannot be read.")
+        model = self._model(message.model_name, message.model_version)
+        if found is not None and model is current:
+            read = v2_grpc.request(message, found[0], {}, {})
+        else:
+            read = v2_grpc.read(model.signature, message)
+        return model, message.model_name, read
 
     def _model(self, name: str, version: str) -> Any:
         if name != self._service.config.name:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.serve.rows import Rows
+
 from .errors import bad_request
 
 ROW_SPLITS, WEIGHTS = ".row_splits", ".weights"
@@ -28,7 +30,7 @@ class InferenceRequest:
     """A request as a ServedModel packs it.
 
     Attributes:
-      inputs: by path of the feature; or Flat.
+      inputs: by path of the feature; or Flat; or Rows, which the model's reader packed already.
       weights: by path of the feature, for some.
       dense: by name.
       outputs: the names that were asked for; None for all.
@@ -36,7 +38,7 @@ class InferenceRequest:
       timeout: seconds, or None.
     """
 
-    inputs: dict[str, Any] | Flat
+    inputs: dict[str, Any] | Flat | Rows
     weights: dict[str, Any]
     dense: dict[str, Any]
     outputs: tuple[str, ...] | None = None

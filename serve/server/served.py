@@ -1,7 +1,6 @@
 """ServedModel: what the server needs of a model, and the one it makes of a version of a bundle."""
 
 import dataclasses
-import functools
 import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,51 +13,17 @@ from jaxembed import structure
 from jaxembed.checkpoint import Bundle, open_bundle
 from jaxembed.quantized_table import QuantizedTable
 from jaxembed.serve.checks import BadIdError
-from jaxembed.serve.features import DEFAULT_MAX_IDS, ServedFeature
+from jaxembed.serve.compile_cache import compile_cache
+from jaxembed.serve.features import DEFAULT_MAX_IDS
 from jaxembed.serve.function import ServingFunction
 from jaxembed.serve.model import ServingModel
 from jaxembed.serve.rows import Rows, concatenate
 
 from .config import ServerConfig
 from .errors import RequestError
-from .request import ROW_SPLITS, Flat
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """A named output.
-
-    Attributes:
-      name: path in the model's result; "output" where it is one array.
-      shape: of one row.
-      dtype: of numpy.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class Signature:
-    """What a request holds and what it is answered with.
-
-    Attributes:
-      features: by path.
-      dense: by name, the shape of one row.
-      outputs: in the order in which they are answered.
-      takes_flat: whether features may come as Flat.
-    """
-
-    features: dict[str, ServedFeature]
-    dense: dict[str, tuple[int, ...]]
-    outputs: tuple[Output, ...]
-    takes_flat: bool = False
-
-    @functools.cached_property
-    def tensor_names(self) -> tuple[list[str], list[str]]:
-        """The names of the tensors of ids, and of their row splits."""
-        return list(self.features), [path + ROW_SPLITS for path in self.features]
+from .native_reader import NativeReader, make_reader
+from .request import Flat
+from .signature import Output, Signature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +44,8 @@ class ServedModel(Protocol):
     signature: Signature
     tables: tuple[TableInfo, ...]
     loaded_seconds: float
+    #: Reads the usual requests fast; None leaves all of them to Python.
+    reader: "NativeReader | None"
 
     def pack(
         self, inputs: Mapping[str, Any] | Flat, weights: Mapping[str, Any], dense: Mapping[str, Any]
@@ -119,12 +86,14 @@ class BundleModel:
         self._function = opened.function if config.model is None else _with_model(config, opened, bundle)
         if isinstance(previous, BundleModel):
             self._function.share_programs(previous._function)
-        self._function.warm_up()
+        with compile_cache(config.compiled):
+            self._function.warm_up()
         self._feature_config = bundle.feature_config
         self.version, self.digest = version, bundle.digest
         features, dense = {f.path: f for f in self._function.features}, self._function.dense_shapes
         self._paths = list(features)
         self.signature = Signature(features, dense, self._outputs(dense), self._function.takes_flat)
+        self.reader = make_reader(self.signature)
         self.tables = tuple(_table_info(name, table) for name, table in bundle.tables.items())
         self.loaded_seconds = time.monotonic() - begin
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxembed.serve.rows import Rows
+
 from .batcher import Batcher
 from .config import ServerConfig
 from .errors import RequestError, overloaded, unavailable
@@ -85,7 +87,7 @@ class Service:
         Args:
           model: the version that serves it.
           request: as a protocol read it.
-          begin: when it arrived, in the time of the event loop; its timeout counts from there.
+          begin: when it arrived, in the time of `time.monotonic`; its timeout counts from there.
 
         Returns:
           The outputs that it asked for, by name.
@@ -93,19 +95,26 @@ class Service:
         Raises:
           RequestError: if it is not served.
         """
-        names = [output.name for output in model.signature.outputs]
+        names = model.signature.output_names
         wanted = names if request.outputs is None else list(request.outputs)
-        unknown = [name for name in wanted if name not in names]
+        unknown = [] if wanted is names else [name for name in wanted if name not in names]
         if unknown:
             raise RequestError(400, f"output {unknown[0][:100]!r} is unknown; outputs are {names}.")
+        rows = request.inputs if isinstance(request.inputs, Rows) else self._pack(model, request)
+        timeout = self.config.default_timeout
+        if request.timeout is not None:
+            timeout = min(timeout, request.timeout)
+        arrays = await self.batcher.submit(model, rows, begin + timeout)
+        if wanted is names:
+            return list(zip(names, arrays, strict=True))
+        outputs = dict(zip(names, arrays, strict=True))
+        return [(name, outputs[name]) for name in wanted]
+
+    def _pack(self, model: ServedModel, request: InferenceRequest) -> Rows:
+        assert not isinstance(request.inputs, Rows)
         try:
-            rows = model.pack(request.inputs, request.weights, request.dense)
+            return model.pack(request.inputs, request.weights, request.dense)
         except RequestError as e:
             if e.feature is not None:
                 self.metrics.bad_id(e.feature)
             raise
-        timeout = self.config.default_timeout
-        if request.timeout is not None:
-            timeout = min(timeout, request.timeout)
-        outputs = dict(zip(names, await self.batcher.submit(model, rows, begin + timeout), strict=True))
-        return [(name, outputs[name]) for name in wanted]

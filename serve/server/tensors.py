@@ -21,7 +21,7 @@ from jaxembed.inputs import RaggedTensor
 
 from .errors import bad_request
 from .request import ROW_SPLITS, WEIGHTS, Flat
-from .served import Signature
+from .signature import Signature
 
 DATATYPES = {
     "BOOL": np.dtype(np.bool_),

@@ -18,7 +18,8 @@ import numpy as np
 
 from .errors import bad_request
 from .request import ROW_SPLITS, WEIGHTS, InferenceRequest
-from .served import ServedModel, Signature
+from .served import ServedModel
+from .signature import Signature
 from .tensors import ragged
 from .v2_json import json_values
 

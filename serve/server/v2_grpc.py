@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.serve.rows import Rows
+
 from .errors import bad_request
 from .messages import METHODS
-from .request import InferenceRequest, text_from, timeout_from
-from .served import ServedModel, Signature
+from .request import Flat, InferenceRequest, text_from, timeout_from
+from .served import ServedModel
+from .signature import Signature
 from .tensors import assemble, datatype_of, dtype_of, from_bytes, from_list
 
 _MICROSECONDS = 1e6
@@ -52,7 +55,17 @@ def read(signature: Signature, message: Any) -> InferenceRequest:
         if field is None:
             raise bad_request(f"input {name!r}: {entry.datatype} must be sent in raw_input_contents.")
         tensors.append(from_list(name, entry.datatype, shape, list(getattr(entry.contents, field))))
-    inputs, weights, dense = assemble(signature, tensors)
+    return request(message, *assemble(signature, tensors))
+
+
+def request(
+    message: Any, inputs: dict[str, Any] | Flat | Rows, weights: dict[str, Any], dense: dict[str, Any]
+) -> InferenceRequest:
+    """A request of tensors that were read, and of what else its message says.
+
+    Raises:
+      RequestError: if that is not of the form it must be.
+    """
     outputs = tuple(text_from(entry.name, "the name of an output") for entry in message.outputs) or None
     timeout = None
     if "timeout" in message.parameters:

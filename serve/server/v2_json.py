@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from jaxembed.serialization import strict_json
+from jaxembed.serve.rows import Rows
 
 from .errors import bad_request
-from .request import InferenceRequest, text_from, timeout_from
-from .served import ServedModel, Signature
-from .tensors import Tensor, assemble, datatype_of, from_bytes, from_list
+from .request import Flat, InferenceRequest, text_from, timeout_from
+from .served import ServedModel
+from .signature import Signature
+from .tensors import assemble, datatype_of, from_bytes, from_list
 
 _MICROSECONDS = 1e6
 
@@ -27,6 +29,8 @@ def read_object(body: Any) -> dict[str, Any]:
     Raises:
       RequestError: if it is none.
     """
+    if body == b"{}":
+        return {}
     try:
         data = strict_json(bytes(body))
     except ValueError as e:
@@ -66,11 +70,17 @@ def read(signature: Signature, data: dict[str, Any], binary: memoryview) -> Infe
         at += size
     if at != len(binary):
         raise bad_request(f"the body has {len(binary) - at} bytes that belong to no input.")
-    return _request(signature, data, tensors)
+    return request(data, *assemble(signature, tensors))
 
 
-def _request(signature: Signature, data: dict[str, Any], tensors: list[Tensor]) -> InferenceRequest:
-    inputs, weights, dense = assemble(signature, tensors)
+def request(
+    data: dict[str, Any], inputs: dict[str, Any] | Flat | Rows, weights: dict[str, Any], dense: dict[str, Any]
+) -> InferenceRequest:
+    """A request of tensors that were read, and of what else its JSON object says.
+
+    Raises:
+      RequestError: if that is not of the form it must be.
+    """
     outputs = None
     if data.get("outputs"):
         outputs = tuple(

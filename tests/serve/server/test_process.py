@@ -122,7 +122,7 @@ def test_tritonclient_grpc(healthy):
             (lambda: client.infer("other", triton_inputs(triton)), "NOT_FOUND.*'other' is not served"),
             (lambda: client.infer("model", triton_inputs(triton), model_version="9"), "NOT_FOUND.*'9'"),
             (lambda: client.get_model_metadata("other"), "NOT_FOUND"),
-            (lambda: client.infer("model", triton_inputs(triton), client_timeout=1e-9), "(?i)deadline"),
+            (lambda: client.infer("model", triton_inputs(triton), timeout=1), "(?i)deadline"),
         ]
         for call, message in cases:
             with pytest.raises(triton.InferenceServerException, match=message):
