@@ -106,8 +106,9 @@ def convert(
     tables = feature_tables(config)
     arrays = [(name, None, found.tables[name]) for name in tables]
     slots = found.slots
-    if slots and not getattr(writer, "SLOTS", True):
-        notes.append(f"left out: slots, which {target_format} has no place for")
+    why = getattr(writer, "without_slots", lambda out: None)(target)
+    if slots and why is not None:
+        notes.append(f"left out: slots, {why}")
         slots = {}
     combiner_weights = {name: value for name, value in found.combiner_weights.items() if name in tables}
     if combiner_weights and not getattr(writer, "COMBINER_WEIGHTS", True):

@@ -23,7 +23,12 @@ FORMATS = {
     ),
     "keras-rs": Format("keras_rs", "a keras-rs model's weights file", (".h5",), "keras"),
     "npz": Format("npz", "one .npz file of arrays", (".npz",)),
-    "torchrec": Format("torchrec", "a TorchRec state dict, .pt or .safetensors", (".pt", ".pth"), "torch"),
+    "torchrec": Format(
+        "torchrec",
+        "a TorchRec state dict, .pt or .safetensors, or torch.distributed.checkpoint's folder",
+        (".pt", ".pth"),
+        "torch",
+    ),
     "safetensors": Format("safetensors", "one safetensors file", (".safetensors",)),
     "tensorflow": Format(
         "tensorflow", "a TPUEmbedding's object checkpoint of TensorFlow, stacked or not", (), "tensorflow"

@@ -7,8 +7,10 @@ A format is a module of this package with
     write(out, contents) -> list[str]      writes a new file or folder `out`; what there is to say of it
 
 and may have COMBINER, what its tables are combined by where no feature configuration says so (default "mean"),
-SLOTS and COMBINER_WEIGHTS, whether it writes slots, and the weights of custom combiners (both default True), and
-LAYOUT, which of "read" and "write" take `Options.layout` (default none).
+COMBINER_WEIGHTS, whether it writes the weights of custom combiners (default True), LAYOUT, which of "read" and "write" take
+`Options.layout` (default none), and
+
+    takes_slots(out) -> bool               whether it writes slots there (default True)
 """
 
 import dataclasses

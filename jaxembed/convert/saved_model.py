@@ -39,7 +39,6 @@ from jaxembed.features import feature_tables, table_of
 from jaxembed.lookup import serving_embedding_lookup
 from jaxembed.quantization import simulate_on_host
 
-SLOTS = False
 #: The programs run on any of these.
 PLATFORMS = ("cpu", "tpu", "cuda")
 
@@ -48,6 +47,12 @@ def matches(path: pathlib.Path) -> bool:
     """Never: it is written only."""
     del path
     return False
+
+
+def without_slots(out: pathlib.Path) -> str:
+    """A SavedModel looks features up."""
+    del out
+    return "which saved-model has no place for"
 
 
 def write(out: pathlib.Path, contents: Contents) -> list[str]:

@@ -1,13 +1,26 @@
-"""TorchRec EmbeddingBagCollection state dicts: a torch checkpoint, or a safetensors file.
+"""TorchRec EmbeddingBagCollection state dicts: a torch checkpoint, a safetensors file, or a sharded checkpoint's folder.
 
 A table is `embedding_bags.NAME.weight`, behind whatever prefix the model gives it (`embeddings.NAME.weight` of
 an EmbeddingCollection); a fused optimizer's state is beside it, `....NAME.weight.NAME.momentum1`.
+
+| optimizer | first state | second state |
+|---|---|---|
+| Adagrad | momentum1 (of FBGEMM sum): accumulators | |
+| Row-wise Adagrad | momentum1 (sum), [V]: row_accumulators | |
+| Adam | momentum1 (exp_avg): momenta | exp_avg_sq (momentum2): velocities |
+
+References:
+  `EmbeddingFusedOptimizer` of TorchRec; `SplitTableBatchedEmbeddingBagsCodegen.get_optimizer_state` of FBGEMM;
+  `torch.distributed.checkpoint.save`.
 """
 
+import importlib
+import itertools
 import os
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,20 +36,41 @@ from jaxembed.convert.arrays import mapped_rows
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import key_for, place_arrays
+from jaxembed.convert.torch_distributed import is_folder, read_folder
 
-#: Fused optimizers keep their state sharded, and read it in no other form.
-SLOTS = False
 COMBINER_WEIGHTS = False
 COMBINER = "sum"
 SUFFIXES = (".pt", ".pth")
 MAX_DEPTH = 16
+#: One value a row, as row-wise Adagrad has; no optimizer of jaxembed takes it, and TorchRec gets it back.
+ROW_ACCUMULATORS = "row_accumulators"
+MODEL, OPTIMIZER = "model", "optimizer"
 _TABLE = re.compile(r"(?:^|\.)(?:embedding_bags|embeddings)\.([^.]+)\.weight(?:\.\1\.(\w+))?$")
-_ADAGRAD = {"momentum1": "accumulators", "momentum_1": "accumulators", "sum": "accumulators"}
+_FIRST, _ADAGRAD = ("momentum1", "momentum_1", "sum"), ("accumulators", ROW_ACCUMULATORS)
 _ADAM = {"momentum1": "momenta", "exp_avg": "momenta", "exp_avg_sq": "velocities", "momentum2": "velocities"}
+#: By the slots of a table.
+_STATES = {
+    ("accumulators",): {"accumulators": "momentum1"},
+    (ROW_ACCUMULATORS,): {ROW_ACCUMULATORS: "momentum1"},
+    ("momenta", "velocities"): {"momenta": "momentum1", "velocities": "exp_avg_sq"},
+}
+
+
+def without_slots(out: pathlib.Path) -> str | None:
+    """Fused optimizers keep their state sharded, and read it in no other form."""
+    if _is_file(out):
+        return "which torchrec reads from a sharded checkpoint only: a name without a suffix makes one"
+    return None
+
+
+def _is_file(out: pathlib.Path) -> bool:
+    return out.suffix in (*SUFFIXES, ".safetensors")
 
 
 def matches(path: pathlib.Path) -> bool:
-    """Whether it is a torch checkpoint, or a safetensors file with such names."""
+    """Whether it is a torch checkpoint, a sharded one, or a safetensors file with such names."""
+    if is_folder(path):
+        return True
     if path.suffix in SUFFIXES:
         return path.is_file()
     if path.suffix != ".safetensors" or not path.is_file():
@@ -48,39 +82,89 @@ def matches(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path, options: Options) -> Source:
-    """Maps the file."""
-    if path.suffix == ".safetensors":
+    """Maps the file, or the files of a sharded checkpoint."""
+    if is_folder(path):
+        arrays = read_folder(path)
+    elif path.suffix == ".safetensors":
         tensors = map_file(path)[0]
         arrays = {name: StoredArray(f"{path}: {name}", tensor) for name, tensor in tensors.items()}
     else:
         arrays = {name: _stored(path, name, tensor) for name, tensor in _flat(_load(path))}
+    shapes = {
+        found[1]: array.shape for key, array in arrays.items() if (found := _TABLE.search(key)) and not found[2]
+    }
 
     def guess(key: str, array: StoredArray) -> Place | None:
         found = _TABLE.search(key)
         if found is None or found[2] is None:
             return found and (found[1], None)
         beside = {other.removeprefix(key[: -len(found[2])]) for other in arrays}
-        names = _ADAM if beside & {"exp_avg_sq", "momentum2"} else _ADAGRAD
-        # One value a row is row-wise Adagrad's, which is no slot of TensorFlow's optimizers.
-        return (found[1], names[found[2]]) if found[2] in names and len(array.shape) == 2 else None
+        shape = shapes.get(found[1], ())
+        if array.shape not in (shape, shape[:1]):
+            return None
+        if beside & {"exp_avg_sq", "momentum2"}:
+            slot = _ADAM.get(found[2]) if array.shape == shape else None
+        else:
+            slot = _ADAGRAD[array.shape != shape] if found[2] in _FIRST else None
+        return slot and (found[1], slot)
 
     tables, slots, notes = place_arrays(path, arrays, options, guess)
+    if any(ROW_ACCUMULATORS in of_table for of_table in slots.values()):
+        notes += (
+            f"{ROW_ACCUMULATORS} are of row-wise Adagrad, one a row: jaxembed keeps them for TorchRec, and trains on with "
+            "none of its optimizers from them",
+        )
     return Source(tables, slots, notes=notes)
 
 
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
-    """Writes a state dict that `load_state_dict` of the collection takes."""
+    """Writes a state dict that `load_state_dict` of the collection takes; without a suffix a sharded checkpoint, with slots."""
     names = {}
     for stream in contents.tables:
         key = key_for(contents.options, (stream.table, None))
         if key is None and "." in stream.table:
             raise ValueError(f"table {stream.table!r} cannot be a module of torch, for its '.'; give it a key.")
         names[key or f"embedding_bags.{stream.table}.weight"] = stream
+    notes = [f"table {stream.table!r} -> {name}" for name, stream in names.items()]
     if out.suffix == ".safetensors":
         write_file(out, _safetensors(names))
+    elif _is_file(out):
+        torch: Any = needed("torch", "torchrec")
+        torch.save({name: _tensor(out, i, stream) for i, (name, stream) in enumerate(names.items())}, out)
     else:
-        _save(out, names)
-    return [f"table {stream.table!r} -> {name}" for name, stream in names.items()]
+        notes += _save_sharded(out, contents, names)
+    return notes
+
+
+def _save_sharded(out: pathlib.Path, contents: Contents, names: Mapping[str, Stream]) -> list[str]:
+    needed("torch", "torchrec")
+    checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
+    slots: dict[str, dict[str, Stream]] = {}
+    for stream in contents.slots:
+        slots.setdefault(stream.table, {})[str(stream.slot)] = stream
+    for table, of_table in slots.items():
+        if tuple(sorted(of_table)) not in _STATES:
+            raise ValueError(
+                f"table {table!r} has the slots {sorted(of_table)}, which no fused optimizer of TorchRec has (Adagrad and "
+                "Adam do); write a .pt or .safetensors file, which has the tables alone."
+            )
+    count = itertools.count()
+    state: dict[str, Any] = {MODEL: {name: _tensor(out, next(count), stream) for name, stream in names.items()}}
+    notes = []
+    for name, table in names.items():
+        for slot, stream in slots.get(table.table, {}).items():
+            key = f"{table.table}.{_STATES[tuple(sorted(slots[table.table]))][slot]}"
+            of_key = state.setdefault(OPTIMIZER, {"state": {}})["state"].setdefault(name, {})
+            of_key[key] = _tensor(out, next(count), stream)
+            notes.append(f"slot {slot!r} of table {table.table!r} -> {OPTIMIZER}.state.{name}.{key}")
+    with warnings.catch_warnings():
+        # It says that it saves in one process.
+        warnings.simplefilter("ignore")
+        checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(out), no_dist=True)
+    wanted = (
+        f'{{"{MODEL}": model.state_dict()' + (f', "{OPTIMIZER}": optimizer.state_dict()' if slots else "") + "}"
+    )
+    return [*notes, f"load it with torch.distributed.checkpoint.load({wanted}, checkpoint_id=...)"]
 
 
 def _safetensors(names: Mapping[str, Stream]) -> Iterator[Any]:
@@ -90,16 +174,13 @@ def _safetensors(names: Mapping[str, Stream]) -> Iterator[Any]:
             yield rows.reshape(-1).view(np.uint8).data
 
 
-def _save(out: pathlib.Path, names: Mapping[str, Stream]) -> None:
+def _tensor(out: pathlib.Path, i: int, stream: Stream) -> Any:
+    """The i-th array to be written: torch saves whole tensors, so these are mapped files and need no memory."""
     torch: Any = needed("torch", "torchrec")
-    state = {}
-    for i, (name, stream) in enumerate(names.items()):
-        # torch.save takes whole tensors: these are mapped files, so that they need no memory.
-        is_bfloat16 = stream.dtype == ml_dtypes.bfloat16
-        dtype = np.dtype(np.int16) if is_bfloat16 else None
-        tensor = torch.from_numpy(mapped_rows(out.parent / f"rows-{i}", stream, stream.blocks(), dtype))
-        state[name] = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
-    torch.save(state, out)
+    is_bfloat16 = stream.dtype == ml_dtypes.bfloat16
+    dtype = np.dtype(np.int16) if is_bfloat16 else None
+    tensor = torch.from_numpy(mapped_rows(out.parent / f"rows-{i}", stream, stream.blocks(), dtype))
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 def _load(path: pathlib.Path) -> Any:
@@ -115,7 +196,7 @@ def _load(path: pathlib.Path) -> Any:
     except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, OSError, KeyError, AttributeError) as e:
         raise ValueError(
             f"{path} is no torch checkpoint of plain tensors, or is damaged: {str(e)[:300]}. Save a state dict "
-            "of whole tensors with torch.save; sharded tensors must be gathered first."
+            "of whole tensors with torch.save, or sharded ones with torch.distributed.checkpoint.save."
         ) from e
 
 

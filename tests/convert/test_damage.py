@@ -37,6 +37,16 @@ def torch(folder):
     return folder / "a.pt", folder / "a.pt"
 
 
+def sharded(folder):
+    convert(npz(folder)[0], folder / "dcp", target_format="torchrec")
+    return folder / "dcp", folder / "dcp" / "__0_0.distcp"
+
+
+def sharded_metadata(folder):
+    convert(npz(folder)[0], folder / "dcp", target_format="torchrec")
+    return folder / "dcp", folder / "dcp" / ".metadata"
+
+
 def hdf5(folder):
     h5py = importlib.import_module("h5py")
     with h5py.File(folder / "a.h5", "w") as file:
@@ -78,6 +88,8 @@ def damaged(good, rng):
         (npy, None, False),
         (safetensors, None, False),
         pytest.param(torch, "torch", True, marks=pytest.mark.parity),
+        pytest.param(sharded, "torch", True, marks=pytest.mark.parity),
+        pytest.param(sharded_metadata, "torch", False, marks=pytest.mark.parity),
         pytest.param(hdf5, "h5py", False, marks=pytest.mark.parity),
         pytest.param(tensorflow_index, "tensorflow", True, marks=pytest.mark.parity),
         pytest.param(tensorflow_data, "tensorflow", True, marks=pytest.mark.parity),

@@ -1,6 +1,10 @@
 """TorchRec's state dicts, with TorchRec itself where it is installed and with modules of its names otherwise."""
 
+import importlib
 import pathlib
+import pickle
+import shutil
+import socket
 import subprocess
 import sys
 import warnings
@@ -18,6 +22,7 @@ from jaxembed.convert.interface import Options
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity
 
+sharded_torch = importlib.import_module(".sharded_torch", __package__)
 SHAPES = {"films": (1000, 16), "users": (300, 8)}
 
 
@@ -102,7 +107,7 @@ def test_with_modules_of_its_names(tmp_path, capsys):
 
 
 def test_types_keys_and_optimizer_state(tmp_path):
-    """Transposed and bfloat16 tensors; Adagrad's sums, Adam's moments; row-wise sums are left out, and said."""
+    """Transposed and bfloat16 tensors; Adagrad's sums, Adam's moments; sums of rows have a slot of their own."""
     state = {
         "embedding_bags.films.weight": values("films").t().contiguous().t(),
         "embedding_bags.users.weight": values("users", torch.bfloat16),
@@ -119,7 +124,7 @@ def test_types_keys_and_optimizer_state(tmp_path):
     }
     torch.save({"model": state, "optimizer": optimizer}, tmp_path / "m.pt")
     report = convert(tmp_path / "m.pt", tmp_path / "ckpt")
-    assert any(note.startswith("left out: ") and "users.momentum1" in note for note in report.notes)
+    assert any(note.startswith("row_accumulators are of row-wise Adagrad") for note in report.notes)
     read = read_checkpoint(tmp_path / "ckpt", slots=True)
     np.testing.assert_array_equal(read.tables["films"], values("films").numpy())
     assert read.tables["users"].dtype == jnp.bfloat16
@@ -128,8 +133,9 @@ def test_types_keys_and_optimizer_state(tmp_path):
     )
     np.testing.assert_array_equal(read.slots["films"]["momenta"], values("films").numpy() + 1)
     np.testing.assert_array_equal(read.slots["films"]["velocities"], values("films").numpy() + 2)
+    np.testing.assert_array_equal(read.slots["users"]["row_accumulators"], np.ones(SHAPES["users"][0]))
     back = convert(tmp_path / "ckpt", tmp_path / "back.pt")
-    assert "left out: slots, which torchrec has no place for" in back.notes
+    assert any(note.startswith("left out: slots, which torchrec reads from a sharded") for note in back.notes)
     assert torch.equal(
         torch.load(tmp_path / "back.pt", weights_only=True)["embedding_bags.users.weight"],
         values("users", torch.bfloat16),
@@ -144,6 +150,109 @@ def test_types_keys_and_optimizer_state(tmp_path):
         tmp_path / "a.pt", options=Options(keys={"embedding_bags.films.weight": ("other", None)})
     )
     assert list(named.tables) == ["other"]
+
+
+def run(processes, what, *arguments):
+    """The program `what` of sharded_torch.py, in so many processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, str(pathlib.Path(__file__).parent / "sharded_torch.py")]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(processes), str(port), what, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert not any(process.returncode for process in started), outputs
+
+
+def test_sharded_checkpoints_of_torch(tmp_path, capsys):
+    """Over rows and columns, from two processes; and back, to be loaded over columns and rows."""
+    run(2, "torch_save", tmp_path / "dcp")
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 2
+    report = convert(tmp_path / "dcp", tmp_path / "ckpt")
+    assert report.source_format == "torchrec"
+    read = read_checkpoint(tmp_path / "ckpt", slots=True)
+    for name, shape in sharded_torch.SHAPES.items():
+        assert read.tables[name].shape == shape
+        for offset, found in (
+            (0, read.tables[name]),
+            (0.25, read.slots[name]["momenta"]),
+            (0.5, read.slots[name]["velocities"]),
+        ):
+            np.testing.assert_array_equal(found, sharded_torch.values(name, offset).numpy())
+    assert main(["inspect", str(tmp_path / "dcp")]) == 0
+    assert "films: 1,001 x 16" in capsys.readouterr().out
+    keys = {f"net.embedding_bags.{name}.weight": (name, None) for name in sharded_torch.SHAPES}
+    back = convert(tmp_path / "ckpt", tmp_path / "back", target_format="torchrec", keys=keys)
+    assert any("films.exp_avg_sq" in note for note in back.notes)
+    run(2, "torch_load", tmp_path / "back")
+    third = convert(tmp_path / "back", tmp_path / "third")
+    assert [a.digest for a in third.arrays] == [a.digest for a in report.arrays]
+
+
+@pytest.mark.parametrize("optimizer", ["EXACT_ADAGRAD", "EXACT_ROWWISE_ADAGRAD"])
+def test_sharded_checkpoints_of_torchrec(tmp_path, optimizer):
+    """TorchRec's own fused optimizer trains on from what was converted to a checkpoint and back."""
+    collection()
+    pytest.importorskip("fbgemm_gpu")
+    run(1, "torchrec_save", tmp_path / "dcp", optimizer)
+    report = convert(tmp_path / "dcp", tmp_path / "ckpt")
+    slots = {(a.table, a.slot) for a in report.arrays if a.slot}
+    keys = {f"net.embedding_bags.{name}.weight": (name, None) for name in SHAPES}
+    convert(tmp_path / "ckpt", tmp_path / "back", target_format="torchrec", keys=keys)
+    if optimizer == "EXACT_ADAGRAD":
+        assert slots == {("films", "accumulators"), ("users", "accumulators")}
+        run(1, "torchrec_load", tmp_path / "back", optimizer, tmp_path / "dcp")
+    else:
+        # A table over two ranges of columns has two sums a row.
+        assert slots == {("users", "row_accumulators")}
+        assert any(note.startswith("left out: ") and "films.momentum1" in note for note in report.notes)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_bad_folders_are_refused(tmp_path):
+    """Unfinished, of others, with code in them, and with parts that are elsewhere."""
+    good = {"embedding_bags.films.weight": values("films")}
+    torch.distributed.checkpoint.save(good, checkpoint_id=tmp_path / "good", no_dist=True)
+
+    def refused(message, metadata=None, data=None):
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        for name, content in ((".metadata", metadata), ("__0_0.distcp", data)):
+            if content is not None:
+                (tmp_path / "bad" / name).write_bytes(content)
+        if metadata == b"":
+            (tmp_path / "bad" / ".metadata").unlink()
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "bad", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    whole = (tmp_path / "good" / ".metadata").read_bytes()
+    data = (tmp_path / "good" / "__0_0.distcp").read_bytes()
+    refused(r"has no \.metadata: the save was not finished", b"")
+    refused("is no pickle of torch's checkpoints, or is damaged: it names pathlib.*touch", pickle.dumps(Evil()))
+    refused(
+        "is no pickle of torch's checkpoints, or is damaged: it has a memo that is too large",
+        b"\x80\x04Nr\xff\xff\xff\x7f.",
+    )
+    refused("is no metadata of torch.distributed.checkpoint", pickle.dumps({"a": 1}))
+    refused("is no pickle of torch's checkpoints", whole[:100])
+    refused("is a Git LFS pointer", b"version https://git-lfs.github.com/spec/v1\n")
+    refused(
+        r"names a file that is not in its folder: \.\./_0\.distcp",
+        whole.replace(b"__0_0.distcp", b"../_0.distcp"),
+    )
+    refused("its chunks are not all of it", whole.replace(b"K\x10\x86", b"K\x11\x86", 1))
+    refused(r"__0_0\.distcp is too short", data=data[:5000])
+    flipped = bytearray(data)
+    flipped[5000] ^= 1
+    refused("does not have the checksum it was saved with", data=bytes(flipped))
+    assert not (tmp_path / "touched").exists()
 
 
 class Evil:
