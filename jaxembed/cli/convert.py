@@ -20,7 +20,7 @@ from jaxembed.convert.formats import guess_source, guess_target
 from jaxembed.convert.interface import path_of
 from jaxembed.convert.keys import keys_from_json
 from jaxembed.convert.progress import progress_bar
-from jaxembed.serialization import feature_config_from_json
+from jaxembed.serialization import feature_config_from_json, strict_json
 
 SERVING = "serving"
 MAX_JSON = 64 << 20
@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     foreign.add_argument("--dtype", choices=DTYPES, help="round the tables to it")
     foreign.add_argument("--combiner", choices=COMBINERS, help="where no feature configuration is known")
     foreign.add_argument(
+        "--combiner-weights",
+        metavar="FILE",
+        help='JSON {"table": [weights]} of CustomCombiners, where the source has none',
+    )
+    foreign.add_argument(
         "--layout",
         metavar="FILE",
         help="of jax-tpu-embedding: its EmbeddingSpecProto, serialized; to write keras-rs: a weights file of the model to "
@@ -86,8 +91,8 @@ def run(options: argparse.Namespace) -> int:
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for --to serving, not --to {target_format}.")
         return _convert(options, source_format, target_format, options.out)
-    foreign = (options.feature_config, options.keys, options.dtype, options.combiner, options.layout)
-    if source_format == "jaxembed" and not any(foreign):
+    foreign = ("feature_config", "keys", "dtype", "combiner", "combiner_weights", "layout")
+    if source_format == "jaxembed" and not any(getattr(options, name) for name in foreign):
         return _to_serving(options, options.source)
     if options.dry_run:
         return _convert(options, source_format, "jaxembed", options.out)
@@ -110,12 +115,23 @@ def _convert(options: argparse.Namespace, source_format: str, target_format: str
         keys=keys and keys_from_json(_read(keys)),
         dtype=options.dtype,
         combiner=options.combiner,
+        combiner_weights=options.combiner_weights and _weights(options.combiner_weights),
         layout=options.layout,
         progress=False if options.no_progress or options.json else None,
         dry_run=options.dry_run,
     )
     print(report_json(report) if options.json else "\n".join(report_lines(report, options.dry_run)))
     return 0
+
+
+def _weights(file: str) -> dict[str, list[float]]:
+    data = strict_json(_read(file))
+    if not isinstance(data, dict) or not all(
+        isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        for values in data.values()
+    ):
+        raise ValueError(f'--combiner-weights must be JSON {{"table": [weights]}}, got {data!r:.80}.')
+    return data
 
 
 def _read(file: str) -> bytes:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed import structure
+from jaxembed.combiners import CustomCombiner
 from jaxembed.config import FeatureConfig, TableConfig
 from jaxembed.convert import formats
 from jaxembed.convert.interface import ArrayReport, Contents, Options, Place, Source, Stream, path_of
@@ -54,6 +55,7 @@ def convert(
     keys: Mapping[str, Place] | None = None,
     dtype: str | None = None,
     combiner: str | None = None,
+    combiner_weights: Mapping[str, Any] | None = None,
     layout: str | pathlib.Path | None = None,
     progress: bool | None = False,
     dry_run: bool = False,
@@ -70,6 +72,7 @@ def convert(
       keys: (table, slot or None) of the arrays by their names in the foreign file; None guesses, and says so.
       dtype: to round tables to; None keeps their type.
       combiner: of the features that are made up for a source without a feature configuration.
+      combiner_weights: by table, the [num_weights] of its CustomCombiner; where given, in place of the source's.
       layout: see `Options`; of what is written, if that takes one, else of what is read.
       progress: whether to draw a bar; None on a terminal.
       dry_run: write nothing, and report what would be written, without digests.
@@ -110,8 +113,9 @@ def convert(
     if slots and why is not None:
         notes.append(f"left out: slots, {why}")
         slots = {}
-    combiner_weights = {name: value for name, value in found.combiner_weights.items() if name in tables}
-    if combiner_weights and not getattr(writer, "COMBINER_WEIGHTS", True):
+    stored_weights = {name: value for name, value in found.combiner_weights.items() if name in tables}
+    weights = _combiner_weights(tables, {**stored_weights, **(combiner_weights or {})}, path)
+    if weights and not getattr(writer, "COMBINER_WEIGHTS", True):
         notes.append(f"left out: the weights of custom combiners, which {target_format} has no place for")
     arrays += [(n, slot, array) for n in tables for slot, array in sorted(slots.get(n, {}).items())]
     with progress_bar(
@@ -128,7 +132,7 @@ def convert(
                 found.step,
                 config,
                 found.metadata,
-                combiner_weights,
+                weights,
                 options,
             )
             with published(place) as scratch:
@@ -202,6 +206,32 @@ def _fit(
         notes.append(f"left out, not in the feature configuration: {', '.join(left_out)}")
     types = {name: np.dtype(dtype or array.dtype) for name, array in source.tables.items()}
     return _with_types(config, types), notes
+
+
+def _combiner_weights(
+    tables: Mapping[str, TableConfig], given: Mapping[str, Any], path: pathlib.Path
+) -> dict[str, np.ndarray]:
+    """Those of the tables, float32."""
+    weights = {}
+    for name, table in tables.items():
+        count = table.combiner.num_weights if isinstance(table.combiner, CustomCombiner) else 0
+        found = np.asarray(given[name], np.float32) if name in given else None
+        if found is None and count:
+            raise ValueError(
+                f"the CustomCombiner of table {name!r} has {count} weights of its own, which {path} has not; pass "
+                f"combiner_weights={{{name!r}: ...}} (--combiner-weights), or a combiner with num_weights=0."
+            )
+        if found is not None and found.shape != (count,):
+            raise ValueError(
+                f"combiner_weights of table {name!r} must have the shape [{count}] by its combiner, got "
+                f"{list(found.shape)}."
+            )
+        if found is not None:
+            weights[name] = found
+    unknown = sorted(given.keys() - tables.keys())
+    if unknown:
+        raise ValueError(f"combiner_weights are of {unknown}, but the tables are {sorted(tables)}.")
+    return weights
 
 
 def _with_types(config: Any, types: Mapping[str, np.dtype]) -> Any:

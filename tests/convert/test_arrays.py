@@ -84,6 +84,35 @@ def test_weights_of_custom_combiners_go_along(tmp_path):
     assert "weights of custom combiners" in str(lost.notes)
 
 
+def test_missing_weights_of_custom_combiners(tmp_path, capsys):
+    """A source without them is refused, saying how to give them; so are weights that do not fit."""
+    table = TableConfig(20, 4, name="t", combiner=CustomCombiner(weighted, 3, 2, Constant(1.0)))
+    config = {"x": FeatureConfig(table)}
+    np.savez(tmp_path / "a.npz", t=np.ones((20, 4), np.float32))
+    (tmp_path / "config.json").write_text(feature_config_to_json(config))
+    line = ["convert", f"{tmp_path}/a.npz", "--feature-config", f"{tmp_path}/config.json", "--no-progress"]
+    assert main([*line, f"{tmp_path}/out"]) == 1
+    assert (
+        f"the CustomCombiner of table 't' has 2 weights of its own, which {tmp_path}/a.npz has not; pass "
+        "combiner_weights={'t': ...} (--combiner-weights)"
+    ) in capsys.readouterr().err
+    for weights, told in (
+        ('{"t": [1.5]}', "combiner_weights of table 't' must have the shape [2] by its combiner, got [1]"),
+        ('{"t": [1, 2], "u": [1]}', "combiner_weights are of ['u'], but the tables are ['t']"),
+        ('{"t": "x"}', '--combiner-weights must be JSON {"table": [weights]}'),
+        ("[1", "JSON"),
+    ):
+        (tmp_path / "weights.json").write_text(weights)
+        assert main([*line, "--combiner-weights", f"{tmp_path}/weights.json", f"{tmp_path}/out"]) == 1
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "weights.json").write_text('{"t": [1.5, -2]}')
+    for target in ("jaxembed", "serving"):
+        to = ["--to", target, f"{tmp_path}/{target}"]
+        assert main([*line, "--combiner-weights", f"{tmp_path}/weights.json", *to]) == 0
+        np.testing.assert_array_equal(read_checkpoint(tmp_path / target).combiner_weights["t"], [1.5, -2])
+
+
 def test_an_imported_checkpoint_is_one_like_any_other(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / "a.safetensors")
     directory = convert(tmp_path / "a.safetensors", tmp_path / "back").path.parent
