@@ -13,6 +13,11 @@ def native(dtype: np.dtype) -> np.dtype:
     return dtype.newbyteorder("=")
 
 
+def bits(dtype: np.dtype) -> np.dtype:
+    """What values are mapped and lent as: themselves, or where numpy does not know them ints of their size."""
+    return np.dtype(np.int16) if dtype.name == "bfloat16" else dtype
+
+
 def refuse_types(contents: Contents, form: str, names: tuple[str, ...]) -> None:
     """Raises ValueError if an array is of one of the types `names`, which `form` cannot hold."""
     for stream in contents.streams:

@@ -30,7 +30,7 @@ import numpy as np
 
 from jaxembed import structure
 from jaxembed.backends import use_backend
-from jaxembed.convert.arrays import mapped_rows, refuse_types
+from jaxembed.convert.arrays import bits, mapped_rows
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Stream, path_of
 from jaxembed.convert.publishing import published
@@ -39,6 +39,7 @@ from jaxembed.features import feature_tables, table_of
 from jaxembed.lookup import serving_embedding_lookup
 from jaxembed.quantization import simulate_on_host
 
+DTYPES = ("float32", "bfloat16", "float16")
 #: The programs run on any of these.
 PLATFORMS = ("cpu", "tpu", "cuda")
 
@@ -57,13 +58,13 @@ def without_slots(out: pathlib.Path) -> str:
 
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
     """Writes one; tables with a quantization_config as training looked them up. TensorFlow saves them from mapped files."""
-    refuse_types(contents, "a SavedModel for TensorFlow Serving", ("bfloat16", "float16"))
     config = contents.feature_config
     names, configs = feature_names(config), feature_tables(config)
     tables = {}
     for i, stream in enumerate(contents.tables):
         quantization = configs[stream.table].quantization_config
-        tables[stream.table] = mapped_rows(out.parent / f"rows-{i}", stream, _as_trained(stream, quantization))
+        rows, file = _as_trained(stream, quantization), out.parent / f"rows-{i}"
+        tables[stream.table] = mapped_rows(file, stream, rows, bits(stream.dtype)).view(stream.dtype)
     _save(out, config, tables, contents.combiner_weights, None, None, {})
     notes = [
         f"table {name!r} as training looked it up, quantized to {table.quantization_config.num_buckets} buckets"
@@ -91,7 +92,7 @@ def export_saved_model(
     Args:
       out: a new folder; TensorFlow Serving wants it named by a number.
       feature_config: the feature configuration.
-      tables: by name, [V, D] float32.
+      tables: by name, [V, D] float32, bfloat16 or float16.
       combiner_weights: by table name, the [num_weights] weights of its CustomCombiner.
       model: `model(params, activations, dense)` returns a pytree of arrays with leading dimension B; an output is
         named by its path, or "output" where it is the only one. None gives the activations.
@@ -116,8 +117,10 @@ def export_saved_model(
     arrays = {}
     for name, config in feature_tables(feature_config).items():
         arrays[name] = np.asarray(table_of(tables, config))
-        if arrays[name].dtype != np.float32:
-            raise ValueError(f"table {name!r} must be float32 in a SavedModel, got {arrays[name].dtype.name}.")
+        if arrays[name].dtype.name not in DTYPES:
+            raise ValueError(
+                f"table {name!r} must be one of {DTYPES} in a SavedModel, got {arrays[name].dtype.name}."
+            )
     with published(place) as scratch:
         _save(scratch, feature_config, arrays, combiner_weights or {}, model, params, dense)
     return place
@@ -195,7 +198,9 @@ def _tensor(tf: Any, rows: np.ndarray) -> Any:
     """A tensor of these very bytes, where numpy lends them: a variable then takes no memory of its own."""
     if not rows.flags.writeable or not rows.flags.c_contiguous or rows.ctypes.data % 64:
         return tf.convert_to_tensor(rows)
-    return tf.experimental.dlpack.from_dlpack(np.asarray(rows).__dlpack__())
+    # numpy lends no bfloat16.
+    lent = np.asarray(rows).view(bits(rows.dtype))
+    return tf.bitcast(tf.experimental.dlpack.from_dlpack(lent.__dlpack__()), tf.as_dtype(rows.dtype))
 
 
 def _as_trained(stream: Stream, quantization: Any) -> Iterator[tuple[int, np.ndarray]]:

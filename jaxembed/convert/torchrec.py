@@ -32,7 +32,7 @@ import numpy as np
 from jaxembed.checkpoint.files import open_regular, refuse_pointer, write_file
 from jaxembed.checkpoint.safetensors_file import header_of, map_file
 from jaxembed.checkpoint.stored import StoredArray
-from jaxembed.convert.arrays import mapped_rows
+from jaxembed.convert.arrays import bits, mapped_rows
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import key_for, place_arrays
@@ -177,10 +177,10 @@ def _safetensors(names: Mapping[str, Stream]) -> Iterator[Any]:
 def _tensor(out: pathlib.Path, i: int, stream: Stream) -> Any:
     """The i-th array to be written: torch saves whole tensors, so these are mapped files and need no memory."""
     torch: Any = needed("torch", "torchrec")
-    is_bfloat16 = stream.dtype == ml_dtypes.bfloat16
-    dtype = np.dtype(np.int16) if is_bfloat16 else None
-    tensor = torch.from_numpy(mapped_rows(out.parent / f"rows-{i}", stream, stream.blocks(), dtype))
-    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+    tensor = torch.from_numpy(
+        mapped_rows(out.parent / f"rows-{i}", stream, stream.blocks(), bits(stream.dtype))
+    )
+    return tensor.view(torch.bfloat16) if stream.dtype == ml_dtypes.bfloat16 else tensor
 
 
 def _load(path: pathlib.Path) -> Any:

@@ -126,7 +126,10 @@ def test_with_the_dense_model(tmp_path):
         ("exists; pass another path", {"out": tmp_path / "1"}),
         ("cannot be named 'x'", {"model": model, "dense": {"x": (3,)}}),
         ("need a model that takes them", {"dense": {"price": (3,)}}),
-        ("must be float32 in a SavedModel, got float64", {"tables": {"t": rows.astype(np.float64)}}),
+        (
+            r"must be one of \('float32', 'bfloat16', 'float16'\) in a SavedModel, got float64",
+            {"tables": {"t": rows.astype(np.float64)}},
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             export_saved_model(
@@ -241,8 +244,35 @@ def test_what_it_has_no_place_for_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             convert(tmp_path / "a.npz", tmp_path / "out", target_format="saved-model", feature_config=features)
-    with pytest.raises(ValueError, match="a SavedModel for TensorFlow Serving cannot hold bfloat16"):
-        convert(tmp_path / "a.npz", tmp_path / "out", target_format="saved-model", dtype="bfloat16")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="jaxembed writes saved-model, and does not read it"):
         convert(tmp_path / "a.npz", tmp_path / "out", source_format="saved-model")
+
+
+TYPES_PROGRAM = """
+import sys
+import numpy as np
+import tensorflow as tf
+module = tf.saved_model.load(sys.argv[1])
+bags = tf.ragged.constant([[1, 2, 3], [], [19], [0, 0]], tf.int64)
+out = module.signatures["serving_default"](x=bags.values, x_row_splits=bags.row_splits)
+print(out["x"].dtype.name)
+np.save(sys.argv[2], tf.cast(out["x"], tf.float32))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_types(tmp_path, dtype):
+    """TensorFlow serves our outputs of a table in half precision, which lies on disk as it is."""
+    rows = np.random.default_rng(0).normal(size=(20, 4000)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x=rows)
+    convert(tmp_path / "a.npz", tmp_path / "ckpt", dtype=dtype, combiner="sqrtn")
+    report = convert(tmp_path / "ckpt", tmp_path / "1", target_format="saved-model")
+    program = [sys.executable, "-c", TYPES_PROGRAM, str(report.path), str(tmp_path / "out.npy")]
+    done = subprocess.run(program, check=True, capture_output=True, text=True)
+    bags = RaggedTensor.from_lists([[1, 2, 3], [], [19], [0, 0]])
+    expected = serve.load(tmp_path / "ckpt").embedding({"x": bags})["x"]
+    assert done.stdout.split() == [expected.dtype.name]
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), np.asarray(expected, np.float32))
+    size = sum(file.stat().st_size for file in report.path.rglob("*") if file.is_file())
+    assert rows.nbytes / 2 < size < rows.nbytes
