@@ -216,10 +216,10 @@ mlir.register_lowering(_LOOKUP, mlir.lower_fun(_portable, multiple_results=True)
 batching.primitive_batchers[_LOOKUP] = _batch
 
 
-def _arrays(table: Any) -> tuple[Any, Any, Any, Any]:
+def _arrays(table: Any) -> tuple[Any, Any, Any]:
     if isinstance(table, QuantizedTable):
-        return table.codes, table.scale, table.bias, table.codebook
-    return table, None, None, None
+        return table.codes, table.scale_bias, table.codebook
+    return table, None, None
 
 
 def _forward(bags, in_exports, operands):

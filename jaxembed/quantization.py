@@ -176,7 +176,7 @@ def _encode_row_wise(rows: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     divisor = np.where(scale > 0, scale, np.float32(1))
     codes = np.rint((rows - bias[:, None]) / divisor[:, None])
     codes = np.where(scale[:, None] > 0, np.clip(codes, least, least + steps), 0)
-    return {"codes": _pack(codes.astype(KINDS[kind][0]), kind), "scale": scale, "bias": bias}
+    return {"codes": _pack(codes.astype(KINDS[kind][0]), kind), "scale_bias": np.stack([scale, bias], axis=1)}
 
 
 def _pack(codes: np.ndarray, kind: str) -> np.ndarray:

@@ -17,8 +17,8 @@ _CODEBOOK = {"codes8": 256, "codes4": 16}
 class QuantizedTable:
     """[V, D] values as codes, a pytree of arrays.
 
-        int8    value = code scale[row] + bias[row], code in [-128, 127]
-        int4    value = code scale[row] + bias[row], code in [0, 15], two codes to a byte
+        int8    value = code scale + bias of the row, code in [-128, 127]
+        int4    value = code scale + bias of the row, code in [0, 15], two codes to a byte
         codes8  value = codebook[code], code in [0, 255]
         codes4  value = codebook[code], code in [0, 15], two codes to a byte
 
@@ -29,8 +29,8 @@ class QuantizedTable:
       kind: one of the above.
       dim: D.
       codes: [V, D] int8 or uint8, or [V, (D + 1) // 2] uint8.
-      scale: float32 [V], or None.
-      bias: float32 [V], or None.
+      scale_bias: float32 [V, 2], scale and bias of each row beside each other, so that a row costs one
+        more line of memory, not two; or None.
       codebook: float32 [256] or [16], or None.
       dtype: floating point type of what is looked up.
 
@@ -41,8 +41,7 @@ class QuantizedTable:
     kind: str
     dim: int
     codes: Any
-    scale: Any = None
-    bias: Any = None
+    scale_bias: Any = None
     codebook: Any = None
     dtype: Any = np.float32
 
@@ -54,7 +53,7 @@ class QuantizedTable:
             raise ValueError(f"dtype must be a floating point type, got {dtype.name}.")
         object.__setattr__(self, "dtype", dtype)
         shapes = self.array_shapes(self.kind, self.codes.shape[0], self.dim)
-        for name in ("codes", "scale", "bias", "codebook"):
+        for name in ("codes", "scale_bias", "codebook"):
             array, wanted = getattr(self, name), shapes.get(name)
             found = None if array is None else (tuple(array.shape), np.dtype(array.dtype))
             if found != wanted:
@@ -67,15 +66,11 @@ class QuantizedTable:
         shapes = {"codes": ((num_rows, -(-dim // packed)), np.dtype(dtype))}
         if kind in _CODEBOOK:
             return {**shapes, "codebook": ((_CODEBOOK[kind],), np.dtype(np.float32))}
-        return {
-            **shapes,
-            "scale": ((num_rows,), np.dtype(np.float32)),
-            "bias": ((num_rows,), np.dtype(np.float32)),
-        }
+        return {**shapes, "scale_bias": ((num_rows, 2), np.dtype(np.float32))}
 
     @classmethod
     def from_codes(cls, codes: Any, scale: Any, bias: Any, dtype: Any = np.float32) -> "QuantizedTable":
-        """An int8 table with value = codes scale[row] + bias[row].
+        """An int8 table with value = code scale + bias of the row.
 
         Args:
           codes: [V, D] int8, or uint8 as torch and FBGEMM have them, which are shifted.
@@ -86,7 +81,8 @@ class QuantizedTable:
         if codes.dtype == np.uint8:
             codes = (np.asarray(codes) ^ np.uint8(128)).view(np.int8)
             bias = (np.float64(128) * scale + bias).astype(np.float32)
-        return cls("int8", codes.shape[1], codes, scale, bias, dtype=dtype)
+        pairs = np.stack([np.asarray(scale, np.float32), np.asarray(bias, np.float32)], axis=1)
+        return cls("int8", codes.shape[1], codes, pairs, dtype=dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,7 +97,7 @@ class QuantizedTable:
     @property
     def arrays(self) -> dict[str, Any]:
         """The arrays that it has, by name."""
-        named = {"codes": self.codes, "scale": self.scale, "bias": self.bias, "codebook": self.codebook}
+        named = {"codes": self.codes, "scale_bias": self.scale_bias, "codebook": self.codebook}
         return {name: array for name, array in named.items() if array is not None}
 
     @property
@@ -116,38 +112,38 @@ class QuantizedTable:
             return jnp.asarray(array).at[ids].get(mode="clip", wrap_negative_indices=False)
 
         if self.codebook is not None:
-            return self._decode(take(self.codes), None, None, jnp)
-        return self._decode(take(self.codes), take(self.scale), take(self.bias), jnp)
+            return self._decode(take(self.codes), None, jnp)
+        return self._decode(take(self.codes), take(self.scale_bias), jnp)
 
     def dequantize(self) -> jax.Array:
         """All values, [V, D] in `dtype`."""
-        codes, scale, bias = jax.tree.map(jnp.asarray, (self.codes, self.scale, self.bias))
-        return self._decode(codes, scale, bias, jnp).astype(self.dtype)
+        codes, scale_bias = jax.tree.map(jnp.asarray, (self.codes, self.scale_bias))
+        return self._decode(codes, scale_bias, jnp).astype(self.dtype)
 
     def host_rows(self, start: int, stop: int, codes: np.ndarray | None = None) -> np.ndarray:
         """Rows [start, stop) of a table on the host, float32 numpy; `codes` are theirs if at hand."""
         codes = self.codes[start:stop] if codes is None else codes
         if self.codebook is not None:
-            return self._decode(codes, None, None, np)
-        return self._decode(codes, self.scale[start:stop], self.bias[start:stop], np)
+            return self._decode(codes, None, np)
+        return self._decode(codes, self.scale_bias[start:stop], np)
 
-    def _decode(self, codes: Any, scale: Any, bias: Any, xp: Any) -> Any:
+    def _decode(self, codes: Any, scale_bias: Any, xp: Any) -> Any:
         if KINDS[self.kind][1] == 2:
             codes = xp.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
             codes = codes.reshape(codes.shape[0], -1)[:, : self.dim]
         if self.codebook is not None:
             return xp.asarray(self.codebook)[codes.astype(np.int32)]
-        return codes.astype(np.float32) * scale[:, None] + bias[:, None]
+        return codes.astype(np.float32) * scale_bias[:, :1] + scale_bias[:, 1:]
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """The arrays, and what is static."""
-        return (self.codes, self.scale, self.bias, self.codebook), (self.kind, self.dim, self.dtype)
+        return (self.codes, self.scale_bias, self.codebook), (self.kind, self.dim, self.dtype)
 
     @classmethod
     def tree_unflatten(cls, static: Any, arrays: Any) -> "QuantizedTable":
         """The inverse; unchecked, since transformations put other things in place of the arrays."""
         table = object.__new__(cls)
-        names = ("kind", "dim", "dtype", "codes", "scale", "bias", "codebook")
+        names = ("kind", "dim", "dtype", "codes", "scale_bias", "codebook")
         for name, value in zip(names, (*static, *arrays), strict=True):
             object.__setattr__(table, name, value)
         return table

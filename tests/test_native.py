@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not bag_native.available(), reason="the kernel w
 
 # In the order of `Field` in decode.h.
 FIELDS = dict.fromkeys(("layout", "combiner", "prune_ids", "prune_weights", "num_bags"), 0)
-FIELDS |= {"sequence_length": 0, "row_type": 0, "dim": 0, "rows": 0, "scale": -1, "bias": -1, "codebook": -1}
+FIELDS |= {"sequence_length": 0, "row_type": 0, "dim": 0, "rows": 0, "scale_bias": -1, "codebook": -1}
 FIELDS |= {"ids": 1, "bags": 2, "columns": -1, "weights": -1}
 RAGGED, SPARSE = 1, 2
 # What jax makes of it depends on whether the call was dispatched at once.
@@ -79,9 +79,9 @@ REFUSED = {
     "columns": ({"layout": SPARSE, "bags": 1, "sequence_length": 1}, "columns must be int32 or int64"),
     "dense": ({"layout": 0}, "the dense layout needs as many bags as ids, got 2 bags for 4 ids"),
     "dense sequence": ({"layout": 0, "sequence_length": 1}, "the dense layout has no sequences"),
-    "few numbers": ({"numbers": [1] * 15}, "make up a call; got 15 numbers"),
+    "few numbers": ({"numbers": [1] * 14}, "make up a call; got 14 numbers"),
     "no numbers": ({"numbers": []}, "got 0 numbers and 2 outputs"),
-    "numbers of two features": ({"numbers": [0] * 32}, "got 32 numbers and 2 outputs"),
+    "numbers of two features": ({"numbers": [0] * 30}, "got 30 numbers and 2 outputs"),
     "counts": ({"counts": 2}, r"counts of bad ids must be int32 \[F\] = \[1\]"),
     "output type": ({"dtype": np.int32}, "the output must hold 6 values of float32, got int32"),
 }

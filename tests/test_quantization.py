@@ -170,7 +170,7 @@ def test_codes_of_other_libraries():
     scale, bias = np.full(V, 2.0**-7, np.float32), np.full(V, -1, np.float32)
     made = je.QuantizedTable.from_codes(codes, scale, bias)
     np.testing.assert_array_equal(made.dequantize(), codes * scale[:, None] + bias[:, None])
-    signed = je.QuantizedTable.from_codes(made.codes, scale, made.bias)
+    signed = je.QuantizedTable.from_codes(made.codes, scale, made.scale_bias[:, 1])
     np.testing.assert_array_equal(signed.dequantize(), made.dequantize())
 
 
@@ -187,8 +187,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="num_buckets must be at most 256, got 257"):
         row_codec(je.QuantizationConfig(257, 0, 1))
     made = quantize(table(), "int8")
-    with pytest.raises(ValueError, match=r"scale of an int8 table must be float32\[23\], got None"):
-        dataclasses.replace(made, scale=None)
+    with pytest.raises(ValueError, match=r"scale_bias of an int8 table must be float32\[23, 2\], got None"):
+        dataclasses.replace(made, scale_bias=None)
     with pytest.raises(ValueError, match=r"codes of an int4 table must be uint8\[23, 4\], got int8\[23, 7\]"):
         dataclasses.replace(made, kind="int4")
     with pytest.raises(ValueError, match="kind must be one of"):

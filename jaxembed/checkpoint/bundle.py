@@ -3,7 +3,7 @@
     OUT/VERSION/
       manifest.json             format, step, feature configuration, metadata, files, digests
       tables/00000.safetensors  one tensor "rows" [V, D], its data 4096 bytes into the file; or "codes" and
-                                "scale" and "bias", or "codebook": the arrays of a QuantizedTable
+                                "scale_bias", or "codebook": the arrays of a QuantizedTable
       model.safetensors         dense parameters; may be absent
       vocabularies/DIGEST.txt   vocabulary files of the feature configuration, if it names any
       model.stablehlo           the model as `jax.export` serializes it, tables as arguments; may be absent

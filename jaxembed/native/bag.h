@@ -35,14 +35,13 @@ struct Ints {
   }
 };
 
-// Rows of any type. int8 and int4: code * scale[row] + bias[row]. codes: codebook[code].
+// Rows of any type. int8 and int4: code * scale_bias[2 row] + scale_bias[2 row + 1]. codes: codebook[code].
 struct Table {
   const void* rows = nullptr;
   int64_t vocabulary = 0;
   int64_t dim = 0;
   RowType type = RowType::kF32;
-  const float* scale = nullptr;
-  const float* bias = nullptr;
+  const float* scale_bias = nullptr;  // [V, 2]
   const float* codebook = nullptr;
   int64_t row_bytes() const;
 };

@@ -122,8 +122,7 @@ std::string DecodeTable(Reader& read, Table* table) {
   table->rows = rows->untyped_data();
   const int64_t vocabulary = table->vocabulary = rows->dimensions()[0];
   if (table->type == RowType::kInt8 || table->type == RowType::kInt4) {
-    table->scale = read.Floats(kScale, vocabulary, "scale must be float32 [V] =");
-    table->bias = read.Floats(kBias, vocabulary, "bias must be float32 [V] =");
+    table->scale_bias = read.Floats(kScaleBias, 2 * vocabulary, "scale and bias must be float32 [V, 2], as values =");
   } else if (table->type == RowType::kCodes8) {
     table->codebook = read.Floats(kCodebook, 256, "a codebook must be float32");
   } else if (table->type == RowType::kCodes4) {

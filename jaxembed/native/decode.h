@@ -13,7 +13,7 @@ namespace jaxembed {
 // arguments, or -1.
 enum Field : int {
   kLayout, kCombiner, kPruneIds, kPruneWeights, kNumBags, kSequenceLength, kRowType, kDim,
-  kRows, kScale, kBias, kCodebook, kIds, kBags, kColumns, kWeights, kFields
+  kRows, kScaleBias, kCodebook, kIds, kBags, kColumns, kWeights, kFields
 };
 
 // Fills `bag`. An empty string, or what is wrong.

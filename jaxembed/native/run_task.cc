@@ -202,8 +202,7 @@ __attribute__((always_inline)) inline void Prefetch(const Table& t, int64_t row_
   for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
   __builtin_prefetch(row + row_bytes - 1, 0, 3);
   if constexpr (Affine(T)) {
-    __builtin_prefetch(t.scale + id, 0, 3);
-    __builtin_prefetch(t.bias + id, 0, 3);
+    __builtin_prefetch(t.scale_bias + 2 * id, 0, 3);
   }
 }
 
@@ -232,8 +231,8 @@ inline void Block(const Table& t, int64_t row_bytes, const Entries<Id>& e, int64
     if constexpr (kWeighted) w = e.weights[j];
     float bias = 0.0f;
     if constexpr (Affine(T)) {
-      bias = w * t.bias[id];
-      w *= t.scale[id];
+      bias = w * t.scale_bias[2 * id + 1];
+      w *= t.scale_bias[2 * id];
     }
     if constexpr (NV == 0) {
       for (int64_t i = 0; i < tail; ++i) acc[0][i] += w * Element<T>(t, row, d + i) + bias;
@@ -490,8 +489,7 @@ void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t bl
 #pragma GCC unroll 16
           for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(row + line, 0, 3);
           if (Affine(T) && block == 0) {
-            __builtin_prefetch(t.scale + ahead, 0, 3);
-            __builtin_prefetch(t.bias + ahead, 0, 3);
+            __builtin_prefetch(t.scale_bias + 2 * ahead, 0, 3);
           }
         }
         const int64_t id = ids[i];
@@ -502,8 +500,8 @@ void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t bl
           divisor += bag.combiner == Combiner::kSqrtn ? w * w : w;
         }
         if constexpr (Affine(T)) {
-          biases += w * t.bias[id];
-          w *= t.scale[id];
+          biases += w * t.scale_bias[2 * id + 1];
+          w *= t.scale_bias[2 * id];
         }
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) {

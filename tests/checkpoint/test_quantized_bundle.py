@@ -142,10 +142,10 @@ def reseal(directory, edit):
 
 
 def test_flipped_bits_are_named(copy):
-    """In codes, a codebook, a scale and a bias."""
+    """In codes, a codebook, a scale or bias."""
     bundle = open_bundle(copy)
     order = list(bundle.tables)
-    for name, part in [("byte", "codes"), ("half", "codebook"), ("plain", "scale"), ("plain", "bias")]:
+    for name, part in [("byte", "codes"), ("half", "codebook"), ("plain", "scale_bias")]:
         file = copy / "tables" / f"{order.index(name):05d}.safetensors"
         intact, array = file.read_bytes(), bundle.tables[name].arrays[part]
         at = intact.index(array.tobytes(), 4096) + array.nbytes - 1
@@ -166,7 +166,10 @@ ATTACKS = {
         lambda t: t["byte"]["quantized"].update(kind="int8"),
         r"must be int8\[30001, 9\], got uint8",
     ),
-    "no scale": (lambda t: t["plain"]["quantized"]["arrays"].pop("scale"), "incomplete: KeyError: 'scale'"),
+    "no scale": (
+        lambda t: t["plain"]["quantized"]["arrays"].pop("scale_bias"),
+        "incomplete: KeyError: 'scale_bias'",
+    ),
     "unknown kind": (lambda t: t["byte"]["quantized"].update(kind="int2"), "incomplete: KeyError"),
     "no kind": (lambda t: t["byte"].update(quantized={}), "incomplete: KeyError: 'kind'"),
     "list": (lambda t: t["byte"]["quantized"].update(kind=[]), "incomplete: TypeError"),
@@ -178,8 +181,10 @@ ATTACKS = {
     "traversal": (lambda t: t["byte"].update(file="../../secret"), "is not a file of a bundle"),
     "no file": (lambda t: t["byte"].update(file=None), "incomplete: TypeError"),
     "other scale": (
-        lambda t: t["plain"]["quantized"]["arrays"].update(scale=t["byte"]["quantized"]["arrays"]["codebook"]),
-        r"table 'plain', scale must be float32\[333\], got float32\[256\]",
+        lambda t: t["plain"]["quantized"]["arrays"].update(
+            scale_bias=t["byte"]["quantized"]["arrays"]["codebook"]
+        ),
+        r"table 'plain', scale_bias must be float32\[333, 2\], got float32\[256\]",
     ),
 }
 

@@ -114,11 +114,13 @@ void MakeTable(Case& c, RowType type, int64_t vocabulary, int64_t dim) {
   uint8_t* rows = c.Memory(vocabulary * width, type == RowType::kF32 ? 4 : c.half ? 2 : 1);
   std::memset(rows, 0, vocabulary * width);
   t.rows = rows;
-  float *scale = nullptr, *bias = nullptr, *codebook = nullptr;
+  float *pairs = nullptr, *codebook = nullptr;
   if (type == RowType::kInt8 || type == RowType::kInt4) {
-    t.scale = scale = c.Floats(vocabulary);
-    t.bias = bias = c.Floats(vocabulary);
-    for (int64_t r = 0; r < vocabulary; ++r) scale[r] = r % 2 ? 0.25f : 0.5f, bias[r] = static_cast<float>(r % 5);
+    t.scale_bias = pairs = c.Floats(2 * vocabulary);
+    for (int64_t r = 0; r < vocabulary; ++r) {
+      pairs[2 * r] = r % 2 ? 0.25f : 0.5f;
+      pairs[2 * r + 1] = static_cast<float>(r % 5);
+    }
   } else if (!c.half && type != RowType::kF32) {
     const int codes = type == RowType::kCodes8 ? 256 : 16;
     t.codebook = codebook = c.Floats(codes);
@@ -136,13 +138,13 @@ void MakeTable(Case& c, RowType type, int64_t vocabulary, int64_t dim) {
         std::memcpy(rows + r * width + 2 * d, &h, 2);
       } else if (type == RowType::kInt8) {
         rows[r * width + d] = static_cast<uint8_t>(code - 30);
-        value = (code - 30) * scale[r] + bias[r];
+        value = (code - 30) * pairs[2 * r] + pairs[2 * r + 1];
       } else if (type == RowType::kCodes8) {
         rows[r * width + d] = static_cast<uint8_t>(code * 4);
         value = codebook[code * 4];
       } else {
         rows[r * width + d / 2] |= static_cast<uint8_t>((code % 16) << (4 * (d % 2)));
-        value = type == RowType::kInt4 ? (code % 16) * scale[r] + bias[r] : codebook[code % 16];
+        value = type == RowType::kInt4 ? (code % 16) * pairs[2 * r] + pairs[2 * r + 1] : codebook[code % 16];
       }
       c.values.push_back(value);
     }
