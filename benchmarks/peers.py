@@ -1,5 +1,6 @@
 """Who takes part in the lookup benchmark: ours on both paths, numpy, and the installed peers."""
 
+import functools
 import importlib.util
 import itertools
 from collections.abc import Callable
@@ -38,8 +39,11 @@ class Peer(Protocol):
         """Lets go of the table."""
         ...
 
-    def program(self, cell: Cell, sets: list[list[Batch]]) -> Callable[[int], Any]:
-        """A call that looks up every batch of input set i and returns when all is computed."""
+    def program(self, cell: Cell, sets: list[list[Batch]], every: bool) -> Callable[[int], Any]:
+        """A call that looks up every batch of input set i and returns when all is computed.
+
+        It returns `every` output, or the last one only: what a model takes in, Python never sees.
+        """
         ...
 
     def outputs(self, result: Any) -> list[np.ndarray]:
@@ -108,26 +112,49 @@ class Jax:
     def unload(self) -> None:
         self._table = None
 
-    def program(self, cell: Cell, sets: list[list[Batch]]) -> Callable[[int], Any]:
-        bag = Bag("ragged", cell.batch, "sum")
+    def program(self, cell: Cell, sets: list[list[Batch]], every: bool) -> Callable[[int], Any]:
+        lookups, table = self._lookups(cell.batch, every), self._table
+        arguments = jax.device_put([_flat(batches) for batches in sets])
+        return lambda i: jax.block_until_ready(lookups(table, *arguments[i]))
+
+    @functools.cache  # noqa: B019 - so that cells of the same shapes share a compiled program
+    def _lookups(self, num_bags: int, every: bool) -> Callable[..., Any]:
+        bag = Bag("ragged", num_bags, "sum")
         path = self._path or backend()
 
         @jax.jit
-        def lookups(table, batches):
+        def lookups(table, ids, splits, weights):
             outputs, after = [], jnp.int32(0)
-            for ids, splits, weights in batches:
-                operands = BagOperands(table, ids, splits + after, weights=weights)
+            count = ids.size // splits.shape[0]
+            for k, own in enumerate(splits):
+                part = slice(k * count, (k + 1) * count)
+                operands = BagOperands(
+                    table, ids[part], own + after, weights=weights[0][part] if weights else None
+                )
+                if path == "native":  # which reads its part in place
+                    operands = BagOperands(
+                        table, ids, own + (k * count + after), weights=weights[0] if weights else None
+                    )
                 (out,), _ = embedding_bags([bag], [operands], path)
                 # Always 0, but XLA cannot know: one lookup starts when the one before has ended.
                 after = (out[0, 0] > 1e30).astype(jnp.int32)
                 outputs.append(out)
-            return outputs
+            return outputs if every else outputs[-1:]
 
-        table, batches = self._table, jax.device_put([[tuple(batch) for batch in batches] for batches in sets])
-        return lambda i: jax.block_until_ready(lookups(table, batches[i]))
+        return lookups
 
     def outputs(self, result: Any) -> list[np.ndarray]:
         return [np.asarray(out) for out in result]
+
+
+def _flat(batches: list[Batch]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Ids [K N], splits [K, B + 1] and weights ([K N], or none): jax.jit takes time for every argument."""
+    weights = [batch.weights for batch in batches if batch.weights is not None]
+    return (
+        np.concatenate([batch.ids for batch in batches]),
+        np.stack([batch.splits for batch in batches]),
+        [np.concatenate(weights)] if weights else [],
+    )
 
 
 class Numpy:
@@ -145,7 +172,7 @@ class Numpy:
     def unload(self) -> None:
         self._table = None
 
-    def program(self, cell: Cell, sets: list[list[Batch]]) -> Callable[[int], Any]:
+    def program(self, cell: Cell, sets: list[list[Batch]], every: bool) -> Callable[[int], Any]:
         table = self._table
         return lambda i: [numpy_lookup(table, batch) for batch in sets[i]]
 

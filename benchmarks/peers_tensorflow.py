@@ -67,7 +67,8 @@ class TensorFlow:
         self._lookups = None
         self._variable.drop()
 
-    def program(self, cell: Cell, sets: list[list[Batch]]) -> Callable[[int], Any]:
+    def program(self, cell: Cell, sets: list[list[Batch]], every: bool) -> Callable[[int], Any]:
+        del every  # costs it little, and another trace would cost a lot
         inputs = [self._tensors(batches) for batches in sets]
         lookups = self._lookups
 

@@ -39,7 +39,7 @@ class Torch:
     def unload(self) -> None:
         self._table = None
 
-    def program(self, cell: Cell, sets: list[list[Batch]]) -> Callable[[int], Any]:
+    def program(self, cell: Cell, sets: list[list[Batch]], every: bool) -> Callable[[int], Any]:
         table = self._table
         weight_type = torch.bfloat16 if self._dtype == "bfloat16" else torch.float32
         inputs = [_tensors(batches, weight_type) for batches in sets]
@@ -47,7 +47,7 @@ class Torch:
 
         def run(i):
             with torch.inference_mode():
-                return lookups(table, *inputs[i])
+                return lookups(table, *inputs[i], every)
 
         return run
 
@@ -70,13 +70,13 @@ class Fbgemm:
     def unload(self) -> None:
         self._module = None
 
-    def program(self, cell: Cell, sets: list[list[Batch]]) -> Callable[[int], Any]:
+    def program(self, cell: Cell, sets: list[list[Batch]], every: bool) -> Callable[[int], Any]:
         module = self._module
         inputs = [_tensors(batches, torch.float32) for batches in sets]
 
         def run(i):
             with torch.inference_mode():
-                return module(*inputs[i])
+                return module(*inputs[i], every)
 
         return run
 
@@ -151,9 +151,13 @@ def _scripted(program: Any) -> Any:
         return torch.jit.script(program)
 
 
-def _lookups(table: Tensor, ids: list[Tensor], splits: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+def _lookups(
+    table: Tensor, ids: list[Tensor], splits: list[Tensor], weights: list[Tensor], every: bool
+) -> list[Tensor]:
     outputs: list[Tensor] = []
     for k in range(len(ids)):
+        if not every:
+            outputs = []
         weight = weights[k] if len(weights) > 0 else None
         outputs.append(
             F.embedding_bag(
@@ -164,10 +168,12 @@ def _lookups(table: Tensor, ids: list[Tensor], splits: list[Tensor], weights: li
 
 
 def _quantized_lookups(
-    table: Tensor, ids: list[Tensor], splits: list[Tensor], weights: list[Tensor]
+    table: Tensor, ids: list[Tensor], splits: list[Tensor], weights: list[Tensor], every: bool
 ) -> list[Tensor]:
     outputs: list[Tensor] = []
     for k in range(len(ids)):
+        if not every:
+            outputs = []
         weight = weights[k] if len(weights) > 0 else None
         outputs.append(
             torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
@@ -182,9 +188,13 @@ class _FbgemmLookups(torch.nn.Module):
         super().__init__()
         self.tables = tables
 
-    def forward(self, ids: list[Tensor], splits: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    def forward(
+        self, ids: list[Tensor], splits: list[Tensor], weights: list[Tensor], every: bool
+    ) -> list[Tensor]:
         outputs: list[Tensor] = []
         for k in range(len(ids)):
+            if not every:
+                outputs = []
             weight = weights[k] if len(weights) > 0 else None
             outputs.append(self.tables(ids[k], splits[k], weight))
         return outputs

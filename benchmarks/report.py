@@ -10,7 +10,8 @@ from whole_call import OURS as WHOLE_OURS
 
 _INTRODUCTION = """\
 All contenders run the same lookups in one process, in turns shuffled every round, each as one compiled program (XLA,
-TorchScript, `tf.function`; numpy has none) of several lookups over different batches of ids, one after another.
+TorchScript, `tf.function`; numpy has none) of several lookups over different batches of ids, one after another, of which
+Python gets the last one's output.
 Every contender's outputs are compared with numpy's before it is timed. Figures are medians over the rounds.
 A ratio is the contender's time over jaxembed's in the same cell: above 1, jaxembed is faster."""
 

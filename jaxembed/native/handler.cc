@@ -18,8 +18,8 @@ namespace {
 namespace ffi = xla::ffi;
 
 // Below this many bytes a call stays on its thread: waking another costs more.
-constexpr int64_t kInlineBytes = 1 << 18;
-constexpr int64_t kMinChunk = 1 << 16, kMaxChunk = 1 << 21;
+constexpr int64_t kInlineBytes = 1 << 17;
+constexpr int64_t kMinChunk = 1 << 16;
 
 struct Work {
   std::vector<Bag> bags;
@@ -49,10 +49,10 @@ ffi::Error Invalid(int64_t feature, const std::string& what) {
 }
 
 // Small calls: all on this thread.
-void RunInline(const Work& work, int32_t* bad) {
-  for (size_t f = 0; f < work.bags.size(); ++f) {
-    const Bag& bag = work.bags[f];
-    const Placed& placed = work.placed[f];
+void RunInline(const std::vector<Bag>& bags, const std::vector<Placed>& all_placed, int32_t* bad) {
+  for (size_t f = 0; f < bags.size(); ++f) {
+    const Bag& bag = bags[f];
+    const Placed& placed = all_placed[f];
     if (!bag.num_bags) continue;
     const bool dense = bag.layout == Layout::kDense;
     const int64_t begin = dense ? 0 : placed.splits[0], end = dense ? bag.num_ids : placed.splits[bag.num_bags];
@@ -100,27 +100,32 @@ ffi::Error EmbeddingBags(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
                                        std::to_string(features) + "]");
   }
   int32_t* bad = static_cast<int32_t*>((*counts)->untyped_data());
+  // This thread's until its next call, so that small calls allocate nothing.
   thread_local std::vector<Scratch> scratch;
+  thread_local std::vector<Bag> bags;
+  thread_local std::vector<Placed> placed;
   if (static_cast<int64_t>(scratch.size()) < features) scratch.resize(features);
-  auto work = std::make_shared<Work>();
-  work->bags.resize(features);
-  work->placed.resize(features);
+  bags.assign(features, Bag());
+  placed.assign(features, Placed());
   int64_t cost = 0;
   for (int64_t f = 0; f < features; ++f) {
-    Bag& bag = work->bags[f];
+    Bag& bag = bags[f];
     auto out = rets.get<ffi::AnyBuffer>(f);
     if (!out) return Invalid(f, "no output");
     std::string wrong = Decode(meta.begin() + f * kFields, args, **out, &bag);
-    if (wrong.empty()) wrong = Place(bag, scratch[f], &work->placed[f]);
+    if (wrong.empty()) wrong = Place(bag, scratch[f], &placed[f]);
     if (!wrong.empty()) return Invalid(f, wrong);
-    cost += Cost(bag, work->placed[f]);
+    cost += Cost(bag, placed[f]);
     bad[f] = 0;
   }
   if (cost < kInlineBytes) {
-    RunInline(*work, bad);
-  } else {
-    RunShared(pool, work, cost, bad);
+    RunInline(bags, placed, bad);
+    return ffi::Error::Success();
   }
+  auto work = std::make_shared<Work>();
+  work->bags = bags;
+  work->placed = placed;
+  RunShared(pool, work, cost, bad);
   return work->out_of_memory ? OutOfMemory() : ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return OutOfMemory();

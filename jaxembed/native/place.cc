@@ -9,6 +9,14 @@ namespace {
 // does not depend on the number of threads.
 constexpr int64_t kPieceBytes = 1 << 20;
 
+// Whether splits [num_bags + 1] rise within [0, num_ids]; without a branch, so that the loop vectorizes.
+template <typename Int>
+bool Rise(const Int* splits, int64_t num_bags, int64_t num_ids) {
+  bool fall = splits[0] < 0 || splits[num_bags] > num_ids;
+  for (int64_t b = 0; b < num_bags; ++b) fall |= splits[b + 1] < splits[b];
+  return !fall;
+}
+
 std::string PlaceSparse(const Bag& bag, Scratch& scratch, Placed* placed) {
   const int64_t num_bags = bag.num_bags, n = bag.num_ids;
   scratch.splits.assign(num_bags + 1, 0);
@@ -69,6 +77,9 @@ std::string Place(const Bag& bag, Scratch& scratch, Placed* placed) {
   if (bag.layout == Layout::kDense) return "";
   if (bag.layout == Layout::kSparse) return PlaceSparse(bag, scratch, placed);
   placed->splits = bag.bags;
+  const bool rise = bag.bags.wide ? Rise(static_cast<const int64_t*>(bag.bags.data), bag.num_bags, bag.num_ids)
+                                  : Rise(static_cast<const int32_t*>(bag.bags.data), bag.num_bags, bag.num_ids);
+  if (rise) return "";
   int64_t before = 0;
   for (int64_t b = 0; b <= bag.num_bags; ++b) {
     const int64_t split = bag.bags[b];
@@ -94,30 +105,38 @@ void AddTasks(int32_t feature, const Bag& bag, const Placed& placed, int64_t chu
   const int64_t entry_cost = bag.table.row_bytes() + 8;
   const int64_t bag_cost = 4 * bag.table.dim * std::max<int64_t>(bag.sequence_length, 1) + 8;
   const int64_t piece = std::max<int64_t>(kPieceBytes / entry_cost, 1);
-  int64_t first = 0, cost = 0;
   const auto split = [&](int64_t b) { return dense ? b : placed.splits[b]; };
-  const auto flush = [&](int64_t last) {
+  const auto add = [&](int64_t first, int64_t last) {
     if (last > first) plan->tasks.push_back({feature, first, last, split(first), split(last), nullptr});
-    first = last;
-    cost = 0;
   };
-  for (int64_t b = 0; b < bag.num_bags; ++b) {
-    const int64_t begin = split(b), end = split(b + 1);
-    if (!dense && !bag.sequence_length && end - begin >= 2 * piece) {
-      flush(b);
-      const int64_t count = (end - begin + piece - 1) / piece;
-      plan->shared.push_back({feature, b, 0, count});
+  for (int64_t first = 0; first < bag.num_bags;) {
+    // The least number of bags that make up a chunk; their cost rises with them. A bag of two pieces is at
+    // least a chunk, so that it can only be the last one of these.
+    const int64_t begin = split(first);
+    int64_t low = first + 1, high = bag.num_bags;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      const int64_t cost = (middle - first) * bag_cost + (split(middle) - begin) * entry_cost;
+      if (cost < chunk) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    const int64_t last = low - 1, from = split(last), to = split(low);
+    if (dense || bag.sequence_length || to - from < 2 * piece) {
+      add(first, low);
+    } else {
+      add(first, last);
+      const int64_t count = (to - from + piece - 1) / piece;
+      plan->shared.push_back({feature, last, 0, count});
       for (int64_t p = 0; p < count; ++p) {
-        plan->tasks.push_back({feature, b, b + 1, begin + p * piece, std::min(begin + (p + 1) * piece, end),
+        plan->tasks.push_back({feature, last, low, from + p * piece, std::min(from + (p + 1) * piece, to),
                                reinterpret_cast<float*>(1)});
       }
-      first = b + 1;
-      continue;
     }
-    cost += bag_cost + (end - begin) * entry_cost;
-    if (cost >= chunk) flush(b + 1);
+    first = low;
   }
-  flush(bag.num_bags);
 }
 
 void PlacePartials(const Bag* bags, Plan* plan) {

@@ -34,6 +34,9 @@ struct Plan {
 // Bytes that a feature reads and writes, roughly.
 int64_t Cost(const Bag& bag, const Placed& placed);
 
+// The most that `chunk` may be: a bag that is to be shared is at least as large.
+constexpr int64_t kMaxChunk = 1 << 20;
+
 // Adds the tasks of one feature, each of about `chunk` bytes. `Plan::partials` must be placed with
 // `PlacePartials` once all features are in.
 void AddTasks(int32_t feature, const Bag& bag, const Placed& placed, int64_t chunk, Plan* plan);

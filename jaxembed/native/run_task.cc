@@ -8,6 +8,10 @@
 #include "bag.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the header's own undefined vectors (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
@@ -22,17 +26,27 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 constexpr int kMostVectors = 8;  // summed in registers at a time; GCC keeps longer arrays in memory
-// Whole rows of a power of two take more where there are 32 registers.
-#if defined(__AVX512VL__) || defined(__aarch64__)
-constexpr int kWholeVectors = 16;
+// Whole rows of a power of two are summed in wider vectors, and more of them, where there are.
+#if defined(__AVX512F__)
+constexpr int kWholeLanes = 16, kWholeVectors = 16;
+#elif defined(__aarch64__)
+constexpr int kWholeLanes = kLanes, kWholeVectors = 16;
 #else
-constexpr int kWholeVectors = 8;
+constexpr int kWholeLanes = kLanes, kWholeVectors = 8;
 #endif
 
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+template <int kN>
+struct Vector {
+  typedef float Floats __attribute__((vector_size(4 * kN)));
+  typedef int32_t Integers __attribute__((vector_size(4 * kN)));
+  typedef uint32_t Words __attribute__((vector_size(4 * kN)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * kN)));
+};
+template <int kN>
+using FloatsOf = typename Vector<kN>::Floats;
+template <int kN>
+using IntegersOf = typename Vector<kN>::Integers;
+using Floats = FloatsOf<kLanes>;
 
 constexpr int64_t kAhead = 16;  // rows fetched ahead of use
 constexpr int64_t kRun = 32;    // entries per pass where a row takes several passes
@@ -104,84 +118,115 @@ inline float Element(const Table& t, const uint8_t* row, int64_t d) {
   }
 }
 
-inline Floats Shorts(Halves h) {  // bfloat16
-#if defined(__AVX2__)
-  const Words bits = (Words)_mm256_cvtepu16_epi32((__m128i)h) << 16;
-#else
-  const Words bits = __builtin_convertvector(h, Words) << 16;
+template <int kN>
+inline FloatsOf<kN> Shorts(typename Vector<kN>::Halves h) {  // bfloat16
+  using Words = typename Vector<kN>::Words;
+#if defined(__AVX512F__)
+  if constexpr (kN == 16) return (FloatsOf<kN>)((Words)_mm512_cvtepu16_epi32((__m256i)h) << 16);
 #endif
-  return (Floats)bits;
+#if defined(__AVX2__)
+  if constexpr (kN == 8) return (FloatsOf<kN>)((Words)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#endif
+  return (FloatsOf<kN>)(__builtin_convertvector(h, Words) << 16);
 }
 
-// kLanes bytes as integers.
-template <bool kSigned>
-inline Integers Bytes(const uint8_t* bytes) {
+template <int kN>
+inline FloatsOf<kN> HalfFloats(typename Vector<kN>::Halves h) {  // float16
+#if defined(__AVX512F__)
+  if constexpr (kN == 16) return (FloatsOf<kN>)_mm512_cvtph_ps((__m256i)h);
+#endif
+#if defined(__AVX2__) && defined(__F16C__)
+  if constexpr (kN == 8) return (FloatsOf<kN>)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__ARM_NEON)
+  if constexpr (kN == 4) return vcvt_f32_f16((float16x4_t)h);
+#endif
+  FloatsOf<kN> x;
+  for (int i = 0; i < kN; ++i) x[i] = HalfToFloat(h[i]);
+  return x;
+}
+
+// kN bytes as integers.
+template <bool kSigned, int kN>
+inline IntegersOf<kN> Bytes(const uint8_t* bytes) {
+#if defined(__AVX512F__)
+  if constexpr (kN == 16) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    return (IntegersOf<kN>)(kSigned ? _mm512_cvtepi8_epi32(packed) : _mm512_cvtepu8_epi32(packed));
+  }
+#endif
 #if defined(__AVX2__)
-  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-  return (Integers)(kSigned ? _mm256_cvtepi8_epi32(packed) : _mm256_cvtepu8_epi32(packed));
-#else
-  Integers x;
+  if constexpr (kN == 8) {
+    const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    return (IntegersOf<kN>)(kSigned ? _mm256_cvtepi8_epi32(packed) : _mm256_cvtepu8_epi32(packed));
+  }
+#endif
+  IntegersOf<kN> x;
 #if defined(__ARM_NEON)
   uint32_t word;
   std::memcpy(&word, bytes, 4);
   if constexpr (kSigned) {
-    x = (Integers)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(word))));
+    x = (IntegersOf<kN>)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(word))));
   } else {
-    x = (Integers)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(word))));
+    x = (IntegersOf<kN>)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(word))));
   }
 #else
-  for (int i = 0; i < kLanes; ++i) x[i] = kSigned ? static_cast<int8_t>(bytes[i]) : bytes[i];
+  for (int i = 0; i < kN; ++i) x[i] = kSigned ? static_cast<int8_t>(bytes[i]) : bytes[i];
 #endif
   return x;
-#endif
 }
 
-// kLanes codes of four bits, the first one lowest.
-inline Integers Nibbles(const uint8_t* bytes) {
-  uint32_t word = 0;
-  std::memcpy(&word, bytes, kLanes / 2);
+// kN codes of four bits, the first one lowest.
+template <int kN>
+inline IntegersOf<kN> Nibbles(const uint8_t* bytes) {
+  using Words = typename Vector<kN>::Words;
   Words x;
-  for (int i = 0; i < kLanes; ++i) x[i] = word >> (4 * i);
-  return (Integers)(x & 15);
-}
-
-inline Floats Decoded(const float* codebook, Integers codes) {
-#if defined(__AVX2__)
-  return (Floats)_mm256_i32gather_ps(codebook, (__m256i)codes, 4);
-#else
-  Floats x;
-  for (int i = 0; i < kLanes; ++i) x[i] = codebook[codes[i]];
-  return x;
-#endif
-}
-
-// Columns [d, d + kLanes) of a row; d is a multiple of kLanes.
-template <RowType T>
-inline Floats Load(const Table& t, const uint8_t* row, int64_t d) {
-  Floats x;
-  if constexpr (T == RowType::kF32) {
-    std::memcpy(&x, row + 4 * d, 4 * kLanes);
-  } else if constexpr (T == RowType::kBF16 || T == RowType::kF16) {
-    Halves h;
-    std::memcpy(&h, row + 2 * d, 2 * kLanes);
-    if constexpr (T == RowType::kBF16) return Shorts(h);
-#if defined(__AVX2__) && defined(__F16C__)
-    x = (Floats)_mm256_cvtph_ps((__m128i)h);
-#elif defined(__ARM_NEON)
-    x = vcvt_f32_f16((float16x4_t)h);
-#else
-    for (int i = 0; i < kLanes; ++i) x[i] = HalfToFloat(h[i]);
-#endif
-  } else if constexpr (T == RowType::kInt8) {
-    x = __builtin_convertvector(Bytes<true>(row + d), Floats);
-  } else if constexpr (T == RowType::kCodes8) {
-    x = Decoded(t.codebook, Bytes<false>(row + d));
-  } else if constexpr (T == RowType::kInt4) {
-    x = __builtin_convertvector(Nibbles(row + d / 2), Floats);
+  if constexpr (kN == 16) {
+    uint32_t low, high;
+    std::memcpy(&low, bytes, 4);
+    std::memcpy(&high, bytes + 4, 4);
+    for (int i = 0; i < 8; ++i) x[i] = low >> (4 * i), x[8 + i] = high >> (4 * i);
   } else {
-    x = Decoded(t.codebook, Nibbles(row + d / 2));
+    uint32_t word = 0;
+    std::memcpy(&word, bytes, kN / 2);
+    for (int i = 0; i < kN; ++i) x[i] = word >> (4 * i);
   }
+  return (IntegersOf<kN>)(x & 15);
+}
+
+template <int kN>
+inline FloatsOf<kN> Decoded(const float* codebook, IntegersOf<kN> codes) {
+#if defined(__AVX512F__)
+  if constexpr (kN == 16) return (FloatsOf<kN>)_mm512_i32gather_ps((__m512i)codes, codebook, 4);
+#endif
+#if defined(__AVX2__)
+  if constexpr (kN == 8) return (FloatsOf<kN>)_mm256_i32gather_ps(codebook, (__m256i)codes, 4);
+#endif
+  FloatsOf<kN> x;
+  for (int i = 0; i < kN; ++i) x[i] = codebook[codes[i]];
   return x;
+}
+
+// Columns [d, d + kN) of a row; d is a multiple of kN.
+template <RowType T, int kN>
+inline FloatsOf<kN> Load(const Table& t, const uint8_t* row, int64_t d) {
+  if constexpr (T == RowType::kF32) {
+    FloatsOf<kN> x;
+    std::memcpy(&x, row + 4 * d, 4 * kN);
+    return x;
+  } else if constexpr (T == RowType::kBF16 || T == RowType::kF16) {
+    typename Vector<kN>::Halves h;
+    std::memcpy(&h, row + 2 * d, 2 * kN);
+    if constexpr (T == RowType::kBF16) return Shorts<kN>(h);
+    return HalfFloats<kN>(h);
+  } else if constexpr (T == RowType::kInt8) {
+    return __builtin_convertvector((Bytes<true, kN>(row + d)), FloatsOf<kN>);
+  } else if constexpr (T == RowType::kCodes8) {
+    return Decoded<kN>(t.codebook, Bytes<false, kN>(row + d));
+  } else if constexpr (T == RowType::kInt4) {
+    return __builtin_convertvector(Nibbles<kN>(row + d / 2), FloatsOf<kN>);
+  } else {
+    return Decoded<kN>(t.codebook, Nibbles<kN>(row + d / 2));
+  }
 }
 
 constexpr bool Affine(RowType type) { return type == RowType::kInt8 || type == RowType::kInt4; }
@@ -239,7 +284,7 @@ inline void Block(const Table& t, int64_t row_bytes, const Entries<Id>& e, int64
     } else {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        const Floats x = Load<T>(t, row, d + kLanes * v);
+        const Floats x = Load<T, kLanes>(t, row, d + kLanes * v);
         if constexpr (Affine(T)) {
           acc[v] += w * x + bias;
         } else if constexpr (kWeighted) {
@@ -462,9 +507,11 @@ constexpr int64_t BytesOf(RowType type, int64_t columns) {
 
 // The usual case: all entries of the task are valid and in order, and a row is `blocks` times NV vectors. With
 // these known at compile time a row costs little more than its loads.
-template <RowType T, int NV, bool kWeighted, typename Id>
-void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t blocks, float* scratch) {
-  constexpr int64_t kColumns = NV * kLanes, kBytes = BytesOf(T, kColumns);
+//
+// A function of its own for each, so that GCC gives the loop all registers.
+template <RowType T, int kN, int NV, bool kWeighted, typename Id>
+__attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t blocks, float* scratch) {
+  constexpr int64_t kColumns = NV * kN, kBytes = BytesOf(T, kColumns);
   const Table& t = bag.table;
   const int64_t dim = blocks * kColumns, row_bytes = blocks * kBytes;
   const Id* ids = static_cast<const Id*>(bag.ids.data);
@@ -477,9 +524,9 @@ void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t bl
     float divisor = 0;
     for (int64_t block = 0; block < blocks; ++block) {
       const uint8_t* base = static_cast<const uint8_t*>(t.rows) + block * kBytes;
-      Floats acc[NV];
+      FloatsOf<kN> acc[NV];
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) acc[v] = Floats{};
+      for (int v = 0; v < NV; ++v) acc[v] = FloatsOf<kN>{};
       float biases = 0;
       divisor = 0;
       for (int64_t i = begin; i < end; ++i) {
@@ -505,7 +552,7 @@ void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t bl
         }
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) {
-          const Floats x = Load<T>(t, row, kLanes * v);
+          const FloatsOf<kN> x = Load<T, kN>(t, row, kN * v);
           if constexpr (Affine(T) || kWeighted) {
             acc[v] += w * x;
           } else {
@@ -516,7 +563,7 @@ void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t bl
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) {
         if constexpr (Affine(T)) acc[v] += biases;
-        std::memcpy(sum + block * kColumns + kLanes * v, &acc[v], 4 * kLanes);
+        std::memcpy(sum + block * kColumns + kN * v, &acc[v], 4 * kN);
       }
     }
     if constexpr (!kWeighted) divisor = static_cast<float>(end - begin);
@@ -529,18 +576,20 @@ void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t bl
 template <RowType T, bool kWeighted, typename Id>
 bool TryWhole(const Bag& bag, const Placed& placed, const Task& task, float* scratch) {
   const int64_t dim = bag.table.dim;
-#define JAXEMBED_WHOLE(NV)                                            \
-  if (dim == NV * kLanes) {                                           \
-    RunWhole<T, NV, kWeighted, Id>(bag, placed, task, 1, scratch);    \
-    return true;                                                      \
+#define JAXEMBED_WHOLE(N, NV)                                        \
+  if (dim == N * NV) {                                               \
+    RunWhole<T, N, NV, kWeighted, Id>(bag, placed, task, 1, scratch); \
+    return true;                                                     \
   }
-  JAXEMBED_WHOLE(1)
-  JAXEMBED_WHOLE(2)
-  JAXEMBED_WHOLE(4)
-  if constexpr (kWholeVectors > 8) JAXEMBED_WHOLE(8)
+  JAXEMBED_WHOLE(kLanes, 1)
+  if constexpr (kWholeLanes > kLanes) JAXEMBED_WHOLE(kWholeLanes, 1)
+  JAXEMBED_WHOLE(kWholeLanes, 2)
+  JAXEMBED_WHOLE(kWholeLanes, 4)
+  if constexpr (kWholeVectors > 8) JAXEMBED_WHOLE(kWholeLanes, 8)
 #undef JAXEMBED_WHOLE
-  if (dim % (kWholeVectors * kLanes)) return false;
-  RunWhole<T, kWholeVectors, kWeighted, Id>(bag, placed, task, dim / (kWholeVectors * kLanes), scratch);
+  constexpr int64_t kMost = kWholeLanes * kWholeVectors;
+  if (dim % kMost) return false;
+  RunWhole<T, kWholeLanes, kWholeVectors, kWeighted, Id>(bag, placed, task, dim / kMost, scratch);
   return true;
 }
 
