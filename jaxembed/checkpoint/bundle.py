@@ -40,7 +40,7 @@ from jaxembed.checkpoint.bundle_tables import (
     plan_report,
     write_table,
 )
-from jaxembed.checkpoint.delta import changed_rows, delta_parts
+from jaxembed.checkpoint.delta import changed_rows, delta_bytes, delta_parts
 from jaxembed.checkpoint.digests import digest_arrays, digest_bytes
 from jaxembed.checkpoint.files import sync_folder, write_file
 from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
@@ -98,24 +98,12 @@ def convert_to_bundle(
       FileNotFoundError: if there is no such whole step.
       ValueError: if the checkpoint is damaged, the version is there already, or a table cannot be quantized.
     """
-    if quantize not in QUANTIZATIONS:
-        raise ValueError(f"quantize must be one of {QUANTIZATIONS}, got {quantize!r}.")
     opened = open_checkpoint(checkpoint, step)
     configs = feature_tables(opened.feature_config)
     number = opened.manifest["step"] if version is None else version
-    if not isinstance(number, int) or number < 0:
-        raise ValueError(f"version must be an int of at least 0, got {number!r}.")
-    if delta_from is not None and (quantize is not None or not 0 <= delta_from < number):
-        raise ValueError(
-            f"delta_from must be a version below {number}, and without quantize, got {delta_from!r}, {quantize!r}."
-        )
-    target = pathlib.Path(out).expanduser().absolute() / str(number)
-    if target.exists():
-        raise ValueError(f"{target} exists, and may be in use; pass another version or remove it.")
-    base = None if delta_from is None else open_bundle(target.parent, delta_from)
+    target, base = check_version(out, number, quantize, delta_from)
     if dry_run:
-        reports = [plan_report(n, array, configs[n], quantize) for n, array in opened.tables.items()]
-        return BundleReport(target, tuple(reports))
+        return BundleReport(target, plan_tables(opened.tables, configs, quantize, base))
     with scratch_folder(target.parent, str(number)) as scratch:
         (scratch / "tables").mkdir()
         reports, manifest = _write_arrays(scratch, opened, configs, quantize, base, select_model, advance)
@@ -127,6 +115,52 @@ def convert_to_bundle(
         os.rename(scratch, target)
         sync_folder(target.parent)
     return BundleReport(target, tuple(reports))
+
+
+def check_version(
+    out: str | pathlib.Path, number: Any, quantize: str | None, delta_from: int | None
+) -> tuple[pathlib.Path, Bundle | None]:
+    """Where a new version goes, and the version that it is a delta of; arguments as `convert_to_bundle`.
+
+    Raises:
+      ValueError: if it is there already, or the arguments do not fit together.
+    """
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize must be one of {QUANTIZATIONS}, got {quantize!r}.")
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"version must be an int of at least 0, got {number!r}.")
+    if delta_from is not None and (quantize is not None or not 0 <= delta_from < number):
+        raise ValueError(
+            f"delta_from must be a version below {number}, and without quantize, got {delta_from!r}, {quantize!r}."
+        )
+    target = pathlib.Path(out).expanduser().absolute() / str(number)
+    if target.exists():
+        raise ValueError(f"{target} exists, and may be in use; pass another version or remove it.")
+    return target, None if delta_from is None else open_bundle(target.parent, delta_from)
+
+
+def plan_tables(
+    tables: Mapping[str, StoredArray],
+    configs: Mapping[str, TableConfig],
+    quantize: str | None,
+    base: Bundle | None,
+) -> tuple[TableReport, ...]:
+    """What would be written, without digests and errors of rounding; of a delta the tables are read."""
+    reports = []
+    for name, array in tables.items():
+        ids = _changed_rows(array, configs[name], base)
+        if ids is None:
+            reports.append(plan_report(name, array, configs[name], quantize))
+        else:
+            size = delta_bytes(array, ids)
+            reports.append(TableReport(name, array.shape, array.dtype.name, size, 0.0, int(ids.size)))
+    return tuple(reports)
+
+
+def _changed_rows(array: StoredArray, config: TableConfig, base: Bundle | None) -> np.ndarray | None:
+    if base is None or not keeps_its_rows(config):
+        return None
+    return changed_rows(array, base.stored().get(config.name))
 
 
 def _write_arrays(
@@ -172,9 +206,7 @@ def _write_table(
     quantize: str | None,
     base: Bundle | None,
 ) -> tuple[TableReport, dict[str, Any]]:
-    ids = None
-    if base is not None and keeps_its_rows(config):
-        ids = changed_rows(array, base.stored().get(config.name))
+    ids = _changed_rows(array, config, base)
     if ids is None:
         report, entry = write_table(scratch / file, config.name, array, config, quantize)
         return report, {"file": file, **entry}

@@ -43,6 +43,7 @@ class Bundle:
       digest: of its manifest, and so of everything in it.
       table_digests: by name, of the whole table: those of a chain of deltas are those of a full bundle.
       combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
+      base_version: of which this is a delta, or None.
     """
 
     directory: pathlib.Path
@@ -56,6 +57,7 @@ class Bundle:
     _digests: list[tuple[str, np.ndarray, Digests]] = dataclasses.field(repr=False)
     _exported: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
     combiner_weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    base_version: int | None = None
 
     @functools.cached_property
     def exported(self) -> bytes | None:
@@ -174,6 +176,7 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
             checks,
             _exported_entry(manifest.get("exported")),
             layout.combiner_weights(manifest),
+            None if base is None else int(base.directory.name),
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e

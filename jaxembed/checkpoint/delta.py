@@ -27,14 +27,24 @@ def changed_rows(array: StoredArray, base: StoredArray | None) -> np.ndarray | N
     return None if ids.size > MAX_SHARE * array.shape[0] else ids
 
 
+def delta_bytes(array: StoredArray, ids: np.ndarray) -> int:
+    """Of such a file; 0 without rows, for then there is none."""
+    row_bytes = array.num_bytes // array.shape[0]
+    return len(_header(array, ids)) + ids.nbytes + ids.size * row_bytes if ids.size else 0
+
+
 def delta_parts(array: StoredArray, ids: np.ndarray) -> Iterator[Any]:
     """The bytes of a file that holds these rows of a table."""
-    yield header_of({IDS: (ids.dtype, ids.shape), ROWS: (array.dtype, (ids.size, *array.shape[1:]))})
+    yield _header(array, ids)
     yield ids.tobytes()
     for start, rows in array.blocks():
         low, high = np.searchsorted(ids, [start, start + rows.shape[0]])
         if low < high:
             yield rows[ids[low:high] - start].tobytes()
+
+
+def _header(array: StoredArray, ids: np.ndarray) -> bytes:
+    return header_of({IDS: (ids.dtype, ids.shape), ROWS: (array.dtype, (ids.size, *array.shape[1:]))})
 
 
 def apply_delta(file: pathlib.Path, base: np.ndarray, delta: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -10,16 +10,21 @@ import json
 import pathlib
 import tempfile
 
+import numpy as np
+
 from jaxembed.checkpoint import convert_to_bundle
+from jaxembed.checkpoint.bundle import BundleReport, check_version, plan_tables
 from jaxembed.checkpoint.files import read_regular
 from jaxembed.checkpoint.reading import open_checkpoint
+from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.config import COMBINERS
-from jaxembed.convert import FORMATS, convert
+from jaxembed.convert import FORMATS, ConversionReport, convert
 from jaxembed.convert.conversion import DTYPES, report_json, report_lines
 from jaxembed.convert.formats import guess_source, guess_target
 from jaxembed.convert.interface import path_of
 from jaxembed.convert.keys import keys_from_json
 from jaxembed.convert.progress import progress_bar
+from jaxembed.features import feature_tables
 from jaxembed.serialization import feature_config_from_json, strict_json
 
 SERVING = "serving"
@@ -95,17 +100,24 @@ def run(options: argparse.Namespace) -> int:
     if source_format == "jaxembed" and not any(getattr(options, name) for name in foreign):
         return _to_serving(options, options.source)
     if options.dry_run:
-        return _convert(options, source_format, "jaxembed", options.out)
+        return _plan_serving(options, source_format)
     out = path_of(options.out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".importing-", dir=out) as scratch:
-        _convert(options, source_format, "jaxembed", scratch)
-        return _to_serving(options, scratch)
+        return _to_serving(options, scratch, _converted(options, source_format, "jaxembed", scratch))
 
 
 def _convert(options: argparse.Namespace, source_format: str, target_format: str, out: str) -> int:
+    report = _converted(options, source_format, target_format, out)
+    print(report_json(report) if options.json else "\n".join(report_lines(report, options.dry_run)))
+    return 0
+
+
+def _converted(
+    options: argparse.Namespace, source_format: str, target_format: str, out: str
+) -> ConversionReport:
     config, keys = options.feature_config, options.keys
-    report = convert(
+    return convert(
         options.source,
         out,
         source_format=source_format,
@@ -120,8 +132,6 @@ def _convert(options: argparse.Namespace, source_format: str, target_format: str
         progress=False if options.no_progress or options.json else None,
         dry_run=options.dry_run,
     )
-    print(report_json(report) if options.json else "\n".join(report_lines(report, options.dry_run)))
-    return 0
 
 
 def _weights(file: str) -> dict[str, list[float]]:
@@ -138,19 +148,40 @@ def _read(file: str) -> bytes:
     return read_regular(pathlib.Path(file), MAX_JSON)
 
 
-def _to_serving(options: argparse.Namespace, checkpoint: str) -> int:
+def _plan_serving(options: argparse.Namespace, source_format: str) -> int:
+    """What would become of another framework's tables."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        imported = _converted(options, source_format, "jaxembed", nowhere)
+    number = int(imported.path.name) if options.version is None else options.version
+    path, base = check_version(options.out, number, options.quantize, options.delta_from)
+    if base is not None:
+        raise ValueError(
+            "--dry-run knows no rows of another framework's tables to compare; leave --delta-from out."
+        )
+    tables = {
+        array.table: StoredArray(array.table, np.broadcast_to(np.zeros((), array.dtype), array.shape))
+        for array in imported.arrays
+        if array.slot is None
+    }
+    configs = feature_tables(imported.feature_config)
+    _print_bundle(options, BundleReport(path, plan_tables(tables, configs, options.quantize, None)), imported)
+    return 0
+
+
+def _to_serving(options: argparse.Namespace, checkpoint: str, imported: ConversionReport | None = None) -> int:
     def select(model):
         if not isinstance(model, dict) or options.model_key not in model:
             raise ValueError(f"the dense model has no part {options.model_key!r}, it has {sorted(model)}.")
         return model[options.model_key]
 
-    total = sum(array.num_bytes for array in open_checkpoint(checkpoint, options.step).tables.values())
+    step = options.step if imported is None else None
+    total = sum(array.num_bytes for array in open_checkpoint(checkpoint, step).tables.values())
     hidden = options.no_progress or options.json or options.dry_run
     with progress_bar(total, False if hidden else None) as advance:
         report = convert_to_bundle(
             checkpoint,
             options.out,
-            step=options.step,
+            step=step,
             version=options.version,
             quantize=options.quantize,
             delta_from=options.delta_from,
@@ -159,17 +190,32 @@ def _to_serving(options: argparse.Namespace, checkpoint: str) -> int:
             advance=advance,
             dry_run=options.dry_run,
         )
+    _print_bundle(options, report, imported)
+    return 0
+
+
+def _print_bundle(options: argparse.Namespace, report: BundleReport, imported: ConversionReport | None) -> None:
+    notes = [] if imported is None else list(imported.notes)
+    if imported is not None and any(array.slot is not None for array in imported.arrays):
+        notes.append("left out: slots, which serving has no use for")
+    read_as = "jaxembed" if imported is None else imported.source_format
     if options.json:
         tables = [dataclasses.asdict(table) for table in report.tables]
-        print(json.dumps({"path": str(report.path), "tables": tables}))
-        return 0
+        print(
+            json.dumps({"path": str(report.path), "source_format": read_as, "tables": tables, "notes": notes})
+        )
+        return
+    if imported is not None:
+        print(f"read as {read_as}, {'to be ' if options.dry_run else ''}written as {SERVING}")
+    for note in notes:
+        print(f"  {note}")
     print(f"{'would write' if options.dry_run else 'wrote'} {report.path}")
     for table in report.tables:
         error = f", max error {table.max_error:.3g}, mean {table.mean_error:.3g}" if table.max_error else ""
         changed = "" if table.num_changed is None else f", {table.num_changed:,} rows changed"
         digest = f", xxh3-128 {table.digest}" if table.digest else ""
         print(
-            f"  {table.name}: {list(table.shape)} {table.dtype}, {table.num_bytes:,} bytes{error}{changed}{digest}"
+            f"  {table.name}: {table.shape[0]:,} rows, {list(table.shape)} {table.dtype}, {table.num_bytes:,} bytes"
+            f"{error}{changed}{digest}"
         )
     print(f"{len(report.tables)} tables, {sum(table.num_bytes for table in report.tables):,} bytes")
-    return 0

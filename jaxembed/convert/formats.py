@@ -83,7 +83,9 @@ def guess_source(path: pathlib.Path) -> str:
         raise FileNotFoundError(f"nothing is at {path}.")
     if path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"{path} is an empty folder.")
-    raise ValueError(f"{path} looks like none of {', '.join(FORMATS)}; say which one it is with --from.")
+    raise ValueError(
+        f"{path} looks like none of {', '.join(FORMATS)}; say which one it is (source_format, or --from of convert)."
+    )
 
 
 def guess_target(path: pathlib.Path) -> str:

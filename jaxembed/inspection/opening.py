@@ -77,6 +77,7 @@ def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
             bundle.metadata,
             digest=bundle.digest,
             table_digests=bundle.table_digests,
+            notes=() if bundle.base_version is None else (f"a delta of version {bundle.base_version}",),
         )
     name = formats.guess_source(path)
     if name == "jaxembed":

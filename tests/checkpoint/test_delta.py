@@ -1,5 +1,6 @@
 """Deltas of bundles: only the changed rows, a chain of them the same bytes as the whole."""
 
+import json
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, convert_to_bundle, open_bundle
+from jaxembed.cli import main
 from jaxembed.inspection import describe
 from jaxembed.optimizers import SGD
 from jaxembed.train import Checkpointer, ShardedEmbedding
@@ -96,6 +98,31 @@ def test_damage_in_the_chain_is_found(checkpoint, chain, tmp_path):
     convert_to_bundle(checkpoint, out, step=1, version=0)
     with pytest.raises(CheckpointError, match="is a delta of another version 0 than the one beside it"):
         open_bundle(out)
+
+
+def test_command(checkpoint, tmp_path, capsys):
+    """A dry run says what the delta will hold; the inspection whose delta it is."""
+    line = ["convert", str(checkpoint), "--to", "serving", str(tmp_path)]
+    assert main([*line, "--step", "0"]) == 0
+    capsys.readouterr()
+    delta = [*line, "--step", "1", "--delta-from", "0", "--json"]
+    assert main([*delta, "--dry-run"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["0"]
+    planned = json.loads(capsys.readouterr().out)
+    assert main(delta) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert planned["path"] == written["path"] == str(tmp_path / "1")
+    for plan, table in zip(planned["tables"], written["tables"], strict=True):
+        assert {**plan, **dict.fromkeys(("digest", "max_error", "mean_error"))} == {
+            **table,
+            **dict.fromkeys(("digest", "max_error", "mean_error")),
+        }
+    changed = {table["name"]: table["num_changed"] for table in written["tables"]}
+    assert changed == {"a": 3, "still": 0, "whole": None}
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "note: a delta of version 0" in capsys.readouterr().out
+    assert main([*line, "--version", "7", "--delta-from", "5"]) == 1
+    assert "no version 5 of a bundle" in capsys.readouterr().err
 
 
 def test_bad_requests(checkpoint, chain):

@@ -196,6 +196,37 @@ def test_keys_configuration_and_serving(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "bundle").iterdir()] == ["0"]
 
 
+def test_another_framework_s_tables_to_serving(tmp_path, capsys):
+    """One report, of the bundle; planned without writing, with the sizes that it then has."""
+    np.savez(
+        tmp_path / "a.npz",
+        **{"tables/t": np.ones((20, 3), np.float32), "slots/t/s": np.ones((20, 3), np.float32)},
+    )
+    line = ["convert", str(tmp_path / "a.npz"), "--to", "serving", str(tmp_path / "out"), "--quantize", "int8"]
+    told = []
+    for more in (["--dry-run"], ["--dry-run", "--json"], ["--json"]):
+        assert main([*line, *more]) == 0
+        assert (tmp_path / "out").exists() == (more == ["--json"])
+        told.append(capsys.readouterr().out)
+    lines = told[0].splitlines()
+    assert lines[0] == "read as npz, to be written as serving"
+    assert "  left out: slots, which serving has no use for" in lines
+    assert f"would write {tmp_path / 'out' / '0'}" in lines
+    planned, written = map(json.loads, told[1:])
+    assert (planned["path"], written["source_format"]) == (written["path"], "npz")
+    assert planned["notes"] == written["notes"]
+    (plan,), (table,) = planned["tables"], written["tables"]
+    assert (
+        (plan["dtype"], plan["num_bytes"]) == (table["dtype"], table["num_bytes"]) == ("int8", 20 * 3 + 20 * 8)
+    )
+    assert (plan["digest"], len(table["digest"])) == (None, 32)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["0"]
+    assert main([*line, "--dry-run"]) == 1
+    assert "out/0 exists, and may be in use" in capsys.readouterr().err
+    assert main([*line[:-2], "--dry-run", "--version", "1", "--delta-from", "0"]) == 1
+    assert "--dry-run knows no rows of another framework's tables to compare" in capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(checkpoint, tmp_path):
     for form, name in (*FORMATS.items(), ("jaxembed", "out")):
         report = convert(checkpoint, tmp_path / name, target_format=form, dry_run=True)
@@ -279,7 +310,7 @@ GOOD = np.ones((3, 2), np.float32)
             npy(GOOD.astype(np.float64)),
             "float64, which JAX does not train by default.*--dtype float32",
         ),
-        ("a.txt", b"hello", "looks like none of .*say which one it is with --from"),
+        ("a.txt", b"hello", "looks like none of .*say which one it is .source_format, or --from of convert"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, content, message):
