@@ -76,7 +76,7 @@ class Buckets:
 
     config: QuantizationConfig
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         config = self.config
         if config.num_buckets > MAX_BUCKETS:
             raise ValueError(

@@ -50,7 +50,7 @@ class CustomCombiner:
     initializer: Any = None
     combiner_weights_learning_rate: float = 0.01
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not callable(self.combiner_computation):
             raise ValueError(f"combiner_computation must be callable, got {self.combiner_computation!r}.")
         for field, least in (("max_valency", 1), ("num_weights", 0)):

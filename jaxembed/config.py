@@ -49,7 +49,7 @@ class QuantizationConfig:
     lower: float
     upper: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "num_buckets", _as_int(self.num_buckets, "num_buckets"))
         object.__setattr__(self, "lower", float(self.lower))
         object.__setattr__(self, "upper", float(self.upper))
@@ -99,7 +99,7 @@ class TableConfig:
     quantization_config: QuantizationConfig | None = None
     dtype: Any = jnp.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def put(field, value):
             object.__setattr__(self, field, value)
 
@@ -189,7 +189,7 @@ class FeatureConfig:
     name: str | None = None
     preprocessing: Preprocessing | None = dataclasses.field(default=None, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.table, TableConfig):
             raise ValueError(f"table must be a TableConfig, got {self.table!r}.")
         length = _as_int(self.max_sequence_length, "max_sequence_length")

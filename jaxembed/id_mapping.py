@@ -47,7 +47,7 @@ class HashBuckets:
     dtype: str = "int64"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_int(self, "num_buckets", 1, 2**31)
         _check_int(self, "seed", 0, 2**64)
         _check_dtype(self.dtype)
@@ -94,7 +94,7 @@ class VocabularyFile:
     digest: str = ""
     size: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_int(self, "num_oov_buckets", 0, 2**31)
         _check_int(self, "size", 0, 2**31)
         _check_dtype(self.dtype)

@@ -17,7 +17,7 @@ class Initializer:
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         raise NotImplementedError
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             try:
@@ -43,7 +43,7 @@ class TruncatedNormal(Initializer):
     mean: float = 0.0
     stddev: float = 0.05
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         values = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
         return (self.mean + self.stddev * values).astype(dtype)
 
@@ -56,7 +56,7 @@ class RandomNormal(Initializer):
     mean: float = 0.0
     stddev: float = 0.05
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return (self.mean + self.stddev * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
@@ -68,7 +68,7 @@ class RandomUniform(Initializer):
     minval: float = -0.05
     maxval: float = 0.05
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, jnp.float32, self.minval, self.maxval).astype(dtype)
 
 
@@ -79,7 +79,7 @@ class Constant(Initializer):
     name: ClassVar[str] = "constant"
     value: float = 0.0
 
-    def __call__(self, key, shape, dtype=jnp.float32):
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jnp.full(shape, self.value, dtype)
 
 

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 #: Type of the codes, and how many share a byte.
-KINDS = {"int8": (np.int8, 1), "int4": (np.uint8, 2), "codes8": (np.uint8, 1), "codes4": (np.uint8, 2)}
+KINDS: dict[str, tuple[type[np.integer], int]] = {
+    "int8": (np.int8, 1),
+    "int4": (np.uint8, 2),
+    "codes8": (np.uint8, 1),
+    "codes4": (np.uint8, 2),
+}
 _CODEBOOK = {"codes8": 256, "codes4": 16}
 
 
@@ -45,7 +50,7 @@ class QuantizedTable:
     codebook: Any = None
     dtype: Any = np.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {tuple(KINDS)}, got {self.kind!r}.")
         dtype = jnp.dtype(self.dtype)

@@ -47,7 +47,7 @@ class StackedTable:
     rotation: int
     padded_rows: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("num_shards", "shard_rows", "width", "row_offset", "rotation", "padded_rows"):
             object.__setattr__(self, field, self._int(field, getattr(self, field)))
         try:

@@ -15,7 +15,7 @@ class BadIdError(ValueError):
 
     def __init__(self, feature: ServedFeature, message: str):
         super().__init__(message)
-        self.feature = feature.path
+        self.feature: str = feature.path
 
 
 def leaf_kind(feature: ServedFeature, leaf: Any) -> ValueError:

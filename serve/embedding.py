@@ -81,8 +81,8 @@ class EmbeddingForServing:
         return cls(checkpoint.feature_config, checkpoint.tables, checkpoint.combiner_weights)
 
 
-def cpu_device() -> jax.Device:
-    """The device that serving runs on, whatever accelerators are about."""
+def cpu_device() -> Any:
+    """The `jax.Device` that serving runs on, whatever accelerators are about."""
     return jax.local_devices(backend="cpu")[0]
 
 

@@ -77,7 +77,7 @@ class ExportedModel:
         """
         leaves = [leaf for _, leaf in structure.flatten(activations)]
         program = self._program(leaves[0].shape[0])
-        results = program.call(list(params), leaves, [dense[spec.name] for spec in self.dense])
+        results: Any = program.call(list(params), leaves, [dense[spec.name] for spec in self.dense])
         return build(self.outputs[0], results)
 
     def arrange(self, params: Any) -> list[np.ndarray]:

@@ -59,7 +59,8 @@ def export_whole(
         ]
         with use_backend("xla" if batch_size is None else "native"):
             activations = serving_embedding_lookup(
-                *(structure.pack(config, iter(leaves)) for leaves in (ids, parallel)),
+                structure.pack(config, iter(ids)),
+                structure.pack(config, iter(parallel)),
                 restored,
                 config,
                 combiner_weights=weights_of_combiners,

@@ -38,7 +38,7 @@ class Ladder:
     batch_sizes: tuple[int, ...]
     row_lengths: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("batch_sizes", "row_lengths"):
             sizes = getattr(self, name)
             if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):

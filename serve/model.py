@@ -72,11 +72,15 @@ class ServingModel:
         weighted, limits = _limits(exported, weighted, max_ids_per_row)
         self._features = features = served_features(bundle.feature_config, limits, weighted)
         self._signature = make_signature(features, exported)
-        self._embedding = EmbeddingForServing(bundle.feature_config, bundle.tables, bundle.combiner_weights)
+        self._embedding: EmbeddingForServing = EmbeddingForServing(
+            bundle.feature_config, bundle.tables, bundle.combiner_weights
+        )
         options: dict[str, Any] = {"weighted": weighted, "max_ids_per_row": limits}
         options["batch_sizes"] = _batch_sizes(exported, max_batch_size)
-        self._lookup = ServingFunction(self._embedding, max_batch_size=max_batch_size, **options)
-        self._function = self._lookup
+        self._lookup: ServingFunction = ServingFunction(
+            self._embedding, max_batch_size=max_batch_size, **options
+        )
+        self._function: ServingFunction = self._lookup
         if exported is not None:
             self._function = ServingFunction(
                 self._embedding,

@@ -68,13 +68,13 @@ class Packer:
     """Turns the leaves of requests into buffers, and refuses what does not fit the features."""
 
     def __init__(self, features: Sequence[ServedFeature]):
-        self.features = tuple(features)
+        self.features: tuple[ServedFeature, ...] = tuple(features)
         sequences = [f.config.max_sequence_length for f in self.features]
         self._cut = sequences if any(sequences) else None
         self._limits = np.array([[f.max_ids] for f in self.features], np.int32)
         self._sizes = np.array([f.config.table.vocabulary_size for f in self.features], np.uint32)
         self._identity = list(range(len(self.features)))
-        self.weighted = any(f.weighted for f in self.features)
+        self.weighted: bool = any(f.weighted for f in self.features)
 
     def measure(self, leaves: Sequence[Any], weights: Sequence[Any] | None) -> Request:
         """Sorts the leaves by kind and measures them.

@@ -16,9 +16,10 @@ from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_chec
 from jaxembed.features import feature_tables
 from jaxembed.serialization import feature_config_to_json
 
-from .embedding import EmbeddingState, ShardedEmbedding
+from .embedding import ShardedEmbedding
 from .engines.custom import checked_weights
 from .restoring import restore_data, restore_model, restore_stacks
+from .state import EmbeddingState
 
 #: Small enough to be read a few at a time, large enough to be read fast.
 CHUNK_BYTES = 4 << 20
@@ -67,7 +68,7 @@ class Checkpointer:
         save_interval_steps: int = 1,
         asynchronous: bool = True,
     ):
-        self.directory = pathlib.Path(directory).expanduser().absolute()
+        self.directory: pathlib.Path = pathlib.Path(directory).expanduser().absolute()
         self._embedding = embedding
         self._feature_config = feature_config_to_json(embedding.feature_config)
         self._options = ocp.CheckpointManagerOptions(
@@ -185,12 +186,12 @@ class Checkpointer:
         self._check_slots(opened)
         fresh = self._embedding.init(key) if grows and key is not None else None
         tables, slots = restore_stacks(self._embedding, opened.tables, opened.slots, fresh)
-        step = opened.manifest["step"]
+        found: int = opened.manifest["step"]
         weights = checked_weights(self._embedding.tables, layout.combiner_weights(opened.manifest))
         return Restored(
-            step=step,
+            step=found,
             state=EmbeddingState(
-                tables, slots, *jax.device_put((np.int32(step), weights), self._embedding.replicated)
+                tables, slots, *jax.device_put((np.int32(found), weights), self._embedding.replicated)
             ),
             model=None if model is None else restore_model(opened, model),
             data=restore_data(opened),
@@ -212,7 +213,7 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_manager(self) -> ocp.CheckpointManager:

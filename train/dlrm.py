@@ -54,12 +54,14 @@ class DLRM(nnx.Module):
         vectors = num_embeddings + (num_dense > 0)
         if vectors < 2 and not concat_embeddings:
             raise ValueError("DLRM needs two vectors to interact, got one embedding and no dense features.")
-        self.num_dense, self.num_embeddings, self.dim = num_dense, num_embeddings, dim
-        self.concat_embeddings = concat_embeddings
+        self.num_dense: int = num_dense
+        self.num_embeddings: int = num_embeddings
+        self.dim: int = dim
+        self.concat_embeddings: bool = concat_embeddings
         width = vectors * (vectors - 1) // 2
         width += dim * vectors if concat_embeddings else dim * (num_dense > 0)
-        self.bottom = MLP((num_dense, *bottom, dim), rngs=rngs) if num_dense else None
-        self.top = MLP((width, *top, 1), rngs=rngs)
+        self.bottom: MLP | None = MLP((num_dense, *bottom, dim), rngs=rngs) if num_dense else None
+        self.top: MLP = MLP((width, *top, 1), rngs=rngs)
 
     def __call__(
         self, dense: jax.Array, embeddings: Mapping[str, jax.Array] | Sequence[jax.Array]
@@ -117,7 +119,7 @@ class MLP(nnx.Module):
             nnx.Linear(fan_in, fan_out, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
             for fan_in, fan_out in pairwise(widths)
         ]
-        self.layers = nnx.List(layers)
+        self.layers: nnx.List[nnx.Linear] = nnx.List(layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, widths[0]] to [B, widths[-1]]."""

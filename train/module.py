@@ -10,9 +10,10 @@ from jaxembed.config import TableConfig
 from jaxembed.optimizers import Optimizer
 
 from .embedding import ShardedEmbedding
+from .state import EmbeddingState
 
 
-class EmbeddingVariable(nnx.Variable):
+class EmbeddingVariable(nnx.Variable[EmbeddingState]):
     """Tables, slots and step. No `nnx.Param`, since optax must not update it: `apply_gradients` does."""
 
 
@@ -48,8 +49,8 @@ class Embedding(nnx.Module):
     def __init__(
         self, feature_config: Any, optimizer: Optimizer, mesh: Mesh, *, rngs: nnx.Rngs, **options: Any
     ):
-        self.sharded = ShardedEmbedding(feature_config, optimizer, mesh, **options)
-        self.state = EmbeddingVariable(self.sharded.init(rngs.params()))
+        self.sharded: ShardedEmbedding = ShardedEmbedding(feature_config, optimizer, mesh, **options)
+        self.state: EmbeddingVariable = EmbeddingVariable(self.sharded.init(rngs.params()))
 
     def __call__(self, batch: Any, weights: Any = None) -> Any:
         """Activations, as `ShardedEmbedding.lookup`."""

@@ -12,9 +12,10 @@ from jaxembed.checkpoint.digests import Digests
 from jaxembed.checkpoint.reading import OpenedCheckpoint, check_model, flat_arrays
 from jaxembed.checkpoint.stored import StoredArray
 
-from .embedding import EmbeddingState, ShardedEmbedding
+from .embedding import ShardedEmbedding
 from .engines.placement import Stack
 from .shard_writer import ShardWriter
+from .state import EmbeddingState
 
 #: On the host, of all local devices together.
 WINDOW_BYTES = 32 << 20
@@ -40,18 +41,18 @@ def restore_stacks(
       ValueError: if an array is of another shape or type.
       CheckpointError: if one is damaged.
     """
-    abstract = embedding.abstract_state()
-    state = fresh or EmbeddingState({}, {}, jax.numpy.int32(0))
+    abstract: Any = embedding.abstract_state()
+    new = (fresh.tables, fresh.slots) if fresh else ({}, {})
     new_tables, new_slots = {}, {}
     for name, stack in embedding.stacks.items():
         members = {p.table.name: tables[p.table.name] for p in stack.placements}
-        new_tables[name] = _restore(stack, abstract.tables[name], members, state.tables.get(name))
+        new_tables[name] = _restore(stack, abstract.tables[name], members, new[0].get(name))
         new_slots[name] = {
             slot: _restore(
                 stack,
                 leaf,
                 {member: slots[member][slot] for member in members},
-                state.slots.get(name, {}).get(slot),
+                new[1].get(name, {}).get(slot),
                 stack.optimizer.slot_initial_values[slot],
             )
             for slot, leaf in abstract.slots[name].items()
@@ -145,7 +146,7 @@ def restore_model(opened: OpenedCheckpoint, abstract: Any) -> Any:
                 f"{digests.dtype}{list(digests.shape)}."
             )
     args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    handler = ocp.PyTreeCheckpointHandler()
+    handler: Any = ocp.PyTreeCheckpointHandler()  # is typed for paths of its own
     try:
         model = handler.restore(directory, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))
     except Exception as e:  # Orbax and tensorstore raise many types

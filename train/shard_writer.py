@@ -1,6 +1,7 @@
 """Writes one shard of an array onto its device by runs of rows, so that the host holds a window of it only."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ class ShardWriter:
     Args:
       shape: of the shard, [R, ...].
       dtype: of the shard.
-      device: that holds it.
+      device: the `jax.Device` that holds it.
       initial: what it is before rows are written; it is donated. None for zeros.
       window_bytes: of the host's window.
     """
@@ -22,7 +23,7 @@ class ShardWriter:
         self,
         shape: tuple[int, ...],
         dtype: np.dtype,
-        device: jax.Device,
+        device: Any,
         initial: jax.Array | None,
         window_bytes: int,
     ):

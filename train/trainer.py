@@ -10,7 +10,8 @@ import optax
 from flax import nnx
 
 from .data import Batch
-from .embedding import EmbeddingState, ShardedEmbedding
+from .embedding import ShardedEmbedding
+from .state import EmbeddingState
 
 
 @jax.tree_util.register_dataclass
@@ -55,16 +56,17 @@ class Trainer:
         self.embedding = embedding
         self.optimizer = optimizer
         self.loss = loss
-        self.graphdef, params = nnx.split(model)
+        graphdef, params = nnx.split(model)
+        self.graphdef: nnx.GraphDef[nnx.Module] = graphdef
         self._initial_params = nnx.to_pure_dict(params)
         #: (state, batch) to the next state, which takes the memory of this one, and a dict of the "loss", the [B]
         #: "logits", and the "rounds" that `ShardedEmbedding.lookup` counts.
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self.step: Any = jax.jit(self._step, donate_argnums=0)
         if any(stack.optimizer.callables for stack in embedding.stacks.values()):
             step = self.step
             self.step = lambda state, batch: step(state, batch, embedding.called_values())
-        self.predict = jax.jit(self._predict)
-        self.replicate = jax.jit(lambda arrays: arrays, out_shardings=embedding.replicated)
+        self.predict: jax.stages.Wrapped = jax.jit(self._predict)
+        self.replicate: jax.stages.Wrapped = jax.jit(lambda arrays: arrays, out_shardings=embedding.replicated)
 
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state."""

@@ -176,7 +176,8 @@ def _owned_ranges(array: Any) -> list[tuple[int, int, int]]:
     owners: dict[tuple[int, int], int] = {}
     for device, index in array.sharding.devices_indices_map(array.shape).items():
         start, stop, _ = index[0].indices(rows)
-        owners[start, stop] = min(owners.get((start, stop), device.process_index), device.process_index)
+        process: int = device.process_index
+        owners[start, stop] = min(owners.get((start, stop), process), process)
     return [(start, stop, process) for (start, stop), process in owners.items() if stop > start]
 
 

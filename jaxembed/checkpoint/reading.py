@@ -168,7 +168,7 @@ def read_arrays(directory: pathlib.Path) -> Any:
     import jax
     import orbax.checkpoint as ocp
 
-    handler = ocp.PyTreeCheckpointHandler()
+    handler: Any = ocp.PyTreeCheckpointHandler()  # is typed for paths of its own
     try:
         tree = handler.metadata(directory).tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

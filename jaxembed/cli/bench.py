@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
             wrong.append(name)
     medians = _interleaved(contenders, options.rounds)
     print(f"{options.batch} bags of {options.valency} ids, table [{options.vocabulary}, {options.dim}] float32")
-    first = next(iter(medians), None)
+    first = next(iter(medians), "")
     for name, seconds in medians.items():
         print(f"{name:12} {1e6 * seconds:10.1f} us   {seconds / medians[first]:6.2f} x {first}")
     for name in wrong:
@@ -116,9 +116,10 @@ def _torch(table: np.ndarray, batches: list[np.ndarray], splits: np.ndarray) -> 
 
 def _tensorflow(table: np.ndarray, batches: list[np.ndarray], splits: np.ndarray) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
+    import tensorflow
 
-    embedding: Any = tf.tpu.experimental.embedding
+    tf: Any = tensorflow
+    embedding = tf.tpu.experimental.embedding
     config = embedding.TableConfig(*table.shape, combiner="sum", name="bench")
     features = {"x": embedding.FeatureConfig(table=config)}
     rows = tf.Variable(table, trainable=False)

@@ -175,7 +175,7 @@ def _fit(
     notes = list(source.notes)
     config = given if given is not None else source.feature_config
     if config is None:
-        combiner = combiner or getattr(formats.load(source_format), "COMBINER", COMBINER)
+        combiner = combiner or str(getattr(formats.load(source_format), "COMBINER", COMBINER))
         config = plain_feature_config(source, combiner)
         notes.append(
             f"no feature configuration given: one feature for each table, of its name, combiner {combiner!r}, "

@@ -128,7 +128,10 @@ class Stream:
         dtype: np.dtype,
         advance: Callable[[int], Any] = lambda num_bytes: None,
     ):
-        self.table, self.slot, self.shape, self.dtype = table, slot, array.shape, np.dtype(dtype)
+        self.table: str = table
+        self.slot: str | None = slot
+        self.shape: tuple[int, ...] = array.shape
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._array, self._advance = array, advance
         self._digest, self._max_error, self._done = xxhash.xxh3_128(), 0.0, 0
 

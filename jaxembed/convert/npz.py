@@ -50,7 +50,7 @@ def read(path: pathlib.Path, options: Options) -> Source:
     descriptor, size = open_regular(path)
     try:
         refuse_pointer(path, os.pread(descriptor, 64, 0))
-        stream = _Mapped(descriptor, size, access=mmap.ACCESS_READ)
+        stream: Any = _Mapped(descriptor, size, access=mmap.ACCESS_READ)
         archive = zipfile.ZipFile(stream)
         members = {i.filename: i for i in archive.infolist()}
         if len(members) < len(archive.infolist()):

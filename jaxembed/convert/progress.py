@@ -16,8 +16,8 @@ def progress_bar(total: int, shown: bool | None) -> Iterator[Callable[[int], Any
     try:
         import tqdm
     except ImportError:
-        shown = False
-    if shown is False:
+        tqdm = None
+    if tqdm is None or shown is False:
         yield lambda num_bytes: None
         return
     disable = None if shown is None else False

@@ -87,7 +87,8 @@ class Inputs:
     """
 
     def __init__(self, feature_config: Any, kind: Kind, dense: Mapping[str, tuple[int, ...]]):
-        self.kind, self._dense, self._config = kind, dict(dense), feature_config
+        self.kind: Kind = kind
+        self._dense, self._config = dict(dense), feature_config
         self._features = flat_features(feature_config)
         self._names = feature_names(feature_config)
         self._mappings: dict[str, IdMapping] = {}

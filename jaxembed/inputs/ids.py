@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,7 +33,7 @@ def narrow_ids(array: Any) -> Any:
         isinstance(array, np.ndarray)
         and array.dtype.kind in "iu"
         and array.dtype not in (np.int32, np.int16, np.int8, np.uint16, np.uint8)
-        and not jax.config.jax_enable_x64
+        and not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
     ):
         return np.clip(array, -(2**31), 2**31 - 1).astype(np.int32)
     return array

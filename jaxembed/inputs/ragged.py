@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from jaxembed.inputs.ids import is_host, narrow_ids
 
@@ -37,7 +38,7 @@ class RaggedTensor:
     values: Any
     row_splits: Any
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("values", "row_splits"):
             value = getattr(self, field)
             if isinstance(value, list | tuple):
@@ -72,7 +73,7 @@ class RaggedTensor:
         return (self.num_rows, None)
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype[Any]:
         """Type of the values."""
         return self.values.dtype
 
@@ -90,13 +91,13 @@ class RaggedTensor:
         values = np.pad(np.asarray(self.values), (0, missing))
         return RaggedTensor(values, self.row_splits)
 
-    def to_lists(self) -> list[list]:
+    def to_lists(self) -> list[list[Any]]:
         """The bags as nested Python lists."""
         values, splits = np.asarray(self.values), np.asarray(self.row_splits)
         return [values[a:b].tolist() for a, b in itertools.pairwise(splits)]
 
     @classmethod
-    def from_lists(cls, rows, dtype=None) -> "RaggedTensor":
+    def from_lists(cls, rows: Iterable[Any], dtype: DTypeLike | None = None) -> "RaggedTensor":
         """From a list of lists, one list a bag. `dtype` default: int32, int64 where needed, or float32."""
         if not isinstance(rows, Iterable):
             raise ValueError(f"RaggedTensor.from_lists: rows must be a list of lists, got {rows!r}.")
@@ -119,7 +120,7 @@ class RaggedTensor:
         return cls.from_row_lengths(values, [array.size for array in arrays])
 
     @classmethod
-    def from_row_lengths(cls, values, row_lengths) -> "RaggedTensor":
+    def from_row_lengths(cls, values: ArrayLike, row_lengths: ArrayLike) -> "RaggedTensor":
         """From [N] values and the [B] length of each bag."""
         lengths = np.asarray(row_lengths)
         if lengths.ndim != 1 or (lengths.size and (lengths.dtype.kind not in "iu" or lengths.min() < 0)):
@@ -136,7 +137,9 @@ class RaggedTensor:
         return cls(values, splits.astype(np.int32) if splits[-1] < 2**31 else splits)
 
     @classmethod
-    def from_value_rowids(cls, values, value_rowids, nrows: int | None = None) -> "RaggedTensor":
+    def from_value_rowids(
+        cls, values: ArrayLike, value_rowids: ArrayLike, nrows: int | None = None
+    ) -> "RaggedTensor":
         """From [N] values and the [N] row of each, not decreasing; `nrows` is B (default: last row + 1)."""
         rowids = np.asarray(value_rowids)
         if rowids.ndim != 1 or (rowids.size and rowids.dtype.kind not in "iu"):
@@ -158,7 +161,7 @@ class RaggedTensor:
         return cls.from_row_lengths(values, np.bincount(rowids.astype(np.int64), minlength=nrows))
 
     @classmethod
-    def from_dense(cls, array, padding=-1) -> "RaggedTensor":
+    def from_dense(cls, array: ArrayLike, padding: float = -1) -> "RaggedTensor":
         """From a [B, L] array in which every entry equal to `padding` is left out."""
         array = np.asarray(array)
         if array.ndim != 2:
@@ -166,11 +169,11 @@ class RaggedTensor:
         keep = array != padding
         return cls.from_row_lengths(array[keep], keep.sum(axis=1))
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
         return (narrow_ids(self.values), narrow_ids(self.row_splits)), None
 
     @classmethod
-    def tree_unflatten(cls, _, children):
+    def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> "RaggedTensor":
         # Transformations unflatten with placeholders, so nothing is checked here.
         ragged = object.__new__(cls)
         object.__setattr__(ragged, "values", children[0])

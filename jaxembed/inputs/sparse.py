@@ -2,11 +2,13 @@
 
 import dataclasses
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.export
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from jaxembed.inputs.ids import is_host, narrow_ids
 
@@ -39,7 +41,7 @@ class SparseTensor:
     values: Any
     dense_shape: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.dense_shape, tuple | list | np.ndarray):
             raise ValueError(f"SparseTensor: dense_shape must be ints, got {self.dense_shape!r}.")
         for field in ("indices", "values"):
@@ -86,7 +88,7 @@ class SparseTensor:
         return self.dense_shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype[Any]:
         """Type of the values."""
         return self.values.dtype
 
@@ -107,14 +109,14 @@ class SparseTensor:
         return SparseTensor(indices, np.pad(np.asarray(self.values), (0, missing)), self.dense_shape)
 
     @classmethod
-    def from_dense(cls, array, padding=-1) -> "SparseTensor":
+    def from_dense(cls, array: ArrayLike, padding: float = -1) -> "SparseTensor":
         """From a dense array of rank at least 2; entries equal to `padding` are left out."""
         array = np.asarray(array)
         indices = np.argwhere(array != padding)
         return cls(indices, array[tuple(indices.T)], array.shape)
 
     @classmethod
-    def from_lists(cls, rows, dtype=None) -> "SparseTensor":
+    def from_lists(cls, rows: Iterable[Any], dtype: DTypeLike | None = None) -> "SparseTensor":
         """From a list of lists, one list a row, at columns 0, 1, ..."""
         from jaxembed.inputs.ragged import RaggedTensor
 
@@ -124,11 +126,11 @@ class SparseTensor:
         indices = np.stack([np.repeat(np.arange(lengths.size), lengths), columns], axis=1)
         return cls(indices, ragged.values, (lengths.size, int(lengths.max(initial=0))))
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[int, ...]]:
         return (narrow_ids(self.indices), narrow_ids(self.values)), self.dense_shape
 
     @classmethod
-    def tree_unflatten(cls, dense_shape, children):
+    def tree_unflatten(cls, dense_shape: tuple[int, ...], children: tuple[Any, Any]) -> "SparseTensor":
         sparse = object.__new__(cls)
         object.__setattr__(sparse, "indices", children[0])
         object.__setattr__(sparse, "values", children[1])

@@ -169,8 +169,8 @@ def _frequency(frequency: Any) -> tuple[str, str]:
     """The plot of what the trainer logged, and a line on it; empty where it is of no known form."""
     if not isinstance(frequency, dict):
         return "", ""
-    counts = frequency.get("counts", frequency.get("counts_by_rank"))
-    ranks = frequency.get("ranks", range(1, len(counts) + 1) if isinstance(counts, list) else None)
+    counts: Any = frequency.get("counts", frequency.get("counts_by_rank"))
+    ranks: Any = frequency.get("ranks", range(1, len(counts) + 1) if isinstance(counts, list) else None)
     numbers = (
         [*(ranks or []), *(counts or [])]
         if isinstance(counts, list) and isinstance(ranks, list | range)

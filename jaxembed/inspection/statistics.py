@@ -74,7 +74,7 @@ def table_stats(
         duplicates.add(rows[alive])
         for error in errors.values():
             error.add(values[finite])
-        nearest.add(start, values, finite & alive)
+        nearest.add(start, values, np.logical_and(finite, alive))
         advance(rows.nbytes)
     return TableStats(
         norms.spread(),

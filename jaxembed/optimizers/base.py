@@ -5,13 +5,23 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-Slots = Mapping[str, jax.Array]
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Shaped
+
+    #: Some rows of a table, or their gradients.
+    Rows = Float[Array, "R D"]
+    Scalar = Shaped[Array, ""]
+else:
+    Rows = Scalar = jax.Array
+
+Slots = Mapping[str, Rows]
 LearningRate = float | Callable[..., Any]
 
 
@@ -71,7 +81,7 @@ class Optimizer:
     slot_variable_creation_fn: Callable[..., Any] | None = dataclasses.field(default=None, kw_only=True)
     low_dimensional_packing_status: bool = dataclasses.field(default=False, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._put("learning_rate", number_or_callable(self.learning_rate, "learning_rate"))
         for field in ("clip_weight_min", "clip_weight_max", "weight_decay_factor"):
             if getattr(self, field) is not None:
@@ -138,7 +148,7 @@ class Optimizer:
         del name
         return tuple(shape)
 
-    def learning_rate_at(self, step: Any) -> jax.Array:
+    def learning_rate_at(self, step: Any) -> Scalar:
         """The learning rate of update number `step`, a float32 scalar.
 
         Raises:
@@ -160,8 +170,8 @@ class Optimizer:
         )
 
     def update_rows(
-        self, gradient: jax.Array, rows: jax.Array, slots: Slots, learning_rate: Any, step: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Any, step: Any
+    ) -> tuple[Rows, dict[str, Rows]]:
         """One update of some rows: pure, each row by itself.
 
         Args:
@@ -187,8 +197,8 @@ class Optimizer:
         return weights.astype(rows.dtype), dict(slots)
 
     def rule(
-        self, gradient: jax.Array, rows: jax.Array, slots: Slots, learning_rate: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, Slots]:
+        self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Scalar, step: Scalar
+    ) -> tuple[Rows, Slots]:
         """The optimizer's own rule, without the shared options; all float32."""
         raise NotImplementedError
 
@@ -250,7 +260,7 @@ def _returning(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def value_at(value: Any, step: Any, what: str) -> jax.Array:
+def value_at(value: Any, step: Any, what: str) -> Scalar:
     """A number, a callable without arguments or a schedule of the step, as a float32 scalar."""
     if not callable(value):
         return jnp.asarray(value, jnp.float32)

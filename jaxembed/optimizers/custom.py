@@ -7,7 +7,16 @@ from typing import Any, ClassVar
 import jax
 
 from jaxembed.initializers import Constant
-from jaxembed.optimizers.base import LearningRate, Optimizer, number, number_or_callable, value_at
+from jaxembed.optimizers.base import (
+    LearningRate,
+    Optimizer,
+    Rows,
+    Scalar,
+    Slots,
+    number,
+    number_or_callable,
+    value_at,
+)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -66,7 +75,7 @@ class CustomOptimizer(Optimizer):
         self._put("slot_dims", tuple(slot_dims or ()))
         super().__init__(learning_rate, **options)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         names, initializers, dims = self.slot_names, self.slot_initializers, self.slot_dims
         if not callable(self.custom_computation):
@@ -93,7 +102,7 @@ class CustomOptimizer(Optimizer):
         self._put("hyperparameters", tuple(hyperparameters))
 
     @property
-    def slot_initial_values(self):
+    def slot_initial_values(self) -> dict[str, float]:
         return dict(zip(self.slot_names, self.slot_initializers, strict=True))
 
     def _rates(self):
@@ -102,11 +111,13 @@ class CustomOptimizer(Optimizer):
     def _with_rates(self, rates):
         return self._with(learning_rate=rates[0], hyperparameters=tuple(rates[1:]))
 
-    def slot_shape(self, name, shape):
+    def slot_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         dim = self.slot_dims[self.slot_names.index(name)] if self.slot_dims else 2
         return tuple(shape[:1]) if dim == 1 else tuple(shape)
 
-    def rule(self, gradient, rows, slots, learning_rate, step):
+    def rule(
+        self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Scalar, step: Scalar
+    ) -> tuple[Rows, Slots]:
         hyperparameters = [value_at(value, step, "a hyperparameter") for value in self.hyperparameters]
 
         def update_row(gradient, *arrays):

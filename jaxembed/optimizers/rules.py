@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxembed.optimizers.base import LearningRate, Optimizer
+from jaxembed.optimizers.base import LearningRate, Optimizer, Rows, Scalar, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,9 @@ class SGD(Optimizer):
     is_additive: ClassVar[bool] = True
     learning_rate: LearningRate = 0.01
 
-    def rule(self, gradient, rows, slots, learning_rate, step):
+    def rule(
+        self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Scalar, step: Scalar
+    ) -> tuple[Rows, Slots]:
         return rows - learning_rate * gradient, {}
 
 
@@ -47,7 +49,7 @@ class Adagrad(Optimizer):
     is_additive: ClassVar[bool] = True
     initial_accumulator_value: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._put_number("initial_accumulator_value")
         if self.initial_accumulator_value <= 0:
@@ -56,10 +58,12 @@ class Adagrad(Optimizer):
             )
 
     @property
-    def slot_initial_values(self):
+    def slot_initial_values(self) -> dict[str, float]:
         return {"accumulators": self.initial_accumulator_value}
 
-    def rule(self, gradient, rows, slots, learning_rate, step):
+    def rule(
+        self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Scalar, step: Scalar
+    ) -> tuple[Rows, Slots]:
         accumulators = slots["accumulators"] + gradient * gradient
         return rows - learning_rate * gradient / jnp.sqrt(accumulators), {"accumulators": accumulators}
 
@@ -97,7 +101,7 @@ class AdagradMomentum(Optimizer):
     beta2: float = 1.0
     epsilon: float = 1e-10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._put_number("momentum", "exponent", "beta2", "epsilon")
         if self.epsilon <= 0:
@@ -108,10 +112,12 @@ class AdagradMomentum(Optimizer):
             raise ValueError(f"Adagrad momentum: beta2 must be >= 0 and <= 1, got {self.beta2}.")
 
     @property
-    def slot_initial_values(self):
+    def slot_initial_values(self) -> dict[str, float]:
         return {"accumulators": 0.0, "momenta": 0.0}
 
-    def rule(self, gradient, rows, slots, learning_rate, step):
+    def rule(
+        self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Scalar, step: Scalar
+    ) -> tuple[Rows, Slots]:
         accumulators = slots["accumulators"]
         if self.beta2 == 1:
             accumulators = accumulators + gradient * gradient
@@ -164,7 +170,7 @@ class FTRL(Optimizer):
     multiply_linear_by_learning_rate: bool = dataclasses.field(default=False, kw_only=True)
     allow_zero_accumulator: bool = dataclasses.field(default=False, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         strengths = ("l1_regularization_strength", "l2_regularization_strength", "beta")
         self._put_number("learning_rate_power", "initial_accumulator_value", *strengths)
@@ -181,10 +187,12 @@ class FTRL(Optimizer):
             )
 
     @property
-    def slot_initial_values(self):
+    def slot_initial_values(self) -> dict[str, float]:
         return {"accumulators": self.initial_accumulator_value, "linears": 0.0}
 
-    def rule(self, gradient, rows, slots, learning_rate, step):
+    def rule(
+        self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Scalar, step: Scalar
+    ) -> tuple[Rows, Slots]:
         accumulators = slots["accumulators"] + gradient * gradient
         power = _power(accumulators, -self.learning_rate_power)
         change = power - _power(slots["accumulators"], -self.learning_rate_power)
@@ -239,7 +247,7 @@ class Adam(Optimizer):
     sum_inside_sqrt: bool = True
     bias_correction: bool = dataclasses.field(default=True, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._put_number("beta_1", "beta_2", "epsilon")
         for field in ("beta_1", "beta_2"):
@@ -254,14 +262,16 @@ class Adam(Optimizer):
             )
 
     @property
-    def slot_initial_values(self):
+    def slot_initial_values(self) -> dict[str, float]:
         return {"momenta": 0.0, "velocities": 0.0}
 
     @property
-    def is_lazy(self):
+    def is_lazy(self) -> bool:
         return self.lazy_adam
 
-    def rule(self, gradient, rows, slots, learning_rate, step):
+    def rule(
+        self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Scalar, step: Scalar
+    ) -> tuple[Rows, Slots]:
         momenta = self.beta_1 * slots["momenta"] + (1 - self.beta_1) * gradient
         velocities = self.beta_2 * slots["velocities"] + (1 - self.beta_2) * (gradient * gradient)
         if self.bias_correction:

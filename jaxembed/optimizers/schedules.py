@@ -22,7 +22,7 @@ class Schedule:
     end_learning_rate: float = 0.0
     warmup_steps: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.decay_steps < 1 or self.warmup_steps < 0:
             raise ValueError(
                 "decay_steps must be at least 1 and warmup_steps at least 0, got "
@@ -48,7 +48,7 @@ class PolynomialDecay(Schedule):
     name: ClassVar[str] = "polynomial_decay"
     power: float = 1.0
 
-    def left(self, done):
+    def left(self, done: jax.Array) -> jax.Array:
         return (1 - done) ** self.power
 
 
@@ -58,5 +58,5 @@ class CosineDecay(Schedule):
 
     name: ClassVar[str] = "cosine_decay"
 
-    def left(self, done):
+    def left(self, done: jax.Array) -> jax.Array:
         return 0.5 * (1 + jnp.cos(jnp.pi * done))

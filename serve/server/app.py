@@ -281,7 +281,9 @@ def _with_header_timeout(read: InferenceRequest, request: Request) -> InferenceR
     except ValueError:
         milliseconds = header
     timeout = timeout_from(milliseconds, 1e3)
-    return dataclasses.replace(read, timeout=timeout if read.timeout is None else min(read.timeout, timeout))
+    return dataclasses.replace(
+        read, timeout=timeout if read.timeout is None or timeout is None else min(read.timeout, timeout)
+    )
 
 
 def _is_loopback(host: str) -> bool:

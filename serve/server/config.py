@@ -77,7 +77,7 @@ class ServerConfig:
     state: str | None = None
     compile_cache: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", self.name):
             raise ValueError(f"name must be letters, digits, _ . and -, got {self.name!r}.")
         if self.model is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.model):

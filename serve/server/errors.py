@@ -15,7 +15,10 @@ class RequestError(Exception):
         self, status: int, message: str, *, retry_after: int | None = None, feature: str | None = None
     ):
         super().__init__(message)
-        self.status, self.message, self.retry_after, self.feature = status, message, retry_after, feature
+        self.status: int = status
+        self.message: str = message
+        self.retry_after: int | None = retry_after
+        self.feature: str | None = feature
 
 
 def bad_request(message: str) -> RequestError:

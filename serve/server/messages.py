@@ -12,7 +12,7 @@ SERVICE = "inference.GRPCInferenceService"
 
 def _load() -> descriptor_pool.DescriptorPool:
     pool = descriptor_pool.DescriptorPool()
-    data = importlib.resources.files(__package__).joinpath("grpc_predict_v2.binpb").read_bytes()
+    data = importlib.resources.files(__package__ or "").joinpath("grpc_predict_v2.binpb").read_bytes()
     for file in descriptor_pb2.FileDescriptorSet.FromString(data).file:
         pool.Add(file)
     return pool

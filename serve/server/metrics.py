@@ -25,9 +25,10 @@ class Metrics:
     """
 
     def __init__(self):
-        self.registry = registry = prometheus.CollectorRegistry()
+        self.registry: prometheus.CollectorRegistry = prometheus.CollectorRegistry()
         self.log: logging.Logger = logger()
-        name, options = "jaxembed", {"registry": registry}
+        name = "jaxembed"
+        options: dict[str, Any] = {"registry": self.registry}
         self._requests = prometheus.Counter(
             f"{name}_requests", "Requests, by protocol and status.", ["protocol", "status"], **options
         )
@@ -50,7 +51,7 @@ class Metrics:
         self._swaps = prometheus.Counter(
             f"{name}_version_changes", "Versions that were switched to, or failed.", ["result"], **options
         )
-        gauge = {"multiprocess_mode": "livemax", **options}
+        gauge: dict[str, Any] = {"multiprocess_mode": "livemax", **options}
         self._version = prometheus.Gauge(f"{name}_version", "The version that serves.", **gauge)
         self._queued = prometheus.Gauge(
             f"{name}_queued_rows", "Rows that wait or run.", multiprocess_mode="livesum", **options

@@ -89,13 +89,16 @@ class BundleModel:
         with compile_cache(config.compiled):
             self._function.warm_up()
         self._feature_config = bundle.feature_config
-        self.version, self.digest = version, bundle.digest
+        self.version: int = version
+        self.digest: str = bundle.digest
         features, dense = {f.path: f for f in self._function.features}, self._function.dense_shapes
         self._paths = list(features)
-        self.signature = Signature(features, dense, self._outputs(dense), self._function.takes_flat)
+        self.signature: Signature = Signature(features, dense, self._outputs(dense), self._function.takes_flat)
         self.reader = make_reader(self.signature)
-        self.tables = tuple(_table_info(name, table) for name, table in bundle.tables.items())
-        self.loaded_seconds = time.monotonic() - begin
+        self.tables: tuple[TableInfo, ...] = tuple(
+            _table_info(name, table) for name, table in bundle.tables.items()
+        )
+        self.loaded_seconds: float = time.monotonic() - begin
 
     @property
     def compile_count(self) -> int:

@@ -27,14 +27,14 @@ class Service:
 
     def __init__(self, config: ServerConfig, metrics: Metrics | None = None, versions: Versions | None = None):
         self.config = config
-        self.metrics = metrics or Metrics()
-        self.versions = versions or Versions(config, self.metrics)
-        self.batcher = Batcher(
+        self.metrics: Metrics = metrics or Metrics()
+        self.versions: Versions = versions or Versions(config, self.metrics)
+        self.batcher: Batcher = Batcher(
             config.max_batch_rows, config.batch_wait_ms / 1e3, config.max_queue_rows, self.metrics
         )
         #: Readiness says no, and requests are served all the same.
-        self.leaving = False
-        self.draining = False
+        self.leaving: bool = False
+        self.draining: bool = False
         self._admitted = 0
 
     @property

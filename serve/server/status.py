@@ -12,7 +12,7 @@ from .service import Service
 @functools.cache
 def page() -> bytes:
     """The page, in HTML."""
-    return importlib.resources.files(__package__).joinpath("page.html").read_bytes()
+    return importlib.resources.files(__package__ or "").joinpath("page.html").read_bytes()
 
 
 def status(service: Service) -> dict[str, Any]:

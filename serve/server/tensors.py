@@ -23,7 +23,7 @@ from .errors import bad_request
 from .request import ROW_SPLITS, WEIGHTS, Flat
 from .signature import Signature
 
-DATATYPES = {
+DATATYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     **{
         f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits}")

@@ -78,7 +78,9 @@ def write(
     model: ServedModel, name: str, request: InferenceRequest, outputs: Sequence[tuple[str, np.ndarray]]
 ) -> Any:
     """A ModelInferResponse, with raw contents."""
-    response = METHODS["ModelInfer"][1](model_name=name, model_version=str(model.version), id=request.id or "")
+    response: Any = METHODS["ModelInfer"][1](
+        model_name=name, model_version=str(model.version), id=request.id or ""
+    )
     for output, array in outputs:
         response.outputs.add(name=output, datatype=datatype_of(array.dtype), shape=array.shape)
         response.raw_output_contents.append(np.ascontiguousarray(array).tobytes())

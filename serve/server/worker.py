@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 
 import uvicorn
 
@@ -68,9 +69,10 @@ async def _orphaned(parent: int) -> None:
 class _HttpServer(uvicorn.Server):
     """Leaves the signals to `serve`, which knows what else is to be ended."""
 
-    def capture_signals(self):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
         """Captures none."""
-        return contextlib.nullcontext()
+        yield
 
 
 def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:

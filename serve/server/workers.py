@@ -53,10 +53,11 @@ class Supervisor:
         _bind(self._listener, "--http-port", config.host, config.http_port)
         self._listener.listen(_BACKLOG)
         try:
-            self._grpc_holder, self.grpc_port = _reserve(config, family)
+            self._grpc_holder, grpc_port = _reserve(config, family)
         except OSError:
             self._listener.close()
             raise
+        self.grpc_port: int | None = grpc_port
         self._own_state = config.state is None
         state = pathlib.Path(config.state or tempfile.mkdtemp(prefix="jaxembed-"))
         self._config = replace(config, state=str(state))

@@ -13,15 +13,15 @@ class Batch:
 
     Attributes:
       features: feature name to ids: [B] int32 for one id an example, a RaggedTensor of B bags for any
-        number. This is the `inputs` of a lookup.
+        number. This is the `inputs` of a lookup, or what a trainer laid out of it.
       weights: feature name to a RaggedTensor parallel to the ids, or None where ids have no weights.
       dense: [B, K] float32 dense features; K may be 0.
       labels: [B] float32.
       mask: [B] float32, 1 for an example and 0 for the padding that fills up a last batch.
     """
 
-    features: dict[str, Any]
-    weights: dict[str, Any]
+    features: Any
+    weights: Any
     dense: Any
     labels: Any
     mask: Any

@@ -23,8 +23,8 @@ _BLOCK = 1 << 16
 
 
 def convert_criteo(
-    paths: Sequence[str | os.PathLike],
-    directory: str | os.PathLike,
+    paths: Sequence[str | os.PathLike[str]],
+    directory: str | os.PathLike[str],
     vocabulary_sizes: int | Sequence[int],
     *,
     chunk_bytes: int = 1 << 20,
@@ -93,7 +93,7 @@ class Criteo:
     vocabulary_sizes: tuple[int, ...]
 
 
-def load_criteo(directory: str | os.PathLike) -> Criteo:
+def load_criteo(directory: str | os.PathLike[str]) -> Criteo:
     """Maps what `convert_criteo` wrote into memory.
 
     Raises:

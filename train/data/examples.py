@@ -32,7 +32,7 @@ class RaggedColumn:
     lengths: np.ndarray
     weights: np.ndarray | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.values.ndim != 1 or self.starts.ndim != 1 or self.starts.shape != self.lengths.shape:
             raise ValueError(
                 f"RaggedColumn: values must be [N], starts and lengths [E], got {self.values.shape}, "
@@ -139,7 +139,7 @@ class Examples:
     labels: np.ndarray
     block_splits: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "features", dict(self.features))
         lengths = {name: len(column) for name, column in self.features.items()}
         lengths |= {"dense": self.dense.shape[0], "labels": self.labels.shape[0]}

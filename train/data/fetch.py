@@ -18,7 +18,7 @@ _SHA256 = {
 }
 
 
-def fetch(directory: str | os.PathLike = "data/ml-100k") -> Path:
+def fetch(directory: str | os.PathLike[str] = "data/ml-100k") -> Path:
     """Puts MovieLens-100K into `directory` and returns it; does nothing where it lies there already.
 
     The files come from the recbole wheel, by pip. Each is checked against its digest and moved into

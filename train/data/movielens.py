@@ -106,7 +106,7 @@ class MovieLens:
         return self.item_ids.shape[0]
 
 
-def load(path: str | os.PathLike) -> MovieLens:
+def load(path: str | os.PathLike[str]) -> MovieLens:
     """Reads a data set, finding out from the files in `path` which layout it has.
 
     - `*.inter`, `*.item`, `*.user`: RecBole's, as `fetch` places them;

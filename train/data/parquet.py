@@ -36,7 +36,7 @@ class ParquetExamples:
 
     def __init__(
         self,
-        paths: Sequence[str | os.PathLike],
+        paths: Sequence[str | os.PathLike[str]],
         features: Mapping[str, str],
         labels: str,
         dense: Sequence[str] = (),
@@ -61,7 +61,7 @@ class ParquetExamples:
                     if file.metadata.row_group(group).num_rows:
                         self._groups.append((os.fspath(path), group))
                         sizes.append(file.metadata.row_group(group).num_rows)
-        self.block_splits = tuple(np.cumsum([0, *sizes]).tolist())
+        self.block_splits: tuple[int, ...] = tuple(np.cumsum([0, *sizes]).tolist())
 
     def __len__(self) -> int:
         return self.block_splits[-1]
@@ -124,7 +124,7 @@ class ParquetExamples:
         labels = _numbers(_column(table, self._labels), self._labels)
         return Examples(features, stacked.astype(np.float32), labels.astype(np.float32))
 
-    def _check(self, schema: Any, path: str | os.PathLike) -> None:
+    def _check(self, schema: Any, path: str | os.PathLike[str]) -> None:
         types = _pyarrow("types")
 
         def kind(column):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -61,9 +62,9 @@ class CanonicalTables:
             size = self._mesh.shape[axis]
             if not columns and shape[0] % (num_rows * size) == 0:
                 rows, num_rows = [*rows, axis], num_rows * size
-            elif len(shape) > 1 and shape[1] % (num_columns * size) == 0:
+            elif shape[1:] and shape[1] % (num_columns * size) == 0:
                 columns, num_columns = [*columns, axis], num_columns * size
-        spec = (tuple(rows) or None, tuple(columns) or None)
+        spec: tuple[Any, ...] = (tuple(rows) or None, tuple(columns) or None)
         return NamedSharding(self._mesh, PartitionSpec(*spec[: len(shape)]))
 
     def _abstract(self, sharding_of: Callable[[tuple[int, ...]], NamedSharding]) -> Any:

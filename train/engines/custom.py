@@ -35,7 +35,8 @@ def as_sequence(lookup: Lookup) -> Lookup:
     Ids that are pruned, and those beyond `max_valency`, have no row.
     """
     bag, operands = lookup.bag, lookup.operands
-    length, dim = bag.combiner.max_valency, lookup.output_shape[-1]
+    combiner: Any = bag.combiner
+    length, dim = combiner.max_valency, lookup.output_shape[-1]
     shape = (bag.num_bags, length, dim)
     sequence = Bag("sparse", bag.num_bags, sequence_length=length)
     if not all(is_concrete(x) for x in jax.tree.leaves((operands.ids, operands.bags, operands.weights))):

@@ -70,7 +70,7 @@ def gather_entries(
 
 def sum_owned(
     table_rows: Callable[[jax.Array], jax.Array], owned: Owned, sums: jax.Array, num_rows: int, window: int
-):
+) -> jax.Array:
     """Adds the weighted rows that this shard owns to `sums`.
 
     Args:

@@ -70,7 +70,8 @@ def plan_batch(
         num_rows = lookup.bag.num_bags if lookup.bag.layout == "ragged" else (item.ids.shape or (1,))[0]
         inner = inner_size(lookup.bag, item.ids)
         if is_custom(lookup):
-            inner *= lookup.bag.combiner.max_valency
+            combiner: Any = lookup.bag.combiner
+            inner *= combiner.max_valency
             combined = (lookup.output_shape[0] * num_hosts, *lookup.output_shape[1:])
             lookup = as_sequence(lookup)
         num_shards, shape = stack.num_shards // num_hosts, lookup.output_shape
@@ -246,7 +247,7 @@ def _join(parts, stack: Stack, num_segments: int, num_shards: int, capacity):
         edges = np.arange(num_shards + 1) * feature.num_segments
         borders.append(np.searchsorted(entries.segments, edges))
     # Dense features have room for all of their ids, bad ones too: a number that all hosts know.
-    totals = sum(
+    totals: Any = sum(
         np.full(num_shards, feature.num_segments) if feature.bag.layout == "dense" else np.diff(border)
         for (feature, _, _), border in zip(parts, borders, strict=True)
     )

@@ -126,13 +126,14 @@ def plan_tables(
         why = f"{why}, by {exchange}" if stack.kind == "row" else why
         return TablePlan(table.name, sharding, _stored_bytes(stack), moved, why)
 
-    chosen, replicas = {}, []
+    chosen: dict[str, Any] = {}
+    replicas: list[TablePlan] = []
     for name, table in configs.items():
         if name in overrides:
             chosen[name] = consider(table, overrides[name], "as asked for")
             continue
         if table.vocabulary_size < num_shards:
-            best = consider(table, "table", "fewer rows than devices")
+            best: Any = consider(table, "table", "fewer rows than devices")
         else:
             best = consider(table, "mod", "rows spread over all devices")
         if table.dim >= _LANES * num_shards:

@@ -70,8 +70,8 @@ class SparseCorePacking:
             limits = Limits(*(max(_room(a), b) if a > b else b for a, b in zip(needed, limits, strict=True)))
             self._limits[stack.name] = limits
             out, _ = _preprocess(stack, counts, positions, gains, num_shards, limits)
-        arrays = [np.asarray(x).reshape(num_shards, -1) for x in out]
-        return SparseCoreIds(*arrays, None, None, limits.max_ids, limits.max_unique_ids)
+        pointers, ids, samples, gains = (np.asarray(x).reshape(num_shards, -1) for x in out)
+        return SparseCoreIds(pointers, ids, samples, gains, None, None, limits.max_ids, limits.max_unique_ids)
 
 
 def slots_of(

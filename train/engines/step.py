@@ -30,9 +30,12 @@ class StepProgram:
     """
 
     def __init__(self, stacks: Mapping[str, Stack], mesh: Mesh, axes: tuple[str, ...], exchange: str):
-        self.stacks, self.mesh, self.axes, self.exchange = dict(stacks), mesh, axes, exchange
-        self.look_up = jax.jit(self._look_up)
-        self.update = jax.jit(self._update)
+        self.stacks: dict[str, Stack] = dict(stacks)
+        self.mesh: Mesh = mesh
+        self.axes: tuple[str, ...] = axes
+        self.exchange: str = exchange
+        self.look_up: jax.stages.Wrapped = jax.jit(self._look_up)
+        self.update: jax.stages.Wrapped = jax.jit(self._update)
 
     def specs(self) -> tuple[dict[str, PartitionSpec], dict[str, dict[str, PartitionSpec]]]:
         """How tables and slots are sharded, by stack."""
@@ -202,8 +205,9 @@ class StepProgram:
                 if name in called:
                     engine = _with_called(engine, called[name])
                 gradient = join_features(layout, gradients, name, stack.dim)
-                state = jax.tree.map(stack.rows_of, (tables[name], slots[name]))
-                state = engine.update(*state, *_local(name, entries, weights), gradient, step)
+                table, kept = jax.tree.map(stack.rows_of, (tables[name], slots[name]))
+                mine, values = _local(name, entries, weights)
+                state = engine.update(table, kept, mine, values, gradient, step)
                 tables[name], slots[name] = jax.tree.map(stack.array_of, state)
             return tables, slots
 
@@ -224,7 +228,7 @@ class StepProgram:
         return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _local(name: str, entries, weights):
+def _local(name: str, entries: Any, weights: Any) -> tuple[Any, Any]:
     """This shard's entries of one stack, and their weights."""
     mine = jax.tree.map(lambda x: x[0], entries[name])
     return mine, None if weights is None else weights[name][0]
@@ -267,4 +271,6 @@ def _is_primal(leaf: Any) -> bool:
 
 
 def _instantiate(gradient: Any) -> jax.Array:
-    return jnp.zeros(gradient.shape, gradient.dtype) if isinstance(gradient, SymbolicZero) else gradient
+    if isinstance(gradient, SymbolicZero):
+        return jnp.zeros(gradient.shape, gradient.dtype)  # pyright: ignore[reportArgumentType]
+    return gradient

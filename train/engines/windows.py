@@ -59,9 +59,10 @@ def canonical_by_windows(
       trailing: shape of a row of the result.
       window: K, of `window_rows`.
     """
-    rows, columns, copies = sharding.mesh.devices.shape
+    devices: Any = sharding.mesh.devices
+    rows, columns, copies = devices.shape
     parts = stack.num_shards // (rows * columns)
-    devices = sharding.mesh.devices.reshape(rows, columns, parts, copies // parts)
+    devices = devices.reshape(rows, columns, parts, copies // parts)
     mesh = Mesh(devices, (*_AXES, "others"))
     num_local = placement.table.vocabulary_size // rows
     shape = (num_local, *trailing[:-1], trailing[-1] // columns) if trailing else (num_local,)

@@ -18,6 +18,8 @@ from .segments import add_segments, scale
 from .traffic import pair_window
 
 Axes = tuple[str, ...]
+#: Positions and segments, int32 [N] each.
+Entries = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class XlaEngine:
     exchange: StackExchange
     features: tuple[FeatureLayout, ...]
 
-    def look_up(self, table: jax.Array, entries: Any, weights: Any) -> tuple[jax.Array, jax.Array]:
+    def look_up(self, table: jax.Array, entries: Entries, weights: Any) -> tuple[jax.Array, jax.Array]:
         """The sums of a shard's segments times the combiner's scale, float32 [S, D], and `look_up`'s rounds."""
         sums, rounds = look_up(self.exchange, table, *entries, weights)
         return _times(sums, scale(self.features, entries[1], weights)), rounds
@@ -62,7 +64,7 @@ class XlaEngine:
         self,
         table: jax.Array,
         slots: dict[str, jax.Array],
-        entries: Any,
+        entries: Entries,
         weights: Any,
         gradients: jax.Array,
         step: jax.Array,
@@ -72,13 +74,15 @@ class XlaEngine:
         return update(self.exchange, table, slots, *entries, weights, gradients, step)
 
     def table_gradient(
-        self, shape: tuple[int, ...], entries: Any, weights: Any, gradients: jax.Array
+        self, shape: tuple[int, ...], entries: Entries, weights: Any, gradients: jax.Array
     ) -> jax.Array:
         """The gradient of a shard's whole piece, float32 [R, D]."""
         gradients = _times(gradients, scale(self.features, entries[1], weights))
         return sum_gradients(self.exchange, shape, *entries, weights, gradients)[0]
 
-    def weight_gradient(self, table: jax.Array, entries: Any, weights: Any, gradients: jax.Array) -> jax.Array:
+    def weight_gradient(
+        self, table: jax.Array, entries: Entries, weights: Any, gradients: jax.Array
+    ) -> jax.Array:
         """The gradient of each entry's weight, float32 [N]."""
         positions, segments = entries
         scales = scale(self.features, segments, weights)
@@ -181,7 +185,7 @@ def update(
             optimizer, table, slots, owned.rows, rows_gradients, step, learning_rate=learning_rate
         )
 
-    def apply(carry, rows, sums):
+    def apply(carry: tuple[Any, Any], rows, sums):
         return update_unique(optimizer, *carry, rows, sums, learning_rate, step)
 
     return _for_each_row(ex, apply, (table, slots), positions, segments, weights, gradients)

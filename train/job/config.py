@@ -136,7 +136,7 @@ class TableOptimizer:
     learning_rate: PositiveFloat = 0.05
     arguments: dict[str, bool | int | float | tuple[float, float]] = Field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.build()
 
     def build(self) -> Optimizer:
@@ -145,7 +145,7 @@ class TableOptimizer:
         Raises:
           ValueError: if there is none of that name, or its arguments are not its own.
         """
-        cls = optimizer_class(self.name)
+        cls: Any = optimizer_class(self.name)
         try:
             return cls(learning_rate=self.learning_rate, **self.arguments)
         except TypeError as e:
@@ -238,7 +238,7 @@ class Distributed:
     process_id: Count | None = None
     cpu_devices: PositiveInt | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         given = [self.coordinator_address, self.num_processes, self.process_id]
         if any(x is None for x in given) and any(x is not None for x in given):
             raise ValueError(
@@ -281,7 +281,7 @@ class JobConfig:
     logs: Logs = Field(default_factory=Logs)
     distributed: Distributed = Field(default_factory=Distributed)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if "://" in self.out:
             raise ValueError(f"out must be a folder that is mounted, got the address {self.out!r}")
 

@@ -128,7 +128,7 @@ class Job:
         self._config, self._sources, self._out = config, sources, Path(config.out).expanduser()
         self._per_epoch = -(-len(sources.train) // training.batch_size)
         self._total = training.steps or training.epochs * self._per_epoch
-        self.trainer = build_trainer(config, sources)
+        self.trainer: Trainer = build_trainer(config, sources)
         self._frequency = IdFrequency(sources.feature_config)
         self._checkpointer = Checkpointer(
             self._out / "checkpoints", self.trainer.embedding, max_to_keep=config.checkpoints.keep

@@ -32,7 +32,7 @@ class Preemption:
             self._previous = signal.signal(signal.SIGTERM, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._handles:
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
 

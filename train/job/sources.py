@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,7 +67,7 @@ def open_sources(data: Data, dim: int) -> Sources:
 
 
 def _movielens(data: MovieLensData, dim: int) -> Sources:
-    path = data.path
+    path: Any = data.path
     if path is None:
         path = _first_on_one_process(fetch)
     source = load(path)

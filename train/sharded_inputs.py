@@ -1,0 +1,231 @@
+"""ShardedInputs: batches laid out over the shards of a mesh, on one host or several."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxembed.preprocessing import preprocess
+from jaxembed.validation import check_ids
+
+from .engines import custom, packing
+from .engines.batch import PackedBatch, ShardedBatch, ShardedWeights
+from .engines.placement import Stack
+from .engines.sparsecore_packing import SparseCorePacking
+
+
+class ShardedInputs:
+    """The part of a ShardedEmbedding that lays its batches out, and remembers how much room they needed.
+
+    Args:
+      feature_config: a structure of FeatureConfig.
+      stacks: the stacked tables, by name.
+      mesh: of the devices.
+      axes: of the mesh, over which a batch is sharded.
+      capacity: entries that a shard has room for in each stack; None takes what the batches need.
+    """
+
+    def __init__(
+        self,
+        feature_config: Any,
+        stacks: Mapping[str, Stack],
+        mesh: Mesh,
+        axes: tuple[str, ...],
+        capacity: int | None,
+    ):
+        self.feature_config: Any = feature_config
+        self.stacks: dict[str, Stack] = dict(stacks)
+        self.mesh: Mesh = mesh
+        self.axes: tuple[str, ...] = axes
+        self.num_shards: int = math.prod(mesh.shape[axis] for axis in axes)
+        self._sparsecore = SparseCorePacking()
+        self._capacity = dict.fromkeys(self.stacks, capacity or 0)
+        self._is_capacity_fixed = capacity is not None
+        self._largest = jax.jit(partial(jnp.max, axis=0), out_shardings=self.replicated)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """A whole copy on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """The first dimension over all shards, as that of activations."""
+        return NamedSharding(self.mesh, PartitionSpec(self.axes))
+
+    def shard_batch(self, batch: Any, weights: Any = None) -> tuple[ShardedBatch, ShardedWeights | None]:
+        """Lays a batch out over the shards, on the host; call it outside of `jax.jit`.
+
+        With several hosts, each passes its own rows, in turn, and all get the one global batch. They agree
+        on its shapes, so all of them must call it on the same batches in the same order, on one thread;
+        `pack_batch`, `agree` and `place_batch` are its parts.
+
+        Args:
+          batch: inputs as of `serving_embedding_lookup`; raw ids where a feature has preprocessing.
+          weights: likewise.
+
+        Returns:
+          What `lookup` and `apply_gradients` take; the weights are None where no feature has any.
+
+        Raises:
+          ValueError: if they do not fit the configuration, or the entries of a shard the fixed capacity.
+        """
+        return self._shard(self._plan(batch, weights))
+
+    def pack_batch(self, batch: Any, weights: Any = None) -> PackedBatch:
+        """The host's half of `shard_batch`: for a thread of its own, while a step runs.
+
+        Args:
+          batch: as of `shard_batch`.
+          weights: likewise.
+
+        Raises:
+          ValueError: as `shard_batch`.
+        """
+        return self._pack(self._plan(batch, weights))
+
+    @property
+    def packs_alone(self) -> bool:
+        """Whether `pack_batch` asks no other host, and so may run on a thread; with SparseCores it does ask."""
+        return jax.process_count() == 1 or not any(stack.cores for stack in self.stacks.values())
+
+    def agree(self, packed: PackedBatch) -> jax.Array | None:
+        """Starts to agree with the other hosts on how many entries a shard has room for.
+
+        A computation over all hosts: each must call it on its part of the same batch, in the same order.
+        It does not wait; begun a step or two before its `place_batch`, it costs no time.
+
+        Returns:
+          int32 by stack, or None where there is nothing to agree on.
+        """
+        if jax.process_count() == 1 or not packed.needs_agreement:
+            return None
+        local = np.tile(np.asarray(list(packed.room.values()), np.int32), (self._num_local_shards(), 1))
+        return self._largest(jax.make_array_from_process_local_data(self.batch_sharding, local))
+
+    def place_batch(
+        self, packed: PackedBatch, agreed: jax.Array | None = None
+    ) -> tuple[ShardedBatch, ShardedWeights | None]:
+        """The devices' half of `shard_batch`.
+
+        Args:
+          packed: what `pack_batch` returned.
+          agreed: what `agree` returned for it.
+        """
+        if agreed is not None:
+            room = dict(zip(packed.room, np.asarray(agreed).tolist(), strict=True))
+            self.reserve(room)
+            packed = packing.widen(packed, self.stacks, room)
+        put = partial(jax.make_array_from_process_local_data, self.batch_sharding)
+        placed = jax.tree.map(put, packed.batch)
+        return placed, None if packed.weights is None else ShardedWeights(jax.tree.map(put, packed.weights))
+
+    @property
+    def capacities(self) -> dict[str, int]:
+        """Entries that a shard has room for, by stack, as the batches so far needed them."""
+        return dict(self._capacity)
+
+    def reserve(self, capacities: Mapping[str, int]) -> None:
+        """Makes room for at least these, so that a resumed run compiles the programs that it was in."""
+        for stack in self._capacity:
+            if not self._is_capacity_fixed:
+                self._capacity[stack] = max(self._capacity[stack], int(capacities.get(stack, 0)))
+
+    def abstract_batch(self, batch: Any, weights: Any = None) -> tuple[ShardedBatch, ShardedWeights | None]:
+        """Shapes, types and shardings of what `shard_batch` returns for a batch, for compiling ahead of time.
+
+        The devices of the mesh need not be there: `jax.experimental.topologies` describes them.
+        """
+        packed = self._pack(self._plan(batch, weights))
+        hosts = jax.process_count()
+
+        def abstract(x):
+            shape = (x.shape[0] * hosts, *x.shape[1:])
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.batch_sharding)
+
+        weights = packed.weights
+        weights = None if weights is None else ShardedWeights(jax.tree.map(abstract, weights))
+        return jax.tree.map(abstract, packed.batch), weights
+
+    def unshard_weights(self, gradients: ShardedWeights, batch: Any, weights: Any) -> Any:
+        """Gradients of sharded weights in the form of the weights that the caller gave, on the host.
+
+        Args:
+          gradients: with respect to the weights of `shard_batch(batch, weights)`.
+          batch: what was passed to `shard_batch`.
+          weights: likewise.
+
+        Returns:
+          A structure like `weights`.
+        """
+        plan = self._plan(batch, weights)
+        values = jax.tree.map(np.asarray, gradients.values)
+        flat = packing.unpack_weights(plan, self.stacks, values, self.num_shards)
+        leaves = [
+            item.weights if value is None else _with_values(item.weights, value)
+            for item, value in zip(plan.items, flat, strict=True)
+        ]
+        return plan.layout.skeleton.pack(leaves)
+
+    def _pack(self, plan: packing.Plan) -> PackedBatch:
+        num_shards = self._num_local_shards()
+        packed = packing.pack_on_host(plan, self.stacks, range(num_shards), self._room, self._sparsecore)
+        valencies = custom.valencies_on_host(plan.layout, plan.lookups, num_shards)
+        return dataclasses.replace(packed, batch=dataclasses.replace(packed.batch, valencies=valencies))
+
+    def _num_local_shards(self) -> int:
+        return self.num_shards // jax.process_count()
+
+    def _plan(self, batch: Any, weights: Any) -> packing.Plan:
+        batch = preprocess(batch, self.feature_config)
+        return packing.plan_batch(batch, weights, self.feature_config, self.stacks, jax.process_count())
+
+    def _shard(self, plan: packing.Plan) -> tuple[ShardedBatch, ShardedWeights | None]:
+        if packing.is_traced(plan):
+            return packing.pack_in_trace(plan, self.stacks, self.num_shards), None
+        packed = self._pack(plan)
+        return self.place_batch(packed, self.agree(packed))
+
+    def _sharded(self, batch: Any, weights: Any, refuse_bad_ids: bool = False) -> tuple[ShardedBatch, Any]:
+        if not isinstance(batch, ShardedBatch):
+            plan = self._plan(batch, weights)
+            if refuse_bad_ids:
+                for item, lookup in zip(plan.items, plan.lookups, strict=True):
+                    check_ids(item.path, item.feature.table, lookup)
+            batch, weights = self._shard(plan)
+        if weights is None:
+            return batch, None
+        if not isinstance(weights, ShardedWeights) or set(weights.values) != set(batch.entries):
+            raise ValueError(
+                f"weights of a ShardedBatch must be what shard_batch returned with it, got {type(weights).__name__}."
+            )
+        return batch, weights.values
+
+    def _room(self, stack: str, num_entries: int) -> int:
+        """How many entries a shard has room for in a stack; few different numbers, so few compilations."""
+        if self._is_capacity_fixed:
+            if num_entries > self._capacity[stack]:
+                raise ValueError(
+                    f"a shard has {num_entries} ids to look up in stack {stack!r}, more than the capacity of "
+                    f"{self._capacity[stack]}; pass a larger capacity to ShardedEmbedding."
+                )
+        elif num_entries > self._capacity[stack]:
+            self._capacity[stack] = _next_capacity(num_entries)
+        return max(self._capacity[stack], 8)
+
+
+def _next_capacity(num_entries: int) -> int:
+    """The next of numbers in steps of 8, later of a thirty-second to a sixty-fourth."""
+    step = 1 << max(math.ceil(math.log2(max(num_entries, 1))) - 6, 3)
+    return -(-num_entries // step) * step
+
+
+def _with_values(weights: Any, values: np.ndarray) -> Any:
+    values = values.astype(weights.dtype)
+    return dataclasses.replace(weights, values=values)

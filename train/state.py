@@ -1,0 +1,23 @@
+"""What training of a ShardedEmbedding changes."""
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EmbeddingState:
+    """Tables and slots in the layout of one mesh; `ShardedEmbedding.to_canonical` gives them by table.
+
+    Attributes:
+      tables: stack name to array.
+      slots: stack name to slot name to float32 array.
+      step: int32 scalar, number of updates taken.
+      combiner_weights: table name to the float32 [num_weights] of its CustomCombiner, whole on every device.
+    """
+
+    tables: dict[str, jax.Array]
+    slots: dict[str, dict[str, jax.Array]]
+    step: jax.Array
+    combiner_weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
