@@ -24,6 +24,11 @@ def backend() -> str:
     Raises:
       ValueError: if JAXEMBED_BACKEND is none of "auto", "native", "xla".
       RuntimeError: if "native" is asked for where the kernel is not available.
+
+    Example:
+      >>> with use_backend("xla"):
+      ...     backend()
+      'xla'
     """
     wanted = _wanted()
     if wanted not in BACKENDS:
@@ -68,6 +73,11 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
       ValueError: if `name` is none of these.
+
+    Example:
+      >>> with use_backend("xla"):
+      ...     backend()
+      'xla'
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}.")

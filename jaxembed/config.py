@@ -41,6 +41,11 @@ class QuantizationConfig:
     Raises:
       ValueError: if `num_buckets` is below 2 or `lower` is not below `upper`.
 
+    Example:
+      >>> from jaxembed.quantization import simulate_quantization
+      >>> simulate_quantization(jnp.asarray([-2.0, 0.2, 0.9]), QuantizationConfig(3, lower=-1, upper=1)).tolist()
+      [-1.0, 0.0, 1.0]
+
     References:
       `tf.tpu.experimental.embedding.QuantizationConfig`.
     """
@@ -177,6 +182,12 @@ class FeatureConfig:
 
     Raises:
       ValueError: if an argument is not of the form above.
+
+    Example:
+      >>> movie = TableConfig(vocabulary_size=4, dim=2, name="movie")
+      >>> features = {"watched": FeatureConfig(movie), "last": FeatureConfig(movie, max_sequence_length=3)}
+      >>> features["last"].table.name
+      'movie'
 
     References:
       `tf.tpu.experimental.embedding.FeatureConfig`.

@@ -39,6 +39,10 @@ class HashBuckets:
     Raises:
       ValueError: if an argument is not of the form above.
 
+    Example:
+      >>> HashBuckets(1000, dtype="string").rows(["Heat", "Casino", "Heat"]).tolist()
+      [756, 710, 756]
+
     References:
       `tf.keras.layers.Hashing`.
     """
@@ -83,6 +87,12 @@ class VocabularyFile:
 
     Raises:
       ValueError: if an argument is not of the form above, or the file cannot be read.
+
+    Example:
+      >>> pathlib.Path("genres.txt").write_text("drama\\ncomedy\\n")
+      13
+      >>> VocabularyFile("genres.txt", num_oov_buckets=0).rows(["comedy", "drama"]).tolist()
+      [1, 0]
 
     References:
       `tf.lookup.StaticVocabularyTable`, `tf.keras.layers.StringLookup`.

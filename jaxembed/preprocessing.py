@@ -32,6 +32,13 @@ def preprocess(inputs: Any, feature_config: Any) -> Any:
 
     Raises:
       ValueError: naming feature, row and position of an id that cannot be mapped, or if ids are traced.
+
+    Example:
+      >>> import jaxembed as je
+      >>> user = je.TableConfig(vocabulary_size=100, dim=2, name="user")
+      >>> features = {"user": je.FeatureConfig(user, preprocessing=je.HashBuckets(100, dtype="string"))}
+      >>> preprocess({"user": ["ann", "bob", "ann"]}, features)["user"].tolist()
+      [88, 97, 88]
     """
     if all(feature.preprocessing is None for feature in flat_features(feature_config).values()):
         return inputs

@@ -29,6 +29,15 @@ class EmbeddingForServing:
     Raises:
       ValueError: if a table is missing, of another shape, not floating point, or cannot be quantized.
 
+    Example:
+      >>> import jaxembed as je
+      >>> movie = je.TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+      >>> embedding = EmbeddingForServing(features, {"movie": rows})
+      >>> embedding({"watched": je.RaggedTensor.from_lists([[0, 1], []])})["watched"].tolist()
+      [[2.0, 4.0], [0.0, 0.0]]
+
     References:
       `tf.tpu.experimental.embedding.TPUEmbeddingForServing`.
     """

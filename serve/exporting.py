@@ -48,6 +48,17 @@ def export_model(
 
     Raises:
       ValueError: if the model cannot be exported, or an argument does not fit the feature configuration.
+
+    Example:
+      >>> import jaxembed as je
+      >>> from jaxembed.serve.exported import ExportedModel
+      >>> movie = je.TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie")
+      >>> def model(params, activations, dense):
+      ...     return activations["watched"] @ params["w"]
+      >>> params = {"w": np.ones(2, np.float32)}
+      >>> artefact = export_model(model, params, {"watched": je.FeatureConfig(movie)})
+      >>> [spec.name for spec in ExportedModel.from_bytes(artefact).params]
+      ['w']
     """
     features = served_features(feature_config, max_ids_per_row, weighted)
     dense = DenseInputs(dense_inputs or {})

@@ -61,6 +61,18 @@ class ServingFunction:
     Raises:
       ValueError: if an argument does not fit the feature configuration or the others, or a feature has
         an output_shape (of a fixed batch size, while requests are of any).
+
+    Example:
+      >>> import jaxembed as je
+      >>> movie = je.TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+      >>> embedding = EmbeddingForServing(features, {"movie": rows})
+      >>> def model(params, activations, dense):
+      ...     return activations["watched"] @ params + dense["bias"][:, 0]
+      >>> serve = ServingFunction(embedding, model, np.ones(2, np.float32), dense_inputs={"bias": 1}, max_batch_size=2)
+      >>> serve.warm_up()({"watched": [[0, 1], []]}, dense={"bias": [[0.5], [0.5]]}).tolist()
+      [6.5, 0.5]
     """
 
     def __init__(

@@ -18,6 +18,20 @@ class Loaded:
       params: the dense model as saved, nested dicts of arrays, or None.
       step: number of training steps taken.
       metadata: what the trainer put in.
+
+    Example:
+      >>> import jax
+      >>> import jaxembed as je
+      >>> from jaxembed.optimizers import SGD
+      >>> from jaxembed.train import Checkpointer, ShardedEmbedding
+      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> embedding = ShardedEmbedding(features, SGD(1.0), jax.make_mesh((jax.device_count(),), ("devices",)))
+      >>> with Checkpointer("checkpoints", embedding) as checkpointer:
+      ...     checkpointer.save(embedding.init(jax.random.key(0)))
+      True
+      >>> load("checkpoints").step
+      0
     """
 
     embedding: EmbeddingForServing
@@ -36,6 +50,21 @@ def load(path: str | pathlib.Path, step: int | None = None) -> Loaded:
     Raises:
       FileNotFoundError: if there is no such whole step.
       ValueError: if the checkpoint does not fit its own feature configuration.
+
+    Example:
+      >>> import jax
+      >>> import jaxembed as je
+      >>> from jaxembed.optimizers import SGD
+      >>> from jaxembed.train import Checkpointer, ShardedEmbedding
+      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> embedding = ShardedEmbedding(features, SGD(1.0), jax.make_mesh((jax.device_count(),), ("devices",)))
+      >>> with Checkpointer("checkpoints", embedding) as checkpointer:
+      ...     checkpointer.save(embedding.init(jax.random.key(0)))
+      True
+      >>> loaded = load("checkpoints")
+      >>> loaded.embedding({"watched": je.RaggedTensor.from_lists([[0, 1]])})["watched"].shape
+      (1, 2)
     """
     checkpoint = read_checkpoint(path, step)
     return Loaded(

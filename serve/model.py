@@ -45,6 +45,22 @@ class ServingModel:
       CheckpointError: if the bundle is damaged.
       ValueError: if the exported model does not fit the bundle, or an argument is not of the form above.
 
+    Example:
+      >>> import jaxembed as je
+      >>> from jaxembed.optimizers import SGD
+      >>> from jaxembed.train import Checkpointer, ShardedEmbedding
+      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> embedding = ShardedEmbedding(features, SGD(1.0), jax.make_mesh((jax.device_count(),), ("devices",)))
+      >>> with Checkpointer("checkpoints", embedding) as checkpointer:
+      ...     checkpointer.save(embedding.init(jax.random.key(0)))
+      True
+      >>> from jaxembed.checkpoint import convert_to_bundle
+      >>> _ = convert_to_bundle("checkpoints", "bundles")
+      >>> with ServingModel("bundles", max_batch_size=2).warm_up() as model:
+      ...     model({"watched": [[0, 1], []]})["watched"].shape
+      (2, 2)
+
     References:
       `tf.saved_model.load` and its `signatures["serving_default"]`.
     """

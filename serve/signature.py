@@ -20,6 +20,10 @@ class FeatureSignature:
       vocabulary_size: V.
       dtype: of its ids, "int64" or "string".
       preprocessed: whether they are hashed or looked up in a vocabulary; else they must be in [0, V).
+
+    Example:
+      >>> FeatureSignature("watched", "bag", max_ids=128, weighted=False, vocabulary_size=4).dtype
+      'int64'
     """
 
     path: str
@@ -39,6 +43,16 @@ class Signature:
       features: in the order of the feature configuration.
       dense: dense inputs, float32 [B, *shape] each; all of them must be given.
       outputs: [B, *shape] each, named by their path in the result; "" where the result is one array.
+
+    Example:
+      >>> import numpy as np
+      >>> import jaxembed as je
+      >>> from jaxembed.serve import EmbeddingForServing, ServingFunction
+      >>> movie = je.TableConfig(vocabulary_size=4, dim=2, name="movie")
+      >>> embedding = EmbeddingForServing({"watched": je.FeatureConfig(movie)}, {"movie": np.eye(4, 2, dtype=np.float32)})
+      >>> signature = make_signature(ServingFunction(embedding).features, None)
+      >>> signature.features[0].path, signature.outputs[0].shape
+      ('watched', (2,))
     """
 
     features: tuple[FeatureSignature, ...]

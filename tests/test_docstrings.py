@@ -1,15 +1,29 @@
-"""The examples in public docstrings run, and give what they say."""
+"""The examples in the docstrings of all public names run, and give what they say."""
 
 import doctest
 import importlib
+import inspect
 
 import pytest
 
+MODULES = ("jaxembed", "jaxembed.train", "jaxembed.serve")
+NAMES = [(module, name) for module in MODULES for name in importlib.import_module(module).__all__]
 
-@pytest.mark.parametrize(
-    "name", ["jaxembed.config", "jaxembed.inputs.ragged", "jaxembed.inputs.sparse", "jaxembed.lookup"]
-)
-def test_examples(name):
-    result = doctest.testmod(importlib.import_module(name))
-    assert result.attempted > 0
-    assert result.failed == 0
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_example(module, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = getattr(importlib.import_module(module), name)
+    globs = vars(importlib.import_module(found.__module__)).copy()
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(found, name, inspect.getmodule(found), globs):
+        runner.run(test)
+    assert runner.tries > 0, f"{module}.{name} has no example"
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names_fit_a_screen(module):
+    names = importlib.import_module(module).__all__
+    assert len(names) <= 24
+    assert names == sorted(names)

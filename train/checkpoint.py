@@ -36,6 +36,20 @@ class Restored:
       model: structure like the `model` that was passed to `restore`, or None.
       data: state of the input pipeline, or None.
       metadata: what was passed to `save`.
+
+    Example:
+      >>> import jaxembed as je
+      >>> from jaxembed.optimizers import SGD
+      >>> from jaxembed.train import ShardedEmbedding
+      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+      >>> embedding = ShardedEmbedding(features, SGD(1.0), mesh)
+      >>> with Checkpointer("checkpoints", embedding) as checkpointer:
+      ...     _ = checkpointer.save(embedding.init(jax.random.key(0)), data={"place": 7})
+      ...     restored = checkpointer.restore()
+      >>> restored.step, restored.data
+      (0, {'place': 7})
     """
 
     step: int
@@ -57,6 +71,20 @@ class Checkpointer:
       max_to_keep: older steps are deleted, from the disk at the next save or `close`; None keeps all.
       save_interval_steps: `save` does nothing at other steps, unless forced.
       asynchronous: `save` returns once the arrays are copied to the host.
+
+    Example:
+      >>> import jaxembed as je
+      >>> from jaxembed.optimizers import SGD
+      >>> from jaxembed.train import ShardedEmbedding
+      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+      >>> embedding = ShardedEmbedding(features, SGD(1.0), mesh)
+      >>> with Checkpointer("checkpoints", embedding) as checkpointer:
+      ...     checkpointer.save(embedding.init(jax.random.key(0)), metadata={"run": "first"})
+      ...     checkpointer.restore().metadata
+      True
+      {'run': 'first'}
     """
 
     def __init__(

@@ -66,6 +66,23 @@ class ShardedEmbedding(ShardedInputs):
     Raises:
       ValueError: if an argument is not of the form above.
 
+    Example:
+      >>> import jaxembed as je
+      >>> from jaxembed.optimizers import SGD
+      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+      >>> embedding = ShardedEmbedding(features, SGD(1.0), mesh)
+      >>> state = embedding.init(jax.random.key(0))
+      >>> ids = {"watched": je.RaggedTensor.from_lists([[0, 1], [], [3], [3]] * 2)}
+      >>> batch, _ = embedding.shard_batch(ids)
+      >>> activations = embedding.lookup(state, batch)
+      >>> activations["watched"].shape
+      (8, 2)
+      >>> gradients = jax.tree.map(jnp.ones_like, activations)
+      >>> embedding.apply_gradients(state, batch, gradients).step.item()
+      1
+
     References:
       `tf.tpu.experimental.embedding.TPUEmbeddingV2`.
     """

@@ -42,6 +42,16 @@ class Embedding(nnx.Module):
       rngs: its `params` stream initializes the tables.
       options: further arguments of ShardedEmbedding.
 
+    Example:
+      >>> import jaxembed as je
+      >>> from jaxembed.optimizers import SGD
+      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+      >>> embedding = Embedding(features, SGD(1.0), mesh, rngs=nnx.Rngs(0))
+      >>> embedding({"watched": je.RaggedTensor.from_lists([[0, 1], [], [3], [3]] * 2)})["watched"].shape
+      (8, 2)
+
     References:
       `tf.tpu.experimental.embedding.TPUEmbedding`.
     """

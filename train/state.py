@@ -15,6 +15,17 @@ class EmbeddingState:
       slots: stack name to slot name to float32 array.
       step: int32 scalar, number of updates taken.
       combiner_weights: table name to the float32 [num_weights] of its CustomCombiner, whole on every device.
+
+    Example:
+      >>> import jaxembed as je
+      >>> from jaxembed.optimizers import Adagrad
+      >>> from jaxembed.train import ShardedEmbedding
+      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
+      >>> features = {"watched": je.FeatureConfig(movie)}
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+      >>> state = ShardedEmbedding(features, Adagrad(0.1), mesh).init(jax.random.key(0))
+      >>> state.step.item(), [list(slots) for slots in state.slots.values()]
+      (0, [['accumulators']])
     """
 
     tables: dict[str, jax.Array]

@@ -23,6 +23,20 @@ class TrainState:
       embedding: tables, slots and the number of steps taken.
       params: pure nested dict of the dense model's parameters.
       opt_state: of the optax optimizer.
+
+    Example:
+      >>> from jaxembed.optimizers import Adagrad
+      >>> from jaxembed.train import ShardedEmbedding
+      >>> from jaxembed.train.data import batches, criteo_feature_config, synthetic_criteo
+      >>> from jaxembed.train.dlrm import DLRM
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+      >>> features = dict(criteo_feature_config(10, 8))
+      >>> embedding = ShardedEmbedding(features, Adagrad(0.05), mesh)
+      >>> model = DLRM(13, len(features), 8, rngs=nnx.Rngs(0))
+      >>> trainer = Trainer(embedding, model, optax.sgd(0.1))
+      >>> state = trainer.init(jax.random.key(0))
+      >>> sorted(state.params), state.embedding.step.item()
+      (['bottom', 'top'], 0)
     """
 
     embedding: EmbeddingState
@@ -44,6 +58,22 @@ class Trainer:
       model: called as `model(dense, activations) -> logits`; its parameters start as they are in it.
       optimizer: of the dense parameters.
       loss: called as `loss(logits, batch) -> scalar`.
+
+    Example:
+      >>> from jaxembed.optimizers import Adagrad
+      >>> from jaxembed.train import ShardedEmbedding
+      >>> from jaxembed.train.data import batches, criteo_feature_config, synthetic_criteo
+      >>> from jaxembed.train.dlrm import DLRM
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+      >>> features = dict(criteo_feature_config(10, 8))
+      >>> embedding = ShardedEmbedding(features, Adagrad(0.05), mesh)
+      >>> model = DLRM(13, len(features), 8, rngs=nnx.Rngs(0))
+      >>> trainer = Trainer(embedding, model, optax.sgd(0.1))
+      >>> state = trainer.init(jax.random.key(0))
+      >>> for batch in batches(synthetic_criteo(64, 10), batch_size=32):
+      ...     state, metrics = trainer.step(state, trainer.shard_batch(batch))
+      >>> state.embedding.step.item(), sorted(metrics)
+      (2, ['logits', 'loss', 'rounds'])
     """
 
     def __init__(

@@ -25,6 +25,12 @@ def as_input(x: Any) -> Any:
 
     Raises:
       ValueError: if there is no such conversion.
+
+    Example:
+      >>> as_input([[0, 1], [], [3]]).shape
+      (3, None)
+      >>> as_input(np.array([2, 2**40])).tolist()
+      [2, 2147483647]
     """
     if isinstance(x, RaggedTensor | SparseTensor):
         return x

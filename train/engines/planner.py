@@ -44,6 +44,13 @@ class ShardingPlan:
       tables: one a table.
       num_shards: n it was made for.
       memory_per_device: bytes it was made for.
+
+    Example:
+      >>> plan = ShardingPlan((TablePlan("user", "mod", 16_000_000, 800_000, "rows spread"),), 8, 1 << 30)
+      >>> print(plan)
+      table  sharding  MB a device  MB exchanged a step  why
+      user   mod             16.00                0.800  rows spread
+      all                    16.00                0.800  of 1,074 MB on each of 8 devices
     """
 
     tables: tuple[TablePlan, ...]
@@ -104,6 +111,18 @@ def plan_tables(
 
     Raises:
       ValueError: if an argument is not of the form above, or the tables do not fit.
+
+    Example:
+      >>> import jaxembed as je
+      >>> from jaxembed.optimizers import SGD
+      >>> user = je.TableConfig(vocabulary_size=1_000_000, dim=32, name="user")
+      >>> age = je.TableConfig(vocabulary_size=10, dim=32, name="age")
+      >>> counts = {"user": 4096, "age": 4096}
+      >>> plan = plan_tables(
+      ...     [je.FeatureConfig(user), je.FeatureConfig(age)], SGD(0.1), num_shards=8,
+      ...     memory_per_device=1 << 30, ids_per_batch=counts, bags_per_batch=counts)
+      >>> plan.shardings
+      {'age': 'replicated', 'user': 'mod'}
     """
     configs = feature_tables(feature_config)
     overrides = dict(overrides or {})
