@@ -24,7 +24,7 @@ test-slow: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tools/typecheck.py
+	$(BIN)/python tools/typecheck.py --public
 
 # The reader of docstrings wants the packages where they are installed to. Warnings are errors.
 docs: $(VENV)/.docs

@@ -29,7 +29,7 @@ _STORAGES = {
     "DoubleStorage": "float64",
 }
 #: Of torch, by name; others are no tables.
-DTYPES = {
+DTYPES: dict[str, Any] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),

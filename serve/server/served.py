@@ -94,7 +94,7 @@ class BundleModel:
         features, dense = {f.path: f for f in self._function.features}, self._function.dense_shapes
         self._paths = list(features)
         self.signature: Signature = Signature(features, dense, self._outputs(dense), self._function.takes_flat)
-        self.reader = make_reader(self.signature)
+        self.reader: NativeReader | None = make_reader(self.signature)
         self.tables: tuple[TableInfo, ...] = tuple(
             _table_info(name, table) for name, table in bundle.tables.items()
         )
