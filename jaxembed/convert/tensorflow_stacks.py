@@ -34,9 +34,10 @@ def parse_layouts(what: Any, content: bytes) -> Layouts:
     Raises:
       ValueError: if it is none, or tables do not fit into their stacks.
     """
-    from tensorflow.core.tpu.kernels import sparse_core_layout_pb2  # type: ignore[import-not-found]
+    from tensorflow.core.tpu.kernels import sparse_core_layout_pb2
 
-    layouts = sparse_core_layout_pb2.SparseCoreTableLayouts()
+    module: Any = sparse_core_layout_pb2  # its classes are made when it is imported
+    layouts = module.SparseCoreTableLayouts()
     try:
         layouts.ParseFromString(content)
     except Exception as e:  # protobuf's DecodeError is of no common type

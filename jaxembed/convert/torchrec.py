@@ -106,7 +106,7 @@ def read(path: pathlib.Path, options: Options) -> Source:
             slot = _ADAM.get(found[2]) if array.shape == shape else None
         else:
             slot = _ADAGRAD[array.shape != shape] if found[2] in _FIRST else None
-        return slot and (found[1], slot)
+        return (found[1], slot) if slot else None
 
     tables, slots, notes = place_arrays(path, arrays, options, guess)
     if any(ROW_ACCUMULATORS in of_table for of_table in slots.values()):

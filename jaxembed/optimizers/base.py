@@ -160,7 +160,7 @@ class Optimizer:
     @property
     def callables(self) -> tuple[Callable[[], Any], ...]:
         """Those of its arguments that are callables without arguments, called at each update."""
-        return tuple(rate for rate in self._rates() if _is_called(rate))
+        return tuple(rate for rate in self._rates() if callable(rate) and _is_called(rate))
 
     def with_called(self, values: Sequence[Any]) -> Self:
         """The optimizer with values in place of its `callables`, for programs that take the values as arguments."""

@@ -8,7 +8,7 @@ import ipaddress
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from time import monotonic, perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -93,7 +93,9 @@ def make_app(
 class _App(Starlette):
     """Takes the paths that most requests are for past Starlette's routing."""
 
-    direct: ClassVar[dict[str, Callable[[Request], Awaitable[Response]]]] = {}
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.direct: dict[str, Callable[[Request], Awaitable[Response]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         handler = self.direct.get(scope["path"]) if scope["type"] == "http" else None
