@@ -99,6 +99,9 @@ class Checkpointer:
         self.directory: pathlib.Path = pathlib.Path(directory).expanduser().absolute()
         self._embedding = embedding
         self._feature_config = feature_config_to_json(embedding.feature_config)
+        self._optimizers = layout.optimizers_to_json(
+            {p.table.name: stack.optimizer for stack in embedding.stacks.values() for p in stack.placements}
+        )
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
             save_interval_steps=save_interval_steps,
@@ -155,6 +158,7 @@ class Checkpointer:
             "feature_config": self._feature_config,
             "metadata": metadata or {},
             "combiner_weights": layout.combiner_weights_to_json(state.combiner_weights),
+            "optimizers": self._optimizers,
             "digests": {
                 "tables": jax.tree.map(lambda _: next(digests), tables),
                 "slots": jax.tree.map(lambda _: next(digests), slots),

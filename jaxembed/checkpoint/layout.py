@@ -2,7 +2,8 @@
 
     DIRECTORY/
       STEP/
-        manifest/   JSON: format, version, step, feature configuration, metadata, digests, weights of custom combiners
+        manifest/   JSON: format, version, step, feature configuration, metadata, digests, optimizers,
+                    weights of custom combiners
         tables/     Orbax arrays {table: [V, D]}
         slots/      Orbax arrays {table: {slot: [V, D]}}; absent where no optimizer has slots
         model/      Orbax arrays, any structure: dense parameters, optimizer state; may be absent
@@ -220,6 +221,32 @@ def combiner_weights(manifest: dict[str, Any]) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"the combiner_weights of a manifest must be float32 in hexadecimal: {e}; restore another step."
         ) from e
+
+
+def optimizers_to_json(optimizers: Mapping[str, Any]) -> dict[str, Any]:
+    """Optimizers by table; of one that holds what JSON has not, or a callable without a name, its own name alone."""
+    stored: dict[str, Any] = {}
+    for name, optimizer in optimizers.items():
+        try:
+            stored[name] = optimizer.to_dict()
+            json.dumps(stored[name], allow_nan=False)
+        except ValueError:
+            stored[name] = {"name": optimizer.name}
+    return stored
+
+
+def optimizers(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What trained each table, as `Optimizer.to_dict` gives it; older manifests do not say.
+
+    Raises:
+      CheckpointError: if it is not what `optimizers_to_json` gives.
+    """
+    stored = manifest.get("optimizers", {})
+    if not isinstance(stored, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in stored.values()
+    ):
+        raise CheckpointError("the optimizers of a manifest must have names; restore another step.")
+    return stored
 
 
 def _is_whole(step: pathlib.Path) -> bool:

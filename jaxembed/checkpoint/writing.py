@@ -34,6 +34,7 @@ def write_step(
     slots: Mapping[str, Mapping[str, ArrayParts]],
     metadata: dict[str, Any],
     combiner_weights: Mapping[str, Any],
+    optimizers: Mapping[str, Any],
 ) -> None:
     """Fills a new, empty directory with a step, for the caller to rename into place.
 
@@ -45,6 +46,7 @@ def write_step(
       slots: by table and slot name, [V, D] or [V].
       metadata: JSON-able, for the reader.
       combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
+      optimizers: by table, what trained it, as `layout.optimizers` gives it.
 
     Raises:
       ValueError: if the blocks of an array are not all of its rows in order.
@@ -68,6 +70,7 @@ def write_step(
         "feature_config": feature_config,
         "metadata": metadata,
         "combiner_weights": layout.combiner_weights_to_json(combiner_weights),
+        "optimizers": dict(optimizers),
         "digests": digests,
     }
     (directory / layout.MANIFEST).mkdir()

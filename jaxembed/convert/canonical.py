@@ -37,6 +37,7 @@ def read(path: pathlib.Path, options: Options) -> Source:
         opened.feature_config,
         manifest["metadata"],
         layout.combiner_weights(manifest),
+        layout.optimizers(manifest),
         notes,
     )
 
@@ -55,5 +56,6 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
         slots,
         contents.metadata,
         contents.combiner_weights,
+        contents.optimizers,
     )
     return []

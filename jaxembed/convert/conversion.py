@@ -133,6 +133,7 @@ def convert(
                 config,
                 found.metadata,
                 weights,
+                {name: optimizer for name, optimizer in found.optimizers.items() if name in tables},
                 options,
             )
             with published(place) as scratch:

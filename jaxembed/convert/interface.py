@@ -55,6 +55,7 @@ class Source:
       feature_config: if the format has one, else None.
       metadata: JSON-able.
       combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
+      optimizers: by table, what trained it, as `Optimizer.to_dict` gives it.
       notes: what the user should see, such as a mapping of keys that was guessed.
     """
 
@@ -64,6 +65,7 @@ class Source:
     feature_config: Any = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     combiner_weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    optimizers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -171,6 +173,7 @@ class Contents:
       feature_config: of all the tables.
       metadata: JSON-able.
       combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
+      optimizers: by table, what trained it, as `Optimizer.to_dict` gives it.
       options: see there.
     """
 
@@ -180,6 +183,7 @@ class Contents:
     feature_config: Any
     metadata: dict[str, Any]
     combiner_weights: dict[str, np.ndarray]
+    optimizers: dict[str, dict[str, Any]]
     options: Options
 
     @property

@@ -21,6 +21,7 @@ def sidecar_of(contents: Contents) -> bytes:
             "metadata": contents.metadata,
             "feature_config": feature_config_to_json(contents.feature_config),
             "combiner_weights": layout.combiner_weights_to_json(contents.combiner_weights),
+            "optimizers": contents.optimizers,
         }
     ).encode()
 
@@ -39,7 +40,13 @@ def read_sidecar(where: Any, content: bytes | str) -> dict[str, Any]:
         if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not isinstance(metadata, dict):
             raise ValueError(f"its step is {step!r:.40} and its metadata {type(metadata).__name__}")
         config = feature_config_from_json(data["feature_config"])
-        weights = layout.combiner_weights(data)
+        weights, optimizers = layout.combiner_weights(data), layout.optimizers(data)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{where} is not what jaxembed writes beside arrays: {str(e)[:300]}") from e
-    return {"step": step, "metadata": metadata, "feature_config": config, "combiner_weights": weights}
+    return {
+        "step": step,
+        "metadata": metadata,
+        "feature_config": config,
+        "combiner_weights": weights,
+        "optimizers": optimizers,
+    }

@@ -39,7 +39,7 @@ def describe(
     with progress_bar(opened.num_bytes, progress if stats else False) as advance:
         for name, array in opened.tables.items():
             config = configs.get(name)
-            lines.append(f"  {name}: {', '.join(table_facts(array, config))}")
+            lines.append(f"  {name}: {', '.join(table_facts(array, config, opened.optimizer(name)))}")
             if name in opened.table_digests:
                 lines.append(f"    xxh3-128 {opened.table_digests[name]}")
             lines += [
@@ -83,13 +83,12 @@ def feature_facts(feature: FeatureConfig) -> str:
     return ", ".join(facts)
 
 
-def table_facts(array: Any, config: TableConfig | None) -> list[str]:
+def table_facts(array: Any, config: TableConfig | None, optimizer: str = "") -> list[str]:
     """Size, type and configuration of a table."""
     facts = [f"{array.shape[0]:,} x {array.shape[1]} {array.form}", f"{array.num_bytes:,} bytes"]
+    facts += [optimizer] if optimizer else []
     if config is None:
         return facts
-    if config.optimizer is not None:
-        facts.append(config.optimizer.name)
     facts.append(
         f"combiner {config.combiner if isinstance(config.combiner, str) else type(config.combiner).__name__}"
     )

@@ -29,6 +29,7 @@ class Inspected:
       notes: what the reader guessed or left out.
       digest: of a bundle, else None.
       table_digests: by name, where the format has digests: equal for equal tables, however they are stored.
+      optimizers: by table, what trained it, as `Optimizer.to_dict` gives it, where the format says so.
     """
 
     path: pathlib.Path
@@ -41,11 +42,23 @@ class Inspected:
     notes: tuple[str, ...] = ()
     digest: str | None = None
     table_digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    optimizers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def configs(self) -> dict[str, TableConfig]:
         """The tables' configurations by name; empty where there is no feature configuration."""
         return {} if self.feature_config is None else feature_tables(self.feature_config)
+
+    def optimizer(self, table: str) -> str:
+        """What trained a table, in a line; empty where nothing says so."""
+        stored, config = self.optimizers.get(table), self.configs.get(table)
+        if stored is None and config is not None and config.optimizer is not None:
+            stored = layout.optimizers_to_json({table: config.optimizer})[table]
+        if stored is None:
+            return ""
+        arguments = stored.get("arguments")
+        rate = arguments.get("learning_rate") if isinstance(arguments, dict) else None
+        return stored["name"] + (f", learning rate {rate:g}" if isinstance(rate, int | float) else "")
 
     @property
     def num_bytes(self) -> int:
@@ -93,8 +106,17 @@ def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
             table_digests={
                 name: layout.table_digest(rows) for name, rows in opened.manifest["digests"]["tables"].items()
             },
+            optimizers=layout.optimizers(opened.manifest),
         )
     found = open_source(path, name, Options(step=step))
     return Inspected(
-        path, name, found.step, found.feature_config, found.tables, found.slots, found.metadata, found.notes
+        path,
+        name,
+        found.step,
+        found.feature_config,
+        found.tables,
+        found.slots,
+        found.metadata,
+        found.notes,
+        optimizers=found.optimizers,
     )

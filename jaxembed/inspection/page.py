@@ -78,8 +78,6 @@ def _overview(opened: Inspected) -> str:
     total = max(opened.num_bytes, 1)
     rows = []
     for name, array in opened.tables.items():
-        config = opened.configs.get(name)
-        optimizer = "" if config is None or config.optimizer is None else config.optimizer.name
         slots = ", ".join(opened.slots.get(name, {}))
         share = f'<span class="share"><span style="width:{100 * array.num_bytes / total:.2f}%"></span></span>'
         link = f'<a href="#{_anchor(name)}">{escape(name)}</a>'
@@ -90,7 +88,7 @@ def _overview(opened: Inspected) -> str:
                 str(array.shape[1]),
                 escape(array.form),
                 _size(array.num_bytes) + share,
-                escape(optimizer),
+                escape(opened.optimizer(name)),
                 escape(slots),
             ]
         )

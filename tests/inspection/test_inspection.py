@@ -67,7 +67,8 @@ def test_configuration_is_a_tree(checkpoint):
     )
     assert tree in text
     assert text.startswith("checkpoint at step 1: 4 features, 3 tables, 104,320 bytes")
-    assert "  movies: 3,000 x 8 float32, 96,000 bytes, adam, combiner mean" in text
+    assert "  movies: 3,000 x 8 float32, 96,000 bytes, adam, learning rate 0.001, combiner mean" in text
+    assert "  country: 20 x 8 bfloat16, 320 bytes, adagrad, learning rate 0.1, combiner mean" in text
     assert "    slot momenta: [3000, 8] float32, 96,000 bytes" in text
     assert "256 buckets in [-1, 1]" in text
     assert "norms" not in text

@@ -16,8 +16,9 @@ import optax
 import pytest
 
 from jaxembed import FeatureConfig, TableConfig
-from jaxembed.checkpoint import latest_step, layout, read_checkpoint, whole_steps
-from jaxembed.optimizers import Adam
+from jaxembed.checkpoint import CheckpointError, latest_step, layout, read_checkpoint, whole_steps
+from jaxembed.cli import main
+from jaxembed.optimizers import SGD, Adagrad, Adam, optimizer_from_dict
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
 from . import checkpoint_programs as programs
@@ -74,6 +75,30 @@ def test_read_from_the_checkpoint_alone(tmp_path):
     np.testing.assert_array_equal(read.slots["a.b/c d"]["accumulators"], accumulators)
     assert read.model["w"][0].tolist() == [1, 1, 1]
     assert read_checkpoint(tmp_path / "5", model=False).model is None
+
+
+def test_optimizers_are_stored(tmp_path, capsys):
+    """Of every table, whether its own or the default; one that cannot be stored by its name, and training goes on."""
+
+    def falling(step):
+        return 0.1 / (1 + step)
+
+    for name, default in (("named", Adagrad(0.125)), ("unnamed", Adagrad(falling))):
+        own = ShardedEmbedding(feature_config(), default, jax.make_mesh((1,), ("d",)))
+        with Checkpointer(tmp_path / name, own) as checkpointer:
+            checkpointer.save(own.init(jax.random.key(0)))
+        stored = layout.optimizers(layout.read_manifest(tmp_path / name / "0"))
+        assert optimizer_from_dict(stored["small"]) == SGD(0.1)
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if "a.b/c d: 1,003" in line)
+        if name == "named":
+            assert optimizer_from_dict(stored["a.b/c d"]) == default
+            assert ", adagrad, learning rate 0.125, combiner mean" in line
+        else:
+            assert stored["a.b/c d"] == {"name": "adagrad"}
+            assert ", adagrad, combiner mean" in line
+    with pytest.raises(CheckpointError, match="the optimizers of a manifest must have names"):
+        layout.optimizers({"optimizers": {"t": {"name": 3}}})
 
 
 def test_save_is_of_the_state_it_was_given(tmp_path):
