@@ -23,6 +23,7 @@ from .config import CONFIG_VARIABLE, ServerConfig
 _BACKLOG = 1024
 _SLOWEST_RESTART = 30.0
 _HEALTHY_SECONDS = 10.0
+_HOPELESS = 5  # deaths in a row, of workers none of which ever lived long
 
 
 class Supervisor:
@@ -66,7 +67,7 @@ class Supervisor:
         self._metrics.mkdir(parents=True)
         self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
         self._due: dict[int, float] = {}
-        self._failures = 0
+        self._failures, self._lived = 0, False
         self._stop = threading.Event()
         self._log = logs.logger()
 
@@ -81,7 +82,7 @@ class Supervisor:
         return [process.pid for process, _ in self._workers.values()]
 
     def run(self) -> int:
-        """Runs until SIGTERM or SIGINT; 0 if all workers ended in time."""
+        """Runs until SIGTERM or SIGINT; 0 if all workers ended in time, 1 also if none can be started."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
         try:
@@ -93,6 +94,10 @@ class Supervisor:
             )
             while not self._stop.wait(0.05):
                 self._restart_dead()
+                if self._failures >= _HOPELESS and not self._lived:
+                    self._log.error("giving up: every worker dies when it starts; what it printed says why")
+                    self._end()
+                    return 1
             return self._end()
         finally:
             self._listener.close()
@@ -123,6 +128,7 @@ class Supervisor:
             if slot not in self._due:
                 self._forget(process.pid)
                 now = time.monotonic()
+                self._lived |= now - started > _HEALTHY_SECONDS
                 self._failures = 0 if now - started > _HEALTHY_SECONDS else self._failures + 1
                 # One that lived is replaced at once, one that dies young more and more slowly.
                 delay = min(0.0 if self._failures <= 1 else 0.5 * 2**self._failures, _SLOWEST_RESTART)

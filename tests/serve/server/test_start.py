@@ -1,7 +1,9 @@
 """What is said before any worker starts: ports that are taken, folders and packages that are not there."""
 
 import importlib.util
+import os
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -57,3 +59,24 @@ def test_a_package_that_is_not_there(tmp_path, capsys, monkeypatch):
     assert main(["serve", str(tmp_path)]) != 0
     message = "`jaxembed serve` needs the package 'uvicorn'; install it with pip install 'jaxembed[server]'."
     assert message in capsys.readouterr().err
+
+
+def test_workers_that_never_start_are_given_up(tmp_path):
+    """A package that is there but broken, say: a supervisor that started workers for ever would hide it."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['uvicorn'] = None\n")
+    (tmp_path / "bundles").mkdir()
+    program = """
+import sys
+from jaxembed.serve.server import workers
+from jaxembed.serve.server.config import ServerConfig
+workers._SLOWEST_RESTART, workers._HOPELESS = 0.0, 2
+sys.exit(workers.Supervisor(ServerConfig("bundles", http_port=0, grpc_port=0)).run())
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "giving up: every worker dies when it starts" in done.stderr
+    assert "import of uvicorn halted" in done.stderr
