@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 import shutil
 import tracemalloc
 import zipfile
@@ -225,6 +226,16 @@ def test_another_framework_s_tables_to_serving(tmp_path, capsys):
     assert "out/0 exists, and may be in use" in capsys.readouterr().err
     assert main([*line[:-2], "--dry-run", "--version", "1", "--delta-from", "0"]) == 1
     assert "--dry-run knows no rows of another framework's tables to compare" in capsys.readouterr().err
+
+
+def test_progress_bar(checkpoint, tmp_path, capsys):
+    """Where asked for, else on terminals only; of all bytes that are read."""
+    pytest.importorskip("tqdm")
+    convert(checkpoint, tmp_path / "a.npz", progress=True)
+    assert re.search(r"100%\|.*5\.12M/5\.12M", capsys.readouterr().err)
+    convert(checkpoint, tmp_path / "b.npz", progress=None)
+    assert main(["convert", str(checkpoint), str(tmp_path / "c.npz")]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_dry_run_writes_nothing(checkpoint, tmp_path):

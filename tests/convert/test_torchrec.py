@@ -249,6 +249,10 @@ def test_bad_folders_are_refused(tmp_path):
     )
     refused("its chunks are not all of it", whole.replace(b"K\x10\x86", b"K\x11\x86", 1))
     refused(r"__0_0\.distcp is too short", data=data[:5000])
+    (tmp_path / "good" / "__0_0.distcp").rename(tmp_path / "elsewhere")
+    (tmp_path / "good" / "__0_0.distcp").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"__0_0\.distcp cannot be opened: .*; it must be a regular file"):
+        convert(tmp_path / "good", tmp_path / "out")
     flipped = bytearray(data)
     flipped[5000] ^= 1
     refused("does not have the checksum it was saved with", data=bytes(flipped))
