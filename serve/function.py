@@ -34,8 +34,8 @@ class ServingFunction:
         serve.warm_up()
         scores = serve({"user": [7, 9], "history": [[1, 2], []]}, dense={"dense": dense})
 
-    A request is padded to a rung of a ladder of shapes: batch sizes 1, 2, 3, 4, 6, 9, 14, ... in steps of
-    1.5. With the native kernel, padding of ids costs nothing, and there is one rung for each batch size.
+    A request is padded to a rung of a ladder of shapes: batch sizes 1, 2, 3, 4, 6, 8, 12, ... in steps of
+    at most 1.5. With the native kernel, padding of ids costs nothing, and there is one rung for each batch size.
     The plain JAX path (and custom combiners) look padding up as well and are slower to compile: batch sizes
     there come in steps of 4, each at two row lengths. Batches above the largest are split by rows.
     Thread-safe.
@@ -155,7 +155,7 @@ class ServingFunction:
         return self._jit_function
 
     def warm_up(self, progress: bool | Callable[[int, int], None] = False) -> "ServingFunction":
-        """Compiles every rung and runs it once.
+        """Compiles every rung and runs it once; what another function compiled and ran is done.
 
         Args:
           progress: show a bar on stderr, or call this with the number of rungs done and of all.
@@ -164,6 +164,8 @@ class ServingFunction:
         for done, rung in enumerate(self._ladder):
             if report:
                 report(done, len(self._ladder))
+            if rung in self._programs:
+                continue
             program, (ids, weights) = self._program(rung), self._take(rung)
             splits = np.zeros((len(self._layout.features), rung.batch + 1), np.int32)
             dense = [np.zeros((rung.batch, *shape), np.float32) for shape in self._dense.shapes.values()]

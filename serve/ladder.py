@@ -60,11 +60,22 @@ class Ladder:
         return Rung(batch, self.row_lengths[-1])
 
 
-def geometric(largest: int, step: float) -> tuple[int, ...]:
-    """1, 2, ... up to `largest`, each about `step` times the one before.
+def batch_ladder(largest: int) -> tuple[int, ...]:
+    """1, 2, 3, 4, 6, 8, 12, 16, ... up to `largest`: the powers of two, and halfway between them.
 
-    Padding a batch costs the work of its empty rows, so steps of 1.5 bound the waste at half.
+    Padding a batch costs the work of its empty rows, so steps of at most 1.5 bound the waste at half; batches are
+    often powers of two, and these are not padded at all.
     """
+    sizes = {1, largest}
+    power = 2
+    while power < largest:
+        sizes |= {power, power * 3 // 2}
+        power *= 2
+    return tuple(sorted(size for size in sizes if size <= largest))
+
+
+def geometric(largest: int, step: float) -> tuple[int, ...]:
+    """1, 2, ... up to `largest`, each about `step` times the one before."""
     sizes = [1]
     while sizes[-1] < largest:
         sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * step))))
@@ -91,7 +102,7 @@ def make_ladder(
         if not isinstance(max_batch_size, int) or max_batch_size < 1:
             raise ValueError(f"max_batch_size must be an int of at least 1, got {max_batch_size!r}.")
         # A rung of the plain path takes XLA seconds where the kernel's takes a fraction of one.
-        batch_sizes = geometric(max_batch_size, 1.5 if native else 4)
+        batch_sizes = batch_ladder(max_batch_size) if native else geometric(max_batch_size, 4)
     if row_lengths is None:
         row_lengths = () if native else (max(1, longest // 8),)
     row_lengths = [length for length in row_lengths if length < longest]

@@ -66,6 +66,8 @@ class Layout:
         self, packed: Packed, first: int, last: int, rung: Rung, ids: np.ndarray, weights: Any
     ) -> np.ndarray:
         """Copies rows [first, last) of a packed request to the buffers of `rung` and returns the splits."""
+        if self.shared and first == 0 and last == packed.rows and _is_dense(packed):
+            return _copy_whole(packed, rung, ids, weights)
         part = packed.splits[:, first : last + 1]
         counts = part[:, -1] - part[:, 0]
         room = counts if self.shared else self.capacities(rung)
@@ -78,6 +80,25 @@ class Layout:
         splits[:, : last - first + 1] = part - part[:, :1]
         splits[:, last - first + 1 :] = counts[:, None]
         return splits + starts[:, None] if self.shared else splits
+
+
+def _is_dense(packed: Packed) -> bool:
+    """Whether the features lie one after the other from the front on, with nothing between them."""
+    splits = packed.splits
+    return splits[0, 0] == 0 and np.array_equal(splits[1:, 0], splits[:-1, packed.rows])
+
+
+def _copy_whole(packed: Packed, rung: Rung, ids: np.ndarray, weights: Any) -> np.ndarray:
+    rows, total = packed.rows, packed.splits[-1, packed.rows]
+    ids[:total] = packed.ids[:total]
+    if weights is not None and packed.weights is not None:
+        weights[:total] = packed.weights[:total]
+    if packed.splits.shape[1] == rung.batch + 1:
+        return packed.splits
+    splits = np.empty((len(packed.splits), rung.batch + 1), np.int32)
+    splits[:, : rows + 1] = packed.splits[:, : rows + 1]
+    splits[:, rows + 1 :] = packed.splits[:, rows : rows + 1]
+    return splits
 
 
 def pack_alone(packer: Packer, request: Request) -> Packed:

@@ -30,7 +30,7 @@ class ServingModel:
     large batches are those of `ServingFunction`. Thread-safe.
 
     Args:
-      path: of a bundle's version, or of the folder of its versions.
+      path: of a bundle's version, or of the folder of its versions; or a Bundle that was opened.
       version: default: the latest.
       max_batch_size: rows that run at once; larger requests are split by rows.
       verify: compare the whole bundle with its digests first, which reads all of it.
@@ -67,7 +67,7 @@ class ServingModel:
 
     def __init__(
         self,
-        path: str | pathlib.Path,
+        path: str | pathlib.Path | Bundle,
         *,
         version: int | None = None,
         max_batch_size: int = 1024,
@@ -76,7 +76,7 @@ class ServingModel:
         weighted: Iterable[str] | None = None,
         max_ids_per_row: int | Mapping[str, int] | None = None,
     ):
-        bundle = open_bundle(path, version)
+        bundle = path if isinstance(path, Bundle) else open_bundle(path, version)
         if verify:
             bundle.verify()
         load_vocabularies(bundle.feature_config)

@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,16 +89,26 @@ class Bundle:
                 found[name] = StoredArray(what, codes, digests)
         return found
 
-    def verify(self) -> None:
+    def verify(self, rest: float | None = None) -> None:
         """Compares all of it with its digests, on several threads; may run while it is in use.
+
+        Args:
+          rest: use one thread alone, which sleeps so many seconds for each second that it works, so that what
+            else the process does comes first.
 
         Raises:
           CheckpointError: naming the first array and the rows that are damaged.
         """
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            # Small arrays beside each other; a large one is spread over threads by itself.
-            for _ in pool.map(lambda check: check[2].check(check[1], check[0]), self._digests):
-                pass
+        if rest is not None:
+            for what, array, digests in self._digests:
+                begin = time.perf_counter()
+                digests.check(array, what, threads=1)
+                time.sleep(rest * (time.perf_counter() - begin))
+        else:
+            with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                # Small arrays beside each other; a large one is spread over threads by itself.
+                for _ in pool.map(lambda check: check[2].check(check[1], check[0]), self._digests):
+                    pass
         _ = self.exported
         load_vocabularies(self.feature_config)
 

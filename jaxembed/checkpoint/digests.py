@@ -90,8 +90,11 @@ class Digests:
         first = borders[np.searchsorted(borders, start, "right") - 1]
         return int(first), int(borders[np.searchsorted(borders, stop, "left")])
 
-    def check(self, rows: np.ndarray, what: str, start: int = 0) -> None:
+    def check(self, rows: np.ndarray, what: str, start: int = 0, threads: int | None = None) -> None:
         """Checks rows that begin at row `start`; only blocks that lie in them as a whole are looked at.
+
+        Args:
+          threads: that hash; default: as many as there are cores, up to 8.
 
         Raises:
           CheckpointError: naming `what` and the rows that are not those that were saved.
@@ -102,7 +105,7 @@ class Digests:
         ]
         pieces = [(start, rows)]
         spans = [(self.borders[i], self.borders[i + 1]) for i in indices]
-        found = _hash_spans(pieces, spans)
+        found = _hash_spans(pieces, spans, threads)
         bad = [i for i, digest in zip(indices, found, strict=True) if digest != self.blocks[i]]
         if bad:
             runs = _runs([(self.borders[i], self.borders[i + 1]) for i in bad])
@@ -204,7 +207,9 @@ def _is_row_sharded(array: jax.Array) -> bool:
     return local[1:] == array.shape[1:]
 
 
-def _hash_spans(pieces: Sequence[tuple[int, np.ndarray]], spans: Sequence[tuple[int, int]]) -> list[str]:
+def _hash_spans(
+    pieces: Sequence[tuple[int, np.ndarray]], spans: Sequence[tuple[int, int]], threads: int | None = None
+) -> list[str]:
     flat = [(start, _as_bytes(rows)) for start, rows in pieces]
 
     def one(span: tuple[int, int]) -> str:
@@ -215,9 +220,9 @@ def _hash_spans(pieces: Sequence[tuple[int, np.ndarray]], spans: Sequence[tuple[
                 digest.update(rows[low - start : high - start].reshape(-1).data)
         return digest.hexdigest()
 
-    if len(spans) < 4:
+    if len(spans) < 4 or threads == 1:
         return [one(span) for span in spans]
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(one, spans))
 
 

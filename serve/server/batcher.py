@@ -18,7 +18,7 @@ from .served import ServedModel
 
 # A batch that takes less runs in the event loop: handing it to a thread and back would take about as long.
 _INLINE_SECONDS = 0.001
-_FORGET = 0.2
+_FORGET = 0.02
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -180,7 +180,8 @@ class Batcher:
             outputs, computed, seconds = outcome
             size = total.bit_length()
             known = self._seconds.get(size, seconds)
-            self._seconds[size] = known + _FORGET * (seconds - known)
+            # What it takes, and not what it takes when the machine is busy with something else.
+            self._seconds[size] = min(seconds, known + _FORGET * (seconds - known))
             self._metrics.batch(seconds, len(batch), total, computed, self._max_rows)
             first = 0
             for entry in batch:

@@ -19,7 +19,16 @@ from .config import ServerConfig
 from .workers import Supervisor
 
 # Only workers import these; they would die of one that is missing, and be started again for ever.
-for _package in ("google.protobuf", "grpc", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"):
+for _package in (
+    "google.protobuf",
+    "grpc",
+    "httptools",
+    "orjson",
+    "prometheus_client",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+):
     if importlib.util.find_spec(_package) is None:
         raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 

@@ -1,9 +1,41 @@
-"""Uvicorn's HTTP protocol, with a deadline for the headers of every request."""
+"""Uvicorn's HTTP protocol, with a deadline for the headers of every request, and a short way to refuse one."""
 
 import asyncio
+import json
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .body import COMPLETE
+from .errors import overloaded
+from .service import Service
+
+
+def make_protocol(service: Service) -> type["DeadlineProtocol"]:
+    """The protocol of a server: what has no room in `service` is refused at its headers."""
+    name = service.config.name.encode()
+    protocols = {b"/v2/models/%b/infer" % name: "v2_rest", b"/v1/models/%b:predict" % name: "tf_rest"}
+
+    class Protocol(DeadlineProtocol):
+        refuses = staticmethod(
+            lambda path: protocols.get(path) if service.full and not service.draining else None
+        )
+        refused = staticmethod(lambda protocol: service.metrics.request(protocol, 429, 0.0))
+
+    return Protocol
+
+
+def _refusal() -> bytes:
+    error = overloaded("as many requests as may are served or wait already")
+    body = json.dumps({"error": error.message}).encode()
+    lines = [
+        "HTTP/1.1 429 Too Many Requests",
+        f"retry-after: {error.retry_after}",
+        f"content-length: {len(body)}",
+        "content-type: application/json",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 class DeadlineProtocol(HttpToolsProtocol):
@@ -11,10 +43,19 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     Uvicorn does so between requests alone: a connection that sends nothing at first, or its headers byte by
     byte, would stay for good.
+
+    A server that has no room refuses requests as soon as their headers are there, with an answer made beforehand
+    and nothing else: what refusing costs is lost to the requests that are served.
     """
 
+    #: Of a path, the protocol as which a request is refused; None if it is not.
+    refuses: Callable[[bytes], str | None] = staticmethod(lambda path: None)
+    refused: Callable[[str], None] = staticmethod(lambda protocol: None)
+
+    _REFUSAL = _refusal()
     _deadline: asyncio.TimerHandle | None = None
     _seen: Any = None
+    _skips = False
 
     def connection_made(self, transport: Any) -> None:
         """The deadline begins."""
@@ -29,6 +70,36 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._disarm()
             if self.cycle.response_complete:
                 self._arm()
+
+    def on_headers_complete(self) -> None:
+        """The request is refused, or its handling begins."""
+        if (self.cycle is None or self.cycle.response_complete) and self.parser.get_method() == b"POST":
+            protocol = self.refuses(self.url)
+            if protocol is not None and self.parser.should_keep_alive() and not self.parser.should_upgrade():
+                self._skips = True
+                if self.flow.write_paused:  # it sends requests and reads no answers
+                    self.transport.close()
+                    return
+                self.transport.write(self._REFUSAL)
+                self.refused(protocol)
+                self._arm()
+                return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """That of a refused request is dropped."""
+        if not self._skips:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The next request may begin."""
+        if self._skips:
+            self._skips = False
+            self._arm()
+        else:
+            if self.cycle is not None:
+                self.cycle.scope[COMPLETE] = True
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """The next deadline begins, unless the next request is here already."""

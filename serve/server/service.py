@@ -16,6 +16,8 @@ from .request import InferenceRequest
 from .served import ServedModel
 from .versions import Versions
 
+_FLUSH_SECONDS = 0.2
+
 
 class Service:
     """A server without its protocols.
@@ -36,11 +38,17 @@ class Service:
         self.leaving: bool = False
         self.draining: bool = False
         self._admitted = 0
+        self._flushing: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
         """Whether requests are served."""
         return not self.leaving and not self.draining and self.versions.current is not None
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another request."""
+        return self._admitted >= self.config.max_queue_requests
 
     @property
     def admitted(self) -> int:
@@ -51,6 +59,7 @@ class Service:
         """Loads a version and starts to run batches."""
         self.batcher.start()
         await self.versions.start()
+        self._flushing = asyncio.get_running_loop().create_task(self._flush())
 
     async def stop(self) -> None:
         """Lets the requests that were admitted end, for a while, and stops."""
@@ -61,6 +70,14 @@ class Service:
             await asyncio.sleep(0.01)
         await self.versions.stop()
         await self.batcher.stop()
+        if self._flushing is not None:
+            self._flushing.cancel()
+        self.metrics.flush()
+
+    async def _flush(self) -> None:
+        while True:
+            await asyncio.sleep(_FLUSH_SECONDS)
+            self.metrics.flush()
 
     @contextlib.contextmanager
     def admission(self) -> Iterator[None]:
@@ -71,7 +88,7 @@ class Service:
         """
         if self.draining:
             raise unavailable("it is stopping")
-        if self._admitted >= self.config.max_queue_requests:
+        if self.full:
             raise overloaded(f"{self._admitted} requests are served or wait already")
         self._admitted += 1
         try:

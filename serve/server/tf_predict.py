@@ -10,7 +10,6 @@ References:
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from .request import ROW_SPLITS, WEIGHTS, InferenceRequest
 from .served import ServedModel
 from .signature import Signature
 from .tensors import ragged
-from .v2_json import json_values
+from .v2_json import as_json, to_json
 
 _SIGNATURE = "serving_default"
 _TYPES = {
@@ -52,14 +51,13 @@ def read(signature: Signature, data: dict[str, Any]) -> tuple[InferenceRequest, 
 
 def write(by_row: bool, outputs: Sequence[tuple[str, np.ndarray]]) -> bytes:
     """A response; an only output goes without its name."""
-    named = {name: json_values(array) for name, array in outputs}
+    named = {name: as_json(array) for name, array in outputs}
+    content: Any = named
     if len(named) == 1:
         (content,) = named.values()
     elif by_row:
         content = [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
-    else:
-        content = named
-    return json.dumps({"predictions" if by_row else "outputs": content}, separators=(",", ":")).encode()
+    return to_json({"predictions" if by_row else "outputs": content})
 
 
 def metadata(model: ServedModel, name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .request import InferenceRequest
 from .served import ServedModel
 from .v2_json import read_object
 
+_SMALL = 256
 HEADER = "inference-header-content-length"
 
 
@@ -29,7 +30,7 @@ def read(model: ServedModel, body: bytes, header: str | None) -> tuple[dict[str,
     size = _json_size(body, header)
     found = None if model.reader is None else model.reader.json(body, size)
     if found is not None:
-        data = read_object(found[1])
+        data = v2_json.read_small(found[1]) if len(found[1]) < _SMALL else read_object(found[1])
         return data, v2_json.request(data, found[0], {}, {})
     view = memoryview(body)
     data = read_object(view[:size])

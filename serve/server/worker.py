@@ -8,12 +8,13 @@ import socket
 import sys
 from collections.abc import Iterator
 
+import jax
 import uvicorn
 
 from . import logs
 from .app import make_app
 from .config import CONFIG_VARIABLE, ServerConfig
-from .http_protocol import DeadlineProtocol
+from .http_protocol import DeadlineProtocol, make_protocol
 from .service import Service
 
 
@@ -35,7 +36,7 @@ async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | 
         predict_route=os.environ.get("AIP_PREDICT_ROUTE"),
         health_route=os.environ.get("AIP_HEALTH_ROUTE"),
     )
-    server = _HttpServer(_uvicorn_config(config, app))
+    server = _HttpServer(_uvicorn_config(config, app, make_protocol(service)))
     # A worker that took the place of one that died leaves requests to the others until it can serve them.
     await service.start()
     http = loop.create_task(server.serve(sockets=[listener]))
@@ -75,10 +76,10 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(config: ServerConfig, app: object) -> uvicorn.Config:
+def _uvicorn_config(config: ServerConfig, app: object, protocol: type[DeadlineProtocol]) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=DeadlineProtocol,
+        http=protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -96,6 +97,10 @@ def main() -> None:
     """
     config = ServerConfig.from_json(os.environ.pop(CONFIG_VARIABLE))
     logs.configure()
+    # Batches run where they are called from: to hand them to another thread costs more than quick ones take.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # What loads a version beside the one that serves lets go of the interpreter after so long, instead of 5 ms.
+    sys.setswitchinterval(0.0005)
     listener = socket.socket(fileno=int(sys.argv[1]))
     port = int(sys.argv[2])
     try:

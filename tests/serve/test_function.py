@@ -132,7 +132,7 @@ def test_rungs():
 def test_rungs_of_the_native_kernel():
     with use_backend("native"):
         function = ServingFunction(EMBEDDING)
-    assert [rung.row_length for rung in function.rungs] == [128] * 18
+    assert [rung.row_length for rung in function.rungs] == [128] * 20
 
 
 def test_progress(capsys):

@@ -6,13 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxembed.serve.ladder import Ladder, Rung, geometric
+from jaxembed.serve.ladder import Ladder, Rung, batch_ladder, geometric
 
 
 def test_batch_sizes():
-    assert geometric(30, 1.5) == (1, 2, 3, 4, 6, 9, 14, 21, 30)
-    assert geometric(1, 1.5) == (1,)
-    assert len(geometric(1024, 1.5)) == 18
+    assert batch_ladder(30) == (1, 2, 3, 4, 6, 8, 12, 16, 24, 30)
+    assert batch_ladder(1) == (1,)
+    assert batch_ladder(2) == (1, 2)
+    assert len(batch_ladder(1024)) == 20
+
+
+@given(st.integers(1, 5000))
+def test_batches_are_padded_by_half_at_most(largest):
+    sizes = batch_ladder(largest)
+    assert sizes[0] == 1
+    assert sizes[-1] == largest
+    assert all(a < b <= max(a + 1, a * 3 // 2) for a, b in itertools.pairwise(sizes))
 
 
 @given(st.integers(1, 5000), st.floats(1.1, 8))

@@ -62,6 +62,36 @@ def test_kinds_and_references():
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
 
 
+def test_manifests_follow_the_schemas_of_kubernetes():
+    """Those of KServe are its own; what they hold of Kubernetes is put where Kubernetes has it."""
+    validate = pytest.importorskip("kubernetes_validate").validate
+    for document in documents("gke.yaml"):
+        validate(document, "1.30", strict=True)
+    service, runtime = documents("kserve.yaml")
+    found = {k: v for k, v in runtime["spec"].items() if k not in ("supportedModelFormats", "protocolVersions")}
+    validate(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": runtime["metadata"], "spec": found}, "1.30", strict=True
+    )
+    predictor = dict(service["spec"]["predictor"])
+    model = predictor.pop("model")
+    assert all(isinstance(predictor.pop(key), int) for key in ("minReplicas", "maxReplicas", "timeout"))
+    assert isinstance(predictor.pop("containerConcurrency"), int)
+    assert predictor == {}
+    assert model.keys() <= {
+        "modelFormat",
+        "protocolVersion",
+        "runtime",
+        "storageUri",
+        "resources",
+        "args",
+        "env",
+    }
+    assert (service["apiVersion"], runtime["apiVersion"]) == (
+        "serving.kserve.io/v1beta1",
+        "serving.kserve.io/v1alpha1",
+    )
+
+
 def test_dockerfile_starts_the_command():
     text = (DEPLOY / "Dockerfile").read_text()
     entry = re.search(r"^ENTRYPOINT (.*)$", text, re.M)[1]

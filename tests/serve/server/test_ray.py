@@ -5,10 +5,12 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import httpx
@@ -47,12 +49,14 @@ def running(folder, scratch, **limits):
     deployment.update(limits)
     del deployment["autoscaling_config"]
     (scratch / "ray.yaml").write_text(yaml.safe_dump(manifest))
+    scratch_of_ray = tempfile.mkdtemp(prefix="ray")  # paths of sockets must be short
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": scratch_of_ray,  # a Ray of its own
         "RAY_raylet_start_wait_time_s": "120",
     }
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(scratch / "ray.yaml")]
@@ -76,6 +80,7 @@ def running(folder, scratch, **limits):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        shutil.rmtree(scratch_of_ray, ignore_errors=True)
 
 
 def test_serves_and_refuses_what_has_no_room(shared_folder, tmp_path):

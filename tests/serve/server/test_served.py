@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jaxembed import FeatureConfig, HashBuckets, TableConfig
+from jaxembed.combiners import CustomCombiner, register_combiner
+from jaxembed.initializers import RandomUniform
 from jaxembed.optimizers import SGD
 from jaxembed.serve import export_model
 from jaxembed.serve.server.config import ServerConfig
@@ -77,6 +79,60 @@ def test_raw_ids_are_hashed_in_every_protocol(tmp_path):
             np.testing.assert_array_equal(np.reshape(output["data"], output["shape"])[:, 0], rows)
 
     run(check())
+
+
+@register_combiner("test_served_scaled")
+def scaled(valency, vectors, weights):
+    """Rows times the weight of their position, summed up."""
+    return jnp.sum(vectors * weights[:, None], axis=0)
+
+
+def test_weights_of_combiners_are_those_of_the_version(tmp_path):
+    combiner = CustomCombiner(scaled, max_valency=2, num_weights=2, initializer=RandomUniform(-1, 1))
+    config = {"x": FeatureConfig(TableConfig(9, 3, combiner=combiner, name="t"))}
+    own = ShardedEmbedding(config, SGD(0.1), jax.make_mesh((1,), ("d",)))
+    _, slots, _ = own.to_canonical(own.init(jax.random.key(0)))
+    rows = jnp.repeat(jnp.arange(9.0)[:, None], 3, axis=1)
+    learnt = {0: [1.0, 10.0], 1: [2.0, -1.0]}
+    with Checkpointer(tmp_path / "checkpoint", own) as checkpointer:
+        for step, weights in learnt.items():
+            checkpointer.save(own.from_canonical({"t": rows}, slots, step, {"t": jnp.array(weights)}))
+    for step in learnt:
+        bundles.add(tmp_path / "checkpoint", tmp_path / "bundles", step)
+    options = {"model": None, "dense_inputs": {}, "weighted": (), "max_batch_rows": 2}
+
+    async def check():
+        async with client_of(tmp_path / "bundles", **options) as (client, service):
+            for step, (first, second) in learnt.items():
+                await service.versions.pin(step)
+                body = {"inputs": {"x": [[3, 4], [5]]}}
+                answer = await client.post("/v1/models/model:predict", json=body)
+                want = [[3 * first + 4 * second] * 3, [5 * first] * 3]
+                np.testing.assert_allclose(answer.json()["outputs"], want)
+            assert service.versions.current.compile_count == 0  # weights are arguments of the same programs
+
+    run(check())
+
+
+def test_the_second_start_compiles_nothing(shared_folder, tmp_path):
+    options = {**bundles.OPTIONS, "max_batch_rows": 3, "compile_cache": str(tmp_path / "programs")}
+    hits = []
+
+    def listen(event, **_):
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    first = BundleModel(ServerConfig(str(shared_folder), **options), 0)
+    kept = sorted((tmp_path / "programs").iterdir())
+    assert kept
+    jax.monitoring.register_event_listener(listen)
+    try:
+        jax.clear_caches()
+        second = BundleModel(ServerConfig(str(shared_folder), **options), 0)
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+    assert len(hits) >= second.compile_count == first.compile_count == 3
+    assert sorted((tmp_path / "programs").iterdir()) == kept
 
 
 def test_models_that_cannot_be_found():
