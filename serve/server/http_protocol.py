@@ -73,9 +73,10 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The request is refused, or its handling begins."""
-        if (self.cycle is None or self.cycle.response_complete) and self.parser.get_method() == b"POST":
+        parser: Any = self.parser
+        if (self.cycle is None or self.cycle.response_complete) and parser.get_method() == b"POST":
             protocol = self.refuses(self.url)
-            if protocol is not None and self.parser.should_keep_alive() and not self.parser.should_upgrade():
+            if protocol is not None and parser.should_keep_alive() and not parser.should_upgrade():
                 self._skips = True
                 if self.flow.write_paused:  # it sends requests and reads no answers
                     self.transport.close()
@@ -98,7 +99,8 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._arm()
         else:
             if self.cycle is not None:
-                self.cycle.scope[COMPLETE] = True
+                scope: Any = self.cycle.scope
+                scope[COMPLETE] = True
             super().on_message_complete()
 
     def on_response_complete(self) -> None:

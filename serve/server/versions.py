@@ -40,7 +40,7 @@ class Versions:
         self._current: ServedModel | None = None
         self._identity: tuple[int, ...] | None = None
         self._failed: dict[int, tuple[Any, str]] = {}
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-load", _step_back)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-load")
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._state = pathlib.Path(config.state) if config.state else pathlib.Path(tempfile.mkdtemp("jaxembed"))
@@ -147,6 +147,8 @@ class Versions:
         loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         old = self._current
         try:
+            if old is not None:
+                await loop.run_in_executor(self._thread, _step_back)
             model = await loop.run_in_executor(self._thread, self._load, self._config, version, old)
         except Exception as e:
             self._failed[version] = (identity, f"{type(e).__name__}: {e}")
