@@ -150,7 +150,7 @@ def _misses(judged: list[Target]) -> str:
         if len(target.misses) > _LISTED:
             lines += f"\n- and {len(target.misses) - _LISTED} more"
         summary = f"{target.promise}: {len(target.misses)}"
-        parts.append(f"<details><summary>{summary}</summary>\n\n{lines}\n\n</details>")
+        parts.append(f'<details markdown="1"><summary>{summary}</summary>\n\n{lines}\n\n</details>')
     return "## Cells that miss, worst first\n\n" + "\n\n".join(parts) if parts else ""
 
 
@@ -182,7 +182,7 @@ def _cells(results: Results, path: Path) -> str:
         "## Every cell\n\nThe mean time of one lookup in microseconds over weights on and off, uniform and Zipf ids; "
         "the widest quartile range of these in percent of the median; and for each contender the least of their "
         f"ratios. All figures, one by one: [{path.with_suffix('.csv').name}]({path.with_suffix('.csv').name}).\n\n"
-        f"<details><summary>{len(rows)} lines</summary>\n\n{_table(header, rows)}\n\n</details>"
+        f'<details markdown="1"><summary>{len(rows)} lines</summary>\n\n{_table(header, rows)}\n\n</details>'
     )
 
 
