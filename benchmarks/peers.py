@@ -113,7 +113,8 @@ class Jax:
         self._table = None
 
     def program(self, cell: Cell, sets: list[list[Batch]], every: bool) -> Callable[[int], Any]:
-        lookups, table = self._lookups(cell.batch, every), self._table
+        # Plain JAX takes long to compile, and so little less for the last output only that one program will do.
+        lookups, table = self._lookups(cell.batch, every or self._path == "xla"), self._table
         arguments = jax.device_put([_flat(batches) for batches in sets])
         return lambda i: jax.block_until_ready(lookups(table, *arguments[i]))
 
