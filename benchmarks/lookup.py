@@ -1,6 +1,6 @@
 """Times jaxembed's CPU lookup against its peers and against memory, and the whole call.
 
-    python benchmarks/lookup.py            # the full grid, about half an hour on 2 cores
+    python benchmarks/lookup.py            # the full grid, about 1.5 hours on 2 cores, most of them compiling
     python benchmarks/lookup.py --quick    # a part of it, about 3 minutes
 
 Writes benchmarks/results/lookup.md, .png and .csv (lookup-part.* for anything but the full grid).
@@ -145,7 +145,7 @@ def _run_cell(cell: Cell, peers: list[Peer], ids: Ids, results: Results, seconds
 def _lookups_per_call(cell: Cell) -> int:
     """Several, so that the price of a call from Python weighs little; fewer where one is slow."""
     values = cell.num_ids * cell.dim
-    return 16 if values <= 2**17 else 4 if values <= 2**21 else 1
+    return 8 if values <= 2**17 else 4 if values <= 2**21 else 1
 
 
 def _write(results: Results, path: Path) -> None:
