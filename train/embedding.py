@@ -66,7 +66,7 @@ class ShardedEmbedding(ShardedInputs):
     Raises:
       ValueError: if an argument is not of the form above.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
       >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")

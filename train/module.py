@@ -42,7 +42,7 @@ class Embedding(nnx.Module):
       rngs: its `params` stream initializes the tables.
       options: further arguments of ShardedEmbedding.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
       >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")

@@ -24,7 +24,7 @@ class TrainState:
       params: pure nested dict of the dense model's parameters.
       opt_state: of the optax optimizer.
 
-    Example:
+    Examples:
       >>> from jaxembed.optimizers import Adagrad
       >>> from jaxembed.train import ShardedEmbedding
       >>> from jaxembed.train.data import batches, criteo_feature_config, synthetic_criteo
@@ -59,7 +59,7 @@ class Trainer:
       optimizer: of the dense parameters.
       loss: called as `loss(logits, batch) -> scalar`.
 
-    Example:
+    Examples:
       >>> from jaxembed.optimizers import Adagrad
       >>> from jaxembed.train import ShardedEmbedding
       >>> from jaxembed.train.data import batches, criteo_feature_config, synthetic_criteo
