@@ -25,7 +25,7 @@ def backend() -> str:
       ValueError: if JAXEMBED_BACKEND is none of "auto", "native", "xla".
       RuntimeError: if "native" is asked for where the kernel is not available.
 
-    Example:
+    Examples:
       >>> with use_backend("xla"):
       ...     backend()
       'xla'
@@ -74,7 +74,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
       ValueError: if `name` is none of these.
 
-    Example:
+    Examples:
       >>> with use_backend("xla"):
       ...     backend()
       'xla'

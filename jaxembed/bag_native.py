@@ -67,6 +67,15 @@ def unavailable_reason() -> str | None:
     return _load()
 
 
+def instruction_set() -> str | None:
+    """The instruction set of the kernel's hot loop on this processor, or None where there is no kernel."""
+    if not available():
+        return None
+    describe = ctypes.CDLL(str(library())).JaxembedInstructionSet
+    describe.restype = ctypes.c_char_p
+    return describe().decode()
+
+
 def supports(bags: Sequence["Bag"], operands: Sequence["BagOperands"]) -> bool:
     """Whether the kernel covers these lookups."""
     return available() and all(_row_type(op.table) is not None for op in operands)

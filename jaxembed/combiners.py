@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxembed.initializers import initializer_class
 
+__all__ = ["CustomCombiner", "register_combiner"]
+
 _REGISTRY: dict[str, Callable[..., Any]] = {}
 
 

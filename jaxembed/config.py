@@ -41,7 +41,7 @@ class QuantizationConfig:
     Raises:
       ValueError: if `num_buckets` is below 2 or `lower` is not below `upper`.
 
-    Example:
+    Examples:
       >>> from jaxembed.quantization import simulate_quantization
       >>> simulate_quantization(jnp.asarray([-2.0, 0.2, 0.9]), QuantizationConfig(3, lower=-1, upper=1)).tolist()
       [-1.0, 0.0, 1.0]
@@ -87,7 +87,7 @@ class TableConfig:
     Raises:
       ValueError: if an argument is not of the form above.
 
-    Example:
+    Examples:
       >>> TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie").vocabulary_size
       4
 
@@ -183,7 +183,7 @@ class FeatureConfig:
     Raises:
       ValueError: if an argument is not of the form above.
 
-    Example:
+    Examples:
       >>> movie = TableConfig(vocabulary_size=4, dim=2, name="movie")
       >>> features = {"watched": FeatureConfig(movie), "last": FeatureConfig(movie, max_sequence_length=3)}
       >>> features["last"].table.name

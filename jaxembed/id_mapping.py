@@ -39,7 +39,7 @@ class HashBuckets:
     Raises:
       ValueError: if an argument is not of the form above.
 
-    Example:
+    Examples:
       >>> HashBuckets(1000, dtype="string").rows(["Heat", "Casino", "Heat"]).tolist()
       [756, 710, 756]
 
@@ -88,7 +88,7 @@ class VocabularyFile:
     Raises:
       ValueError: if an argument is not of the form above, or the file cannot be read.
 
-    Example:
+    Examples:
       >>> pathlib.Path("genres.txt").write_text("drama\\ncomedy\\n")
       13
       >>> VocabularyFile("genres.txt", num_oov_buckets=0).rows(["comedy", "drama"]).tolist()

@@ -7,6 +7,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+__all__ = [
+    "Constant",
+    "Initializer",
+    "RandomNormal",
+    "RandomUniform",
+    "TruncatedNormal",
+    "register_initializer",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:

@@ -62,7 +62,7 @@ def serving_embedding_lookup(
       ValueError: if inputs, weights or tables do not fit the configuration, or an id outside [0, V)
         that no rule prunes is found. Inside a trace such ids give zeros instead.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> movie = je.TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie")
       >>> ids = je.RaggedTensor.from_lists([[0, 1], [], [3]])

@@ -33,7 +33,7 @@ def preprocess(inputs: Any, feature_config: Any) -> Any:
     Raises:
       ValueError: naming feature, row and position of an id that cannot be mapped, or if ids are traced.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> user = je.TableConfig(vocabulary_size=100, dim=2, name="user")
       >>> features = {"user": je.FeatureConfig(user, preprocessing=je.HashBuckets(100, dtype="string"))}

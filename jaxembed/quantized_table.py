@@ -42,7 +42,7 @@ class QuantizedTable:
     Raises:
       ValueError: if an argument is not of the form above.
 
-    Example:
+    Examples:
       >>> from jaxembed.quantization import quantize
       >>> table = quantize(np.eye(4, dtype=np.float32), "int8")
       >>> table.codes.dtype.name, table.shape

@@ -29,7 +29,7 @@ class EmbeddingForServing:
     Raises:
       ValueError: if a table is missing, of another shape, not floating point, or cannot be quantized.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> movie = je.TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie")
       >>> features = {"watched": je.FeatureConfig(movie)}

@@ -49,7 +49,7 @@ def export_model(
     Raises:
       ValueError: if the model cannot be exported, or an argument does not fit the feature configuration.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.serve.exported import ExportedModel
       >>> movie = je.TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie")

@@ -62,7 +62,7 @@ class ServingFunction:
       ValueError: if an argument does not fit the feature configuration or the others, or a feature has
         an output_shape (of a fixed batch size, while requests are of any).
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> movie = je.TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="movie")
       >>> features = {"watched": je.FeatureConfig(movie)}

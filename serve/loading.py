@@ -19,7 +19,7 @@ class Loaded:
       step: number of training steps taken.
       metadata: what the trainer put in.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
@@ -51,7 +51,7 @@ def load(path: str | pathlib.Path, step: int | None = None) -> Loaded:
       FileNotFoundError: if there is no such whole step.
       ValueError: if the checkpoint does not fit its own feature configuration.
 
-    Example:
+    Examples:
       >>> import jax
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD

@@ -45,7 +45,7 @@ class ServingModel:
       CheckpointError: if the bundle is damaged.
       ValueError: if the exported model does not fit the bundle, or an argument is not of the form above.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
       >>> from jaxembed.train import Checkpointer, ShardedEmbedding

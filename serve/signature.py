@@ -21,7 +21,7 @@ class FeatureSignature:
       dtype: of its ids, "int64" or "string".
       preprocessed: whether they are hashed or looked up in a vocabulary; else they must be in [0, V).
 
-    Example:
+    Examples:
       >>> FeatureSignature("watched", "bag", max_ids=128, weighted=False, vocabulary_size=4).dtype
       'int64'
     """
@@ -44,7 +44,7 @@ class Signature:
       dense: dense inputs, float32 [B, *shape] each; all of them must be given.
       outputs: [B, *shape] each, named by their path in the result; "" where the result is one array.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> import jaxembed as je
       >>> from jaxembed.serve import EmbeddingForServing, ServingFunction

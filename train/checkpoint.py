@@ -37,7 +37,7 @@ class Restored:
       data: state of the input pipeline, or None.
       metadata: what was passed to `save`.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
       >>> from jaxembed.train import ShardedEmbedding
@@ -72,7 +72,7 @@ class Checkpointer:
       save_interval_steps: `save` does nothing at other steps, unless forced.
       asynchronous: `save` returns once the arrays are copied to the host.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
       >>> from jaxembed.train import ShardedEmbedding

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxembed.shapes import Activations, DenseFeatures, PerExample
+
 
 class DLRM(nnx.Module):
     """Deep learning recommendation model on embeddings that were looked up before.
@@ -64,8 +66,8 @@ class DLRM(nnx.Module):
         self.top: MLP = MLP((width, *top, 1), rngs=rngs)
 
     def __call__(
-        self, dense: jax.Array, embeddings: Mapping[str, jax.Array] | Sequence[jax.Array]
-    ) -> jax.Array:
+        self, dense: DenseFeatures, embeddings: Mapping[str, Activations] | Sequence[Activations]
+    ) -> PerExample:
         """The logits.
 
         Args:

@@ -15,6 +15,7 @@ from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 from jaxembed.optimizers import Optimizer
 from jaxembed.preprocessing import preprocess
+from jaxembed.shapes import Scalar, Table
 
 from .engines import custom
 from .engines.auto_plan import plan_for_batch
@@ -66,7 +67,7 @@ class ShardedEmbedding(ShardedInputs):
     Raises:
       ValueError: if an argument is not of the form above.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
       >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
@@ -244,18 +245,18 @@ class ShardedEmbedding(ShardedInputs):
         """Bytes that a device exchanges for a lookup and an update of a batch, as `engines.traffic` says."""
         return self._program.predicted_bytes(batch)
 
-    def embedding_tables(self, state: EmbeddingState) -> dict[TableConfig, jax.Array]:
+    def embedding_tables(self, state: EmbeddingState) -> dict[TableConfig, Table]:
         """The [V, D] tables by TableConfig, as `serving_embedding_lookup` takes them."""
         tables, _, _ = self.to_canonical(state)
         return {self.tables[name]: table for name, table in tables.items()}
 
-    def slots(self, state: EmbeddingState) -> dict[str, dict[str, jax.Array]]:
+    def slots(self, state: EmbeddingState) -> dict[str, dict[str, Table]]:
         """The slots by table name and TensorFlow's name of the slot, [V, D] each."""
         return self.to_canonical(state)[1]
 
     def to_canonical(
         self, state: EmbeddingState
-    ) -> tuple[dict[str, jax.Array], dict[str, dict[str, jax.Array]], jax.Array]:
+    ) -> tuple[dict[str, Table], dict[str, dict[str, Table]], Scalar]:
         """Tables [V, D] by name, slots by table and slot name, and the step: the same on every mesh."""
         return *self._canonical.from_stacks(state.tables, state.slots), state.step
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxembed.config import TableConfig
 from jaxembed.optimizers import Optimizer
+from jaxembed.shapes import Table
 
 from .embedding import ShardedEmbedding
 from .state import EmbeddingState
@@ -42,7 +42,7 @@ class Embedding(nnx.Module):
       rngs: its `params` stream initializes the tables.
       options: further arguments of ShardedEmbedding.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
       >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
@@ -72,6 +72,6 @@ class Embedding(nnx.Module):
         self.state.set_value(state)
 
     @property
-    def embedding_tables(self) -> dict[TableConfig, jax.Array]:
+    def embedding_tables(self) -> dict[TableConfig, Table]:
         """The [V, D] tables by TableConfig, for `serving_embedding_lookup`."""
         return self.sharded.embedding_tables(self.state.get_value())

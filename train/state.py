@@ -16,7 +16,7 @@ class EmbeddingState:
       step: int32 scalar, number of updates taken.
       combiner_weights: table name to the float32 [num_weights] of its CustomCombiner, whole on every device.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import Adagrad
       >>> from jaxembed.train import ShardedEmbedding

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxembed.shapes import DenseFeatures, PerExample, Scalar
+
 from .data import Batch
 from .embedding import ShardedEmbedding
 from .state import EmbeddingState
@@ -24,7 +26,7 @@ class TrainState:
       params: pure nested dict of the dense model's parameters.
       opt_state: of the optax optimizer.
 
-    Example:
+    Examples:
       >>> from jaxembed.optimizers import Adagrad
       >>> from jaxembed.train import ShardedEmbedding
       >>> from jaxembed.train.data import batches, criteo_feature_config, synthetic_criteo
@@ -44,7 +46,7 @@ class TrainState:
     opt_state: Any
 
 
-def binary_cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
+def binary_cross_entropy(logits: PerExample, batch: Batch) -> Scalar:
     """Mean log-loss over the examples of a batch, padding left out: float32 scalar."""
     losses = optax.losses.sigmoid_binary_cross_entropy(logits, batch.labels)
     return jnp.sum(losses * batch.mask) / jnp.maximum(jnp.sum(batch.mask), 1.0)
@@ -59,7 +61,7 @@ class Trainer:
       optimizer: of the dense parameters.
       loss: called as `loss(logits, batch) -> scalar`.
 
-    Example:
+    Examples:
       >>> from jaxembed.optimizers import Adagrad
       >>> from jaxembed.train import ShardedEmbedding
       >>> from jaxembed.train.data import batches, criteo_feature_config, synthetic_criteo
@@ -81,7 +83,7 @@ class Trainer:
         embedding: ShardedEmbedding,
         model: nnx.Module,
         optimizer: optax.GradientTransformation,
-        loss: Callable[[jax.Array, Batch], jax.Array] = binary_cross_entropy,
+        loss: Callable[[PerExample, Batch], Scalar] = binary_cross_entropy,
     ):
         self.embedding = embedding
         self.optimizer = optimizer
@@ -143,7 +145,7 @@ class Trainer:
         """The devices' half: a packed batch, and what `ShardedEmbedding.agree` returned for its features."""
         return self._with_rest(packed, *self.embedding.place_batch(packed.features, agreed))
 
-    def apply_model(self, params: Any, dense: jax.Array, activations: Any) -> jax.Array:
+    def apply_model(self, params: Any, dense: DenseFeatures, activations: Any) -> PerExample:
         """The dense model as a pure function: [B] logits."""
         return nnx.merge(self.graphdef, nnx.State(params))(dense, activations)
 

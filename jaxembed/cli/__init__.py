@@ -36,7 +36,12 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 1 if it fails, 2 if the command line is wrong or `diff` finds a difference."""
+    """Runs one command.
+
+    Returns:
+      0; 1 if it fails or `diff` finds a difference; 2 if what it was asked for is wrong: its command line, a file
+      that is not there, a value that does not fit.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="jaxembed", description="Embedding tables: train, convert, serve.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
@@ -54,10 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return modules[options.command].run(options)
     except (ValueError, OSError) as e:
         print(f"jaxembed: {e}", file=sys.stderr)
-        return 1
+        if not _is_mistake(e):
+            return 1
+        command = next((name for name in COMMANDS if arguments[:1] == [name]), "COMMAND")
+        print(f"`jaxembed {command} --help` has an example.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("jaxembed: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_mistake(error: ValueError | OSError) -> bool:
+    """Whether another command line would do, as opposed to files that are damaged and disks that are full."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError)
+    return not any(c.__name__ in ("CheckpointError", "TrainingDiverged") for c in type(error).__mro__)
 
 
 def _load(name: str, command: Command) -> Any:

@@ -1,4 +1,4 @@
-"""Says what changed between two checkpoints, bundles or files, by table; exits with 2 if anything did.
+"""Says what changed between two checkpoints, bundles or files, by table; exits with 1 if anything did.
 
 jaxembed diff runs/movielens/checkpoints/157 runs/movielens/checkpoints/314
 """
@@ -22,4 +22,4 @@ def run(options: argparse.Namespace) -> int:
         detail = f": {table.num_rows:,} rows, by up to {table.max_difference:.3g}" if table.num_rows else ""
         slots = f"; slots {', '.join(table.slots)}" if table.slots else ""
         print(f"{name}: {table.change}{detail}{slots}")
-    return 2 if any(table.change != "same" or table.slots for table in found.values()) else 0
+    return 1 if any(table.change != "same" or table.slots for table in found.values()) else 0

@@ -8,16 +8,20 @@ Exits with 1 if the core does not work here; what an extra lacks is only shown.
 import argparse
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
 import re
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 _VERSIONS = ("jaxembed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "libtpu")
 _CGROUP_LIMITS = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
 #: Without a limit, the first version of cgroups tells a number near this one.
 _NO_LIMIT = 1 << 62
+_INSTRUCTIONS = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)"}
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*;.*\bextra\s*==\s*['\"]([^'\"]+)['\"]")
 
 
@@ -82,9 +86,16 @@ def _core() -> str | None:
 
         kinds = [f"{device.platform} {device.device_kind}" for device in jax.devices()]
         print("devices: " + ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)))
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        if limit:
+            print(f"memory of a device: {_gib(limit)}")
         reason = bag_native.unavailable_reason()
         print(f"kernel: {f'plain JAX, as {reason}' if reason else f'native ({bag_native.library()})'}")
-        print(f"vector instructions of this processor: {_vectors()}")
+        if not reason:
+            chosen = bag_native.instruction_set() or "unknown"
+            print(f"instructions of the kernel: {_INSTRUCTIONS.get(chosen, chosen)}")
+        with warnings.catch_warnings(action="ignore"):  # the line above says so
+            print(f"lookups on CPU: {je.backend()}; training engine: {_engine(jax.devices()[0])}")
         with je.use_backend("xla" if reason else "auto"):
             table = je.TableConfig(vocabulary_size=4, dim=2, combiner="sum", name="doctor")
             rows = np.arange(8, dtype=np.float32).reshape(4, 2)
@@ -99,23 +110,21 @@ def _core() -> str | None:
     return None
 
 
-def _vectors() -> str:
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "unknown"
-    flags = set(re.findall(r"\w+", next((x for x in text.splitlines() if x.startswith("flags")), "")))
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags:
-        return "x86-64-v4 (AVX-512)"
-    return "x86-64-v3 (AVX2)" if {"avx2", "fma", "bmi2"} <= flags else "baseline"
-
-
 @functools.cache
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _engine(device: Any) -> str:
+    """What `engine="auto"` takes on such devices."""
+    if importlib.util.find_spec("jaxembed.train") is None:
+        return "none, without jaxembed.train"
+    # Named, not imported: the core imports no training.
+    cores = importlib.import_module("jaxembed.train.engines.sparsecore_stacks").sparse_cores("auto", device)
+    return f"sparsecore ({cores} a device)" if cores else "xla"
 
 
 def _gib(count: int) -> str:

@@ -26,7 +26,7 @@ def as_input(x: Any) -> Any:
     Raises:
       ValueError: if there is no such conversion.
 
-    Example:
+    Examples:
       >>> as_input([[0, 1], [], [3]]).shape
       (3, None)
       >>> as_input(np.array([2, 2**40])).tolist()

@@ -30,7 +30,7 @@ class RaggedTensor:
     References:
       `tf.RaggedTensor` with one ragged dimension.
 
-    Example:
+    Examples:
       >>> RaggedTensor.from_lists([[0, 1], [], [3]]).shape
       (3, None)
     """

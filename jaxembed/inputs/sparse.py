@@ -32,7 +32,7 @@ class SparseTensor:
     References:
       `tf.sparse.SparseTensor`.
 
-    Example:
+    Examples:
       >>> SparseTensor(indices=[[0, 0], [2, 1]], values=[5, 7], dense_shape=(3, 2)).values.tolist()
       [5, 7]
     """

@@ -5,21 +5,14 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Shaped
-
-    #: Some rows of a table, or their gradients.
-    Rows = Float[Array, "R D"]
-    Scalar = Shaped[Array, ""]
-else:
-    Rows = Scalar = jax.Array
+from jaxembed.shapes import Rows, Scalar
 
 Slots = Mapping[str, Rows]
 LearningRate = float | Callable[..., Any]

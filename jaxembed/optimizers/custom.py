@@ -10,13 +10,12 @@ from jaxembed.initializers import Constant
 from jaxembed.optimizers.base import (
     LearningRate,
     Optimizer,
-    Rows,
-    Scalar,
     Slots,
     number,
     number_or_callable,
     value_at,
 )
+from jaxembed.shapes import Rows, Scalar
 
 
 @dataclasses.dataclass(frozen=True, init=False)

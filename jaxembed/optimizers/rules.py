@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxembed.optimizers.base import LearningRate, Optimizer, Rows, Scalar, Slots
+from jaxembed.optimizers.base import LearningRate, Optimizer, Slots
+from jaxembed.shapes import Rows, Scalar
 
 
 @dataclasses.dataclass(frozen=True)

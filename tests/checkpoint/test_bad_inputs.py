@@ -120,7 +120,7 @@ def test_checkpoint_of_another_program(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"holds no finished step; pass the directory given to"):
         read_checkpoint(tmp_path / "other")
     for command in (["inspect", str(tmp_path / "other")], ["inspect", str(tmp_path / "other" / "0")]):
-        assert main(command) == 1
+        assert main(command) == 2
         assert "looks like none of" in capsys.readouterr().err
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "manifest.json").write_text('{"format": "other", "version": 1}')
@@ -137,7 +137,7 @@ def test_empty_folder(tmp_path, capsys):
         ["diff", str(tmp_path)],
     ):
         name, *rest = command
-        assert main([name, str(tmp_path / "out"), *rest]) == 1
+        assert main([name, str(tmp_path / "out"), *rest]) == 2
         assert "is an empty folder" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="holds no finished step"):
         read_checkpoint(tmp_path / "out")

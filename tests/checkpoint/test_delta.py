@@ -121,7 +121,7 @@ def test_command(checkpoint, tmp_path, capsys):
     assert changed == {"a": 3, "still": 0, "whole": None}
     assert main(["inspect", str(tmp_path)]) == 0
     assert "note: a delta of version 0" in capsys.readouterr().out
-    assert main([*line, "--version", "7", "--delta-from", "5"]) == 1
+    assert main([*line, "--version", "7", "--delta-from", "5"]) == 2
     assert "no version 5 of a bundle" in capsys.readouterr().err
 
 

@@ -27,6 +27,8 @@ def test_doctor(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "core: works" in out
+    assert "instructions of the kernel: " in out
+    assert "lookups on CPU: native; training engine: xla" in out
     assert "extra server: " in out
     assert "jaxlib " in out
 
@@ -54,26 +56,27 @@ def test_bench(capsys, monkeypatch):
 
 
 def test_bench_of_nothing(capsys):
-    assert main(["bench", "--batch", "0"]) == 1
-    assert capsys.readouterr().err == "jaxembed: --batch must be at least 1, got 0.\n"
+    assert main(["bench", "--batch", "0"]) == 2
+    assert capsys.readouterr().err.startswith("jaxembed: --batch must be at least 1, got 0.\n")
 
 
 @pytest.mark.parametrize(
     ("line", "status", "told"),
     [
-        ("convert /nowhere/a out", 1, "/nowhere/a"),
-        ("inspect /nowhere/a", 1, "/nowhere/a"),
-        ("diff /nowhere/a /nowhere/b", 1, "/nowhere/a"),
-        ("train --config /nowhere/a.toml", 1, "/nowhere/a.toml"),
-        ("train --config /nowhere/a.ini", 1, ".toml or .json"),
-        ("serve /nowhere/a --model nonsense", 1, "MODULE:NAME"),
-        ("serve /nowhere/a --http-port 99999", 1, "must be a port"),
-        ("bench --rounds 0", 1, "--rounds must be at least 1"),
+        ("convert /nowhere/a out", 2, "/nowhere/a"),
+        ("inspect /nowhere/a", 2, "/nowhere/a"),
+        ("diff /nowhere/a /nowhere/b", 2, "/nowhere/a"),
+        ("train --config /nowhere/a.toml", 2, "/nowhere/a.toml"),
+        ("train --config /nowhere/a.ini", 2, ".toml or .json"),
+        ("serve /nowhere/a --model nonsense", 2, "MODULE:NAME"),
+        ("serve /nowhere/a --http-port 99999", 2, "must be a port"),
+        ("bench --rounds 0", 2, "--rounds must be at least 1"),
     ],
 )
-def test_mistakes_give_one_line(line, status, told, capsys):
+def test_mistakes_give_one_line_and_a_hint(line, status, told, capsys):
     assert main(line.split()) == status
     err = capsys.readouterr().err
     assert told in err
     assert err.startswith("jaxembed: ")
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
+    assert err.endswith(f"`jaxembed {line.split()[0]} --help` has an example.\n")

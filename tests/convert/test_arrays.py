@@ -92,7 +92,7 @@ def test_missing_weights_of_custom_combiners(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", t=np.ones((20, 4), np.float32))
     (tmp_path / "config.json").write_text(feature_config_to_json(config))
     line = ["convert", f"{tmp_path}/a.npz", "--feature-config", f"{tmp_path}/config.json", "--no-progress"]
-    assert main([*line, f"{tmp_path}/out"]) == 1
+    assert main([*line, f"{tmp_path}/out"]) == 2
     assert (
         f"the CustomCombiner of table 't' has 2 weights of its own, which {tmp_path}/a.npz has not; pass "
         "combiner_weights={'t': ...} (--combiner-weights)"
@@ -104,7 +104,7 @@ def test_missing_weights_of_custom_combiners(tmp_path, capsys):
         ("[1", "JSON"),
     ):
         (tmp_path / "weights.json").write_text(weights)
-        assert main([*line, "--combiner-weights", f"{tmp_path}/weights.json", f"{tmp_path}/out"]) == 1
+        assert main([*line, "--combiner-weights", f"{tmp_path}/weights.json", f"{tmp_path}/out"]) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (tmp_path / "weights.json").write_text('{"t": [1.5, -2]}')
@@ -180,7 +180,7 @@ def test_keys_configuration_and_serving(tmp_path, capsys):
     (tmp_path / "keys.json").write_text(json.dumps({"w": "t", "sums": ["t", "accumulators"]}))
     common = ["convert", str(tmp_path / "a.npz"), "--feature-config", str(tmp_path / "config.json")]
     common += ["--keys", str(tmp_path / "keys.json")]
-    assert main([*common, str(tmp_path / "out")]) == 1
+    assert main([*common, str(tmp_path / "out")]) == 2
     assert (
         "must be bfloat16 by its feature configuration, got float64; pass dtype='bfloat16'"
         in capsys.readouterr().err
@@ -222,9 +222,9 @@ def test_another_framework_s_tables_to_serving(tmp_path, capsys):
     )
     assert (plan["digest"], len(table["digest"])) == (None, 32)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["0"]
-    assert main([*line, "--dry-run"]) == 1
+    assert main([*line, "--dry-run"]) == 2
     assert "out/0 exists, and may be in use" in capsys.readouterr().err
-    assert main([*line[:-2], "--dry-run", "--version", "1", "--delta-from", "0"]) == 1
+    assert main([*line[:-2], "--dry-run", "--version", "1", "--delta-from", "0"]) == 2
     assert "--dry-run knows no rows of another framework's tables to compare" in capsys.readouterr().err
 
 

@@ -154,13 +154,13 @@ def test_commands(checkpoint, tmp_path, capsys):
     assert main(["inspect", str(checkpoint), "--html", str(tmp_path / "report.html")]) == 0
     assert "wrote" in capsys.readouterr().out
     Page((tmp_path / "report.html").read_text())
-    assert main(["diff", str(checkpoint / "0"), str(checkpoint / "1")]) == 2
+    assert main(["diff", str(checkpoint / "0"), str(checkpoint / "1")]) == 1
     out = capsys.readouterr().out
     assert "country: same; slots accumulators" in out
     assert "movies: values: 2 rows, by up to" in out
     assert main(["diff", str(checkpoint / "0"), str(checkpoint / "0")]) == 0
     (tmp_path / "empty").mkdir()
-    assert main(["inspect", str(tmp_path / "empty")]) == 1
+    assert main(["inspect", str(tmp_path / "empty")]) == 2
     assert "is an empty folder" in capsys.readouterr().err
 
 

@@ -105,9 +105,9 @@ def test_parquet_features_are_typed(tmp_path):
 
 
 def test_the_command_reports_errors(tmp_path, capsys):
-    assert main(["train", "--config", str(write(tmp_path, MINIMAL)), "--set", "training.steps=0"]) == 1
+    assert main(["train", "--config", str(write(tmp_path, MINIMAL)), "--set", "training.steps=0"]) == 2
     assert "training.steps: must be greater than 0, got 0" in capsys.readouterr().err
-    assert main(["train", "--config", str(tmp_path / "none.toml")]) == 1
+    assert main(["train", "--config", str(tmp_path / "none.toml")]) == 2
 
 
 def test_module_and_command_are_one(capsys):

@@ -45,7 +45,7 @@ class ShardingPlan:
       num_shards: n it was made for.
       memory_per_device: bytes it was made for.
 
-    Example:
+    Examples:
       >>> plan = ShardingPlan((TablePlan("user", "mod", 16_000_000, 800_000, "rows spread"),), 8, 1 << 30)
       >>> print(plan)
       table  sharding  MB a device  MB exchanged a step  why
@@ -112,7 +112,7 @@ def plan_tables(
     Raises:
       ValueError: if an argument is not of the form above, or the tables do not fit.
 
-    Example:
+    Examples:
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
       >>> user = je.TableConfig(vocabulary_size=1_000_000, dim=32, name="user")
