@@ -42,7 +42,7 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path) -> None:
         axis.set_xticks(range(len(groups)), labels, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(frameon=False)
+    axes.flat[1].legend(frameon=False)  # where every exchange has a bar
     figure.savefig(path, dpi=120)
 
 

@@ -144,4 +144,6 @@ if __name__ == "__main__":
     kind, port = sys.argv[1], int(sys.argv[2])
     model = torch_model() if kind == "torch" else tensorflow_model(sys.argv[3])
     model(dlrm.request(1, 0))
-    uvicorn.run(make_app(model), port=port, access_log=False, log_level="error", http="h11", loop="uvloop")
+    uvicorn.run(
+        make_app(model), port=port, access_log=False, log_level="error", http="httptools", loop="uvloop"
+    )
