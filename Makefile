@@ -15,8 +15,9 @@ PYTEST := $(BIN)/python -m pytest
 demo: $(VENV)/.demo
 	$(BIN)/python examples/movielens.py
 
+# A test that hangs ends its process and fails.
 test: $(VENV)/.test
-	$(PYTEST) -n auto -m "not slow and not tpu"
+	$(PYTEST) -n auto -m "not slow and not tpu" --timeout 300 --timeout-method thread
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -n auto -m "not tpu"

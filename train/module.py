@@ -43,6 +43,7 @@ class Embedding(nnx.Module):
       options: further arguments of ShardedEmbedding.
 
     Examples:
+      >>> import jax
       >>> import jaxembed as je
       >>> from jaxembed.optimizers import SGD
       >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")

@@ -72,7 +72,7 @@ class Trainer:
       >>> model = DLRM(13, len(features), 8, rngs=nnx.Rngs(0))
       >>> trainer = Trainer(embedding, model, optax.sgd(0.1))
       >>> state = trainer.init(jax.random.key(0))
-      >>> for batch in batches(synthetic_criteo(64, 10), batch_size=32):
+      >>> for batch in batches(synthetic_criteo(64, 10), batch_size=32, num_epochs=1):
       ...     state, metrics = trainer.step(state, trainer.shard_batch(batch))
       >>> state.embedding.step.item(), sorted(metrics)
       (2, ['logits', 'loss', 'rounds'])

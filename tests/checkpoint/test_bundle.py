@@ -323,7 +323,7 @@ def test_command(checkpoint, bundles, tmp_path, capsys):
         main(
             ["convert", str(checkpoint), "--to", "serving", str(tmp_path), "--version", "8", "--model-key", "q"]
         )
-        == 1
+        == 2
     )
     assert "the dense model has no part 'q'" in capsys.readouterr().err
 

@@ -240,7 +240,7 @@ def test_inspection_and_command(trained, tmp_path, capsys):
     assert main(command) == 0
     out = capsys.readouterr().out
     size = 333 * 3 + 2 * 4 * 333
-    assert re.search(rf"plain: \[333, 5\] int4, {size:,} bytes, max error 0\.\d+, mean 0\.\d+", out)
+    assert re.search(rf"plain: 333 rows, \[333, 5\] int4, {size:,} bytes, max error 0\.\d+, mean 0\.\d+", out)
     text = describe(tmp_path, stats=True)
     assert "byte: 30,001 x 9 codes8 codes, 271,033 bytes" in text
     assert f"plain: 333 x 5 int4 codes, {size:,} bytes" in text
