@@ -22,6 +22,7 @@ from jaxembed.convert.arrays import refuse_types
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, stored
 from jaxembed.convert.keys import place_arrays
+from jaxembed.convert.mapped import new_mapped
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
 from jaxembed.serialization import strict_json
 from jaxembed.sparsecore_layout import StackedTable, from_jax_tpu_embedding
@@ -94,7 +95,7 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
             )
         if path not in wholes:
             file = out.parent / f"stack-{len(wholes)}"
-            wholes[path] = np.memmap(file, np.float32, "w+", shape=member.stack_shape)
+            wholes[path] = new_mapped(file, np.float32, member.stack_shape)
         for start, rows in stream.blocks():
             member.write_rows(wholes[path], start, rows)
     missing = members.keys() - {stream.table for stream in contents.tables}
@@ -141,7 +142,7 @@ class _Stack:
         source = self._array.source
         chunk = source.chunk_layout.read_chunk.shape[0] or source.shape[0]
         with tempfile.TemporaryFile() as file:
-            rows = np.memmap(file, self._array.dtype, "w+", shape=self._array.shape)
+            rows = new_mapped(file, self._array.dtype, self._array.shape)
         for start in range(0, source.shape[0], chunk):
             part = source[start : min(start + chunk, source.shape[0])]
             try:

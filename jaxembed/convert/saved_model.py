@@ -30,9 +30,10 @@ import numpy as np
 
 from jaxembed import structure
 from jaxembed.backends import use_backend
-from jaxembed.convert.arrays import bits, mapped_rows
+from jaxembed.convert.arrays import bits
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Stream, path_of
+from jaxembed.convert.mapped import mapped_rows
 from jaxembed.convert.publishing import published
 from jaxembed.convert.saved_model_inputs import SPLITS, Inputs, feature_names, kinds_of, plain
 from jaxembed.features import feature_tables, table_of

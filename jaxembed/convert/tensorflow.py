@@ -7,6 +7,7 @@ References:
   `tf.tpu.experimental.embedding.TPUEmbeddingForServing`; tensorflow/core/protobuf/trackable_object_graph.proto.
 """
 
+import errno
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,22 +93,26 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
         parts.append(str(out.parent / "parts" / f"part-{len(parts)}"))
         tf.raw_ops.SaveV2(prefix=parts[-1], tensor_names=names, shape_and_slices=slices, tensors=tensors)
 
-    with tf.device("/cpu:0"):
-        for i, variable in enumerate(variables):
-            key, dtype = _key(_name(variable)), variable.streams[0].dtype
-            row_bytes = max(math.prod(variable.shape[1:]) * dtype.itemsize, 1)
-            blocks = variable.blocks(out.parent / f"stack-{i}")
-            for start, rows in regrouped(blocks, max(PART_BYTES // row_bytes, 1)):
-                save([key], [slice_spec(variable.shape, start, rows.shape[0])], [tf.constant(rows)])
-        counter = f"save_counter/.ATTRIBUTES/{VALUE}"
-        names, values = [counter], [tf.constant(1, tf.int64)]
-        if given is not None:
-            names, values = [*names, _key(LAYOUTS)], [*values, tf.constant(given[0])]
-        graph = tf.constant(_graph(variables, given is not None, counter))
-        save([GRAPH, *names], [""] * (1 + len(names)), [graph, *values])
-        tf.raw_ops.MergeV2Checkpoints(
-            checkpoint_prefixes=parts, destination_prefix=str(out / NAME), delete_old_dirs=False
-        )
+    try:
+        with tf.device("/cpu:0"):
+            for i, variable in enumerate(variables):
+                key, dtype = _key(_name(variable)), variable.streams[0].dtype
+                row_bytes = max(math.prod(variable.shape[1:]) * dtype.itemsize, 1)
+                blocks = variable.blocks(out.parent / f"stack-{i}")
+                for start, rows in regrouped(blocks, max(PART_BYTES // row_bytes, 1)):
+                    save([key], [slice_spec(variable.shape, start, rows.shape[0])], [tf.constant(rows)])
+            counter = f"save_counter/.ATTRIBUTES/{VALUE}"
+            names, values = [counter], [tf.constant(1, tf.int64)]
+            if given is not None:
+                names, values = [*names, _key(LAYOUTS)], [*values, tf.constant(given[0])]
+            graph = tf.constant(_graph(variables, given is not None, counter))
+            save([GRAPH, *names], [""] * (1 + len(names)), [graph, *values])
+            tf.raw_ops.MergeV2Checkpoints(
+                checkpoint_prefixes=parts, destination_prefix=str(out / NAME), delete_old_dirs=False
+            )
+    except tf.errors.OpError as e:
+        number = errno.ENOSPC if isinstance(e, tf.errors.ResourceExhaustedError) else errno.EIO
+        raise OSError(number, f"TensorFlow cannot write it: {str(e)[:300]}", str(out)) from e
     state = f'model_checkpoint_path: "{NAME}"\nall_model_checkpoint_paths: "{NAME}"\n'
     write_file(out / "checkpoint", [state.encode()])
     write_file(out / SIDECAR, [sidecar_of(contents)])

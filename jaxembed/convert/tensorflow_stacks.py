@@ -18,6 +18,7 @@ import numpy as np
 from jaxembed.checkpoint.files import read_regular
 from jaxembed.checkpoint.stored import BLOCK_BYTES, StoredArray
 from jaxembed.convert.interface import Contents, Stream, stored
+from jaxembed.convert.mapped import new_mapped
 from jaxembed.sparsecore_layout import StackedTable, check_stack, from_tensorflow
 
 #: The name under which an embedding object tracks its layouts.
@@ -109,7 +110,7 @@ class Variable:
         if not self.members:
             yield from self.streams[0].blocks()
             return
-        whole = np.memmap(scratch, self.streams[0].dtype, "w+", shape=self.shape)
+        whole = new_mapped(scratch, self.streams[0].dtype, self.shape)
         for stream, member in zip(self.streams, self.members, strict=True):
             for start, rows in stream.blocks():
                 member.write_rows(whole, start, rows)

@@ -32,10 +32,11 @@ import numpy as np
 from jaxembed.checkpoint.files import open_regular, refuse_pointer, write_file
 from jaxembed.checkpoint.safetensors_file import header_of, map_file
 from jaxembed.checkpoint.stored import StoredArray
-from jaxembed.convert.arrays import bits, mapped_rows
+from jaxembed.convert.arrays import bits
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import key_for, place_arrays
+from jaxembed.convert.mapped import mapped_rows
 from jaxembed.convert.torch_distributed import is_folder, read_folder
 
 COMBINER_WEIGHTS = False

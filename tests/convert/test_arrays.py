@@ -1,8 +1,10 @@
 """Checkpoints from plain arrays and into them: the same bytes, a checkpoint like any other, and clear refusals."""
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -25,6 +27,7 @@ from jaxembed.combiners import CustomCombiner, register_combiner
 from jaxembed.convert import convert
 from jaxembed.convert.interface import Stream, stored
 from jaxembed.convert.keys import keys_from_json, own_key, own_place
+from jaxembed.convert.mapped import new_mapped
 from jaxembed.initializers import Constant
 from jaxembed.optimizers import Adagrad
 from jaxembed.serialization import feature_config_to_json
@@ -390,3 +393,17 @@ def test_any_name_has_a_key_that_is_a_safe_path(place):
 def test_bad_keys_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         keys_from_json(text)
+
+
+def test_a_disk_without_room_for_a_mapped_array(tmp_path, monkeypatch):
+    """Its room is asked for before it is written: writing to a hole of a full disk ends the process."""
+
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    made = new_mapped(tmp_path / "first", np.float32, (3, 2))
+    assert (tmp_path / "first").stat().st_blocks * 512 >= made.nbytes
+    np.testing.assert_array_equal(made, np.zeros((3, 2)))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device for 24 bytes: '.*second'"):
+        new_mapped(tmp_path / "second", np.float32, (3, 2))

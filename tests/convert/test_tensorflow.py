@@ -98,6 +98,21 @@ def test_there_and_back(tmp_path, capsys):
     assert third.feature_config == config()
 
 
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch, capsys):
+    """TensorFlow has types of its own for it, which would come out as a traceback."""
+    np.savez(tmp_path / "a.npz", films=np.ones((3, 2), np.float32))
+
+    def full(**arguments):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.raw_ops, "SaveV2", full)
+    assert main(["convert", str(tmp_path / "a.npz"), "--to", "tensorflow", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "TensorFlow cannot write it: No space left on device" in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
 def test_tensors_are_written_in_parts(tmp_path, monkeypatch):
     """Parts of a tensor are one tensor to TensorFlow."""
     monkeypatch.setattr(ours, "PART_BYTES", 1000)
