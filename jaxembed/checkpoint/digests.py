@@ -115,6 +115,43 @@ class Digests:
             )
 
 
+class BlockDigester:
+    """The digests of an array whose rows come in order, some at a time.
+
+    Args:
+      shape: of the array, [R, ...].
+      dtype: of the array.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: Any):
+        self._shape, self._dtype, self._step = tuple(shape), np.dtype(dtype), block_rows(shape, dtype)
+        self._hash, self._rows = xxhash.xxh3_128(), 0
+        self._blocks: list[str] = []
+
+    def update(self, rows: np.ndarray) -> None:
+        """Takes the next rows."""
+        octets, start = _as_bytes(rows), 0
+        while start < octets.shape[0]:
+            stop = min(start + self._step - self._rows % self._step, octets.shape[0])
+            self._hash.update(octets[start:stop].reshape(-1).data)
+            self._rows, start = self._rows + stop - start, stop
+            if self._rows % self._step == 0:
+                self._close()
+
+    def digests(self) -> Digests | None:
+        """Those of the array once all of its rows are here; None before."""
+        if self._rows != self._shape[0]:
+            return None
+        if len(self._blocks) * self._step < self._rows:
+            self._close()
+        borders = (*range(0, self._rows, self._step), self._rows)
+        return Digests(self._shape, self._dtype.name, borders, tuple(self._blocks))
+
+    def _close(self) -> None:
+        self._blocks.append(self._hash.hexdigest())
+        self._hash.reset()
+
+
 def digest_arrays(arrays: Sequence[Any]) -> list[Digests]:
     """The digests of numpy or (possibly multi-process) jax arrays; all processes get all of them.
 

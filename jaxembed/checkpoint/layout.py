@@ -181,10 +181,11 @@ def digest(content: Any) -> str:
 
 
 def table_digest(rows: Any, quantized: Any = None) -> str:
-    """One digest of a table: equal where its rows or codes are, in a checkpoint, a bundle or a chain of deltas.
+    """The one digest of a table or slot, made of those of its blocks: what conversions report, inspection shows, a
+    bundle has, and anyone can make of a manifest.
 
     Args:
-      rows: JSON of the Digests of its rows or codes.
+      rows: JSON of the Digests of its rows or codes, as a manifest has it.
       quantized: kind and digests of the other arrays of codes, as in the manifest of a bundle.
     """
     return digest({"rows": rows, "quantized": quantized})

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from jaxembed.checkpoint import layout
-from jaxembed.checkpoint.digests import Digests, block_rows, num_rows
+from jaxembed.checkpoint.digests import BlockDigester, Digests, block_rows, num_rows
 from jaxembed.checkpoint.files import write_file
 
 WRITE_BEHIND = 3
@@ -131,8 +130,8 @@ def _write_array(part: pathlib.Path, key: str, what: str, parts: ArrayParts) -> 
     import tensorstore
 
     shape, dtype, blocks = parts
-    rows, step = num_rows(shape), block_rows(shape, dtype)
-    chunk = min(CHUNK_BLOCKS * step, rows)
+    rows = num_rows(shape)
+    chunk = min(CHUNK_BLOCKS * block_rows(shape, dtype), rows)
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{part}/"}, "path": f"{key}/"},
@@ -145,7 +144,7 @@ def _write_array(part: pathlib.Path, key: str, what: str, parts: ArrayParts) -> 
         "store_data_equal_to_fill_value": True,
     }
     array = tensorstore.open(spec, create=True, open=False).result()
-    digests: list[str] = []
+    digester = BlockDigester(shape, dtype)
     pending: collections.deque[Any] = collections.deque()
     written = 0
     for start, piece in regrouped(blocks, chunk):
@@ -154,18 +153,17 @@ def _write_array(part: pathlib.Path, key: str, what: str, parts: ArrayParts) -> 
                 f"{what} must come as {dtype.name}{list(shape)}, got {piece.dtype.name}{list(piece.shape)} at {start}."
             )
         piece = np.ascontiguousarray(piece)
-        for first in range(0, piece.shape[0], step):
-            data = piece[first : first + step].reshape(-1).view(np.uint8)
-            digests.append(xxhash.xxh3_128_hexdigest(data.data))
+        digester.update(piece)
         pending.append(array[start : start + piece.shape[0]].write(piece))
         if len(pending) > WRITE_BEHIND:
             pending.popleft().result()
         written += piece.shape[0]
     for future in pending:
         future.result()
-    if written != rows:
+    digests = digester.digests()
+    if digests is None:
         raise ValueError(f"{what} must come with {rows} rows, got {written}.")
-    return Digests(shape, dtype.name, (*range(0, rows, step), rows), tuple(digests))
+    return digests
 
 
 def _tree(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> dict[str, Any]:

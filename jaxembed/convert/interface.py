@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from jaxembed.checkpoint.digests import num_rows
+from jaxembed.checkpoint import layout
+from jaxembed.checkpoint.digests import BlockDigester
 from jaxembed.checkpoint.stored import StoredArray
 
 #: A table's name, and a slot's or None.
@@ -98,8 +98,8 @@ class ArrayReport:
       shape: of the array.
       dtype: as written.
       num_bytes: of its values, as written.
-      digest: xxh3-128 of its values as written, row by row, in hexadecimal; None in a dry run.
-      max_error: largest absolute change of a value by the change of type; 0 without one.
+      digest: of its values as written, by `layout.table_digest`, as inspection shows it; None in a dry run.
+      max_error: largest absolute change of a value by the change of type, or by what training looked up; 0 without one.
     """
 
     table: str
@@ -135,28 +135,34 @@ class Stream:
         self.shape: tuple[int, ...] = array.shape
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._array, self._advance = array, advance
-        self._digest, self._max_error, self._done = xxhash.xxh3_128(), 0.0, 0
+        self._digester, self._max_error = BlockDigester(self.shape, self.dtype), 0.0
 
     @property
     def num_bytes(self) -> int:
         """Of its values, as written."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows) in order, contiguous and of type `dtype`."""
+    def blocks(
+        self, change: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows) in order, contiguous and of type `dtype`.
+
+        Args:
+          change: what becomes of the rows before they are written, of the same shape and type.
+        """
         for start, rows in self._array.blocks():
             cast = np.ascontiguousarray(rows, self.dtype)
-            if rows.dtype != self.dtype:
+            cast = cast if change is None else np.ascontiguousarray(change(cast), self.dtype)
+            if rows.dtype != self.dtype or change is not None:
                 self._max_error = max(self._max_error, _max_error(rows, cast))
-            self._digest.update(cast.reshape(-1).view(np.uint8).data)
-            self._done += rows.shape[0]
+            self._digester.update(cast)
             self._advance(rows.nbytes)
             yield start, cast
 
     def report(self) -> ArrayReport:
         """Of what has been written; of a stream not yet read to its end, without a digest."""
-        whole = self._done == num_rows(self.shape)
-        digest = self._digest.hexdigest() if whole else None
+        digests = self._digester.digests()
+        digest = None if digests is None else layout.table_digest(digests.to_json())
         return ArrayReport(
             self.table, self.slot, self.shape, self.dtype.name, self.num_bytes, digest, self._max_error
         )

@@ -22,7 +22,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,9 +30,10 @@ import numpy as np
 
 from jaxembed import structure
 from jaxembed.backends import use_backend
+from jaxembed.config import TableConfig
 from jaxembed.convert.arrays import bits
 from jaxembed.convert.formats import needed
-from jaxembed.convert.interface import Contents, Stream, path_of
+from jaxembed.convert.interface import Contents, path_of
 from jaxembed.convert.mapped import mapped_rows
 from jaxembed.convert.publishing import published
 from jaxembed.convert.saved_model_inputs import SPLITS, Inputs, feature_names, kinds_of, plain
@@ -63,8 +64,7 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
     names, configs = feature_names(config), feature_tables(config)
     tables = {}
     for i, stream in enumerate(contents.tables):
-        quantization = configs[stream.table].quantization_config
-        rows, file = _as_trained(stream, quantization), out.parent / f"rows-{i}"
+        rows, file = stream.blocks(_as_trained(configs[stream.table])), out.parent / f"rows-{i}"
         tables[stream.table] = mapped_rows(file, stream, rows, bits(stream.dtype)).view(stream.dtype)
     _save(out, config, tables, contents.combiner_weights, None, None, {})
     notes = [
@@ -204,9 +204,9 @@ def _tensor(tf: Any, rows: np.ndarray) -> Any:
     return tf.bitcast(tf.experimental.dlpack.from_dlpack(lent.__dlpack__()), tf.as_dtype(rows.dtype))
 
 
-def _as_trained(stream: Stream, quantization: Any) -> Iterator[tuple[int, np.ndarray]]:
-    for start, rows in stream.blocks():
-        yield start, rows if quantization is None else simulate_on_host(rows, quantization)
+def _as_trained(config: TableConfig) -> Callable[[np.ndarray], np.ndarray] | None:
+    quantization = config.quantization_config
+    return None if quantization is None else lambda rows: simulate_on_host(rows, quantization)
 
 
 def _named(outputs: Any) -> dict[str, Any]:

@@ -40,16 +40,17 @@ def describe(
         for name, array in opened.tables.items():
             config = configs.get(name)
             lines.append(f"  {name}: {', '.join(table_facts(array, config, opened.optimizer(name)))}")
-            if name in opened.table_digests:
-                lines.append(f"    xxh3-128 {opened.table_digests[name]}")
-            lines += [
-                f"    slot {slot}: {list(stored.shape)} {stored.dtype.name}, {stored.num_bytes:,} bytes"
-                for slot, stored in opened.slots.get(name, {}).items()
-            ]
+            found = None
             if stats:
                 quantization = None if config is None else config.quantization_config
                 found = table_stats(array, quantization_config=quantization, advance=advance)
-                lines += [f"    {line}" for line in _stats_lines(found)]
+            digest = opened.table_digests.get(name) or (found and found.digest)
+            lines += [f"    xxh3-128 {digest}"] if digest else []
+            for slot, stored in opened.slots.get(name, {}).items():
+                facts = f"{list(stored.shape)} {stored.dtype.name}, {stored.num_bytes:,} bytes"
+                digest = opened.slot_digests.get(name, {}).get(slot)
+                lines.append(f"    slot {slot}: {facts}{f', xxh3-128 {digest}' if digest else ''}")
+            lines += [f"    {line}" for line in _stats_lines(found)] if found else []
     return "\n".join(lines)
 
 

@@ -28,7 +28,8 @@ class Inspected:
       metadata: what the trainer put in.
       notes: what the reader guessed or left out.
       digest: of a bundle, else None.
-      table_digests: by name, where the format has digests: equal for equal tables, however they are stored.
+      table_digests: by name, where the format has digests: `layout.table_digest`, as conversions report it.
+      slot_digests: by table and slot name, likewise.
       optimizers: by table, what trained it, as `Optimizer.to_dict` gives it, where the format says so.
     """
 
@@ -42,6 +43,7 @@ class Inspected:
     notes: tuple[str, ...] = ()
     digest: str | None = None
     table_digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    slot_digests: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -95,6 +97,7 @@ def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
     name = formats.guess_source(path)
     if name == "jaxembed":
         opened = open_checkpoint(path, step)
+        digests = opened.manifest["digests"]
         return Inspected(
             opened.directory,
             "checkpoint",
@@ -103,8 +106,10 @@ def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
             opened.tables,
             opened.slots,
             opened.manifest["metadata"],
-            table_digests={
-                name: layout.table_digest(rows) for name, rows in opened.manifest["digests"]["tables"].items()
+            table_digests={name: layout.table_digest(digests["tables"][name]) for name in opened.tables},
+            slot_digests={
+                name: {slot: layout.table_digest(digests["slots"][name][slot]) for slot in arrays}
+                for name, arrays in opened.slots.items()
             },
             optimizers=layout.optimizers(opened.manifest),
         )

@@ -7,6 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxembed.checkpoint import layout
+from jaxembed.checkpoint.digests import BlockDigester
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.config import QuantizationConfig
 from jaxembed.inspection.neighbours import NearestRows, Neighbour, sample_rows
@@ -32,6 +34,7 @@ class TableStats:
         table's own QuantizationConfig, "as trained". Absent where the rows are stored so already.
       norm_counts: (lower edges, upper edges, number of rows) of the bins of a histogram of norms.
       neighbours: of some rows, the most similar others.
+      digest: of the rows as they were read, by `layout.table_digest`; None of codes.
     """
 
     norms: tuple[float, float, float]
@@ -41,6 +44,7 @@ class TableStats:
     quantization: dict[str, QuantizationError]
     norm_counts: tuple[np.ndarray, np.ndarray, np.ndarray]
     neighbours: dict[int, list[Neighbour]]
+    digest: str | None
 
 
 def table_stats(
@@ -64,8 +68,9 @@ def table_stats(
     norms, duplicates = _Norms(), _Duplicates(array.shape[0])
     errors = _errors(array, quantization_config)
     nearest = NearestRows(sample_rows(array, num_samples))
-    num_dead = num_bad = 0
+    digester, num_dead, num_bad = BlockDigester(array.shape, array.dtype), 0, 0
     for start, rows in array.blocks():
+        digester.update(rows)
         values = rows.astype(np.float32)
         finite, alive = np.isfinite(values).all(axis=1), values.any(axis=1)
         num_dead += int((~alive).sum())
@@ -76,6 +81,7 @@ def table_stats(
             error.add(values[finite])
         nearest.add(start, values, np.logical_and(finite, alive))
         advance(rows.nbytes)
+    digests = digester.digests()
     return TableStats(
         norms.spread(),
         num_dead,
@@ -84,6 +90,7 @@ def table_stats(
         {name: error.result() for name, error in errors.items()},
         norms.histogram(),
         nearest.found(),
+        layout.table_digest(digests.to_json()) if digests and array.form == array.dtype.name else None,
     )
 
 
