@@ -12,13 +12,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxembed.checkpoint import digest_arrays, layout
-from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
-from jaxembed.features import feature_tables
+from jaxembed.checkpoint.reading import flat_arrays, open_checkpoint
 from jaxembed.serialization import feature_config_to_json
 
 from .embedding import ShardedEmbedding
 from .engines.custom import checked_weights
-from .restoring import restore_data, restore_model, restore_stacks
+from .restoring import check_slots, check_tables, restore_data, restore_model, restore_stacks
 from .state import EmbeddingState
 
 #: Small enough to be read a few at a time, large enough to be read fast.
@@ -171,8 +170,8 @@ class Checkpointer:
             manifest["digests"][layout.MODEL] = {key: next(digests) for key in leaves}
             items[layout.MODEL] = ocp.args.PyTreeSave(model)
         if data is not None:
-            items[layout.DATA] = ocp.args.JsonSave(layout.seal({"state": data}))
-            manifest["digests"][layout.DATA] = True
+            items[layout.DATA] = ocp.args.JsonSave({"state": data})
+            manifest["digests"][layout.DATA] = layout.digest({"state": data})
         items[layout.MANIFEST] = ocp.args.JsonSave(layout.seal(manifest))
         if jax.process_index() == 0:
             self._removals.submit(layout.remove_deleted, self.directory)
@@ -191,6 +190,7 @@ class Checkpointer:
         verify: bool = True,
         vocabulary_growth: str | None = None,
         key: jax.Array | None = None,
+        partial: bool = False,
     ) -> Restored:
         """Restores a step (default: the latest whole one) onto this trainer's mesh.
 
@@ -201,6 +201,8 @@ class Checkpointer:
           vocabulary_growth: "initialize" lets tables have more rows than the checkpoint; these start, as
             do their slots, like those of `embedding.init(key)`. None makes that an error.
           key: of the rows that are new.
+          partial: leave tables and slots of the checkpoint that this embedding has not behind; otherwise they are an
+            error.
 
         Raises:
           FileNotFoundError: if there is no such whole step.
@@ -214,8 +216,8 @@ class Checkpointer:
             )
         self.wait()
         opened = open_checkpoint(self.directory, step, verify=verify)
-        grows = self._check_tables(opened, bool(vocabulary_growth))
-        self._check_slots(opened)
+        grows = check_tables(self._embedding, opened, bool(vocabulary_growth), partial)
+        check_slots(self._embedding, opened, partial)
         fresh = self._embedding.init(key) if grows and key is not None else None
         tables, slots = restore_stacks(self._embedding, opened.tables, opened.slots, fresh)
         found: int = opened.manifest["step"]
@@ -261,37 +263,6 @@ class Checkpointer:
                 self._manager.close()
             self._manager, self._is_swept = self._open_manager(), False
             raise
-
-    def _check_tables(self, opened: OpenedCheckpoint, may_grow: bool) -> bool:
-        """Whether any table has more rows than the checkpoint."""
-        stored = feature_tables(opened.feature_config)
-        grows = False
-        for name, config in feature_tables(self._embedding.feature_config).items():
-            found = stored.get(name)
-            if found is not None and (found.dim, found.dtype) == (config.dim, config.dtype):
-                if found.vocabulary_size == config.vocabulary_size:
-                    continue
-                if may_grow and found.vocabulary_size < config.vocabulary_size:
-                    grows = True
-                    continue
-            raise ValueError(
-                f"checkpoint {opened.directory} does not fit the feature configuration: table {name!r} must be "
-                f"{config.dtype.name}[{config.vocabulary_size}, {config.dim}], the checkpoint has "
-                + ("none." if found is None else f"{found.dtype.name}[{found.vocabulary_size}, {found.dim}].")
-                + " Use the configuration it was saved with"
-                + ("." if may_grow else ", or vocabulary_growth='initialize' for tables that have grown.")
-            )
-        return grows
-
-    def _check_slots(self, opened: OpenedCheckpoint) -> None:
-        for name, slots in self._embedding.abstract_canonical()[1].items():
-            found = opened.slots.get(name, {})
-            for slot in slots:
-                if slot not in found:
-                    raise ValueError(
-                        f"checkpoint {opened.directory} has no slot {slot!r} of table {name!r}, only "
-                        f"{sorted(found)}; train on with the optimizer it was saved with."
-                    )
 
 
 def _save_arrays(arrays: Any) -> Any:

@@ -11,6 +11,7 @@ from jaxembed.checkpoint import CheckpointError, layout
 from jaxembed.checkpoint.digests import Digests
 from jaxembed.checkpoint.reading import OpenedCheckpoint, check_model, flat_arrays
 from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.features import feature_tables
 
 from .embedding import ShardedEmbedding
 from .engines.placement import Stack
@@ -19,6 +20,61 @@ from .state import EmbeddingState
 
 #: On the host, of all local devices together.
 WINDOW_BYTES = 32 << 20
+
+
+def check_tables(embedding: ShardedEmbedding, opened: OpenedCheckpoint, may_grow: bool, partial: bool) -> bool:
+    """Whether any table has more rows than the checkpoint.
+
+    Args:
+      may_grow: whether it may.
+      partial: whether the checkpoint may have further tables.
+
+    Raises:
+      ValueError: if the tables do not fit.
+    """
+    stored, wanted = feature_tables(opened.feature_config), feature_tables(embedding.feature_config)
+    grows = False
+    for name, config in wanted.items():
+        found = stored.get(name)
+        if found is not None and (found.dim, found.dtype) == (config.dim, config.dtype):
+            if found.vocabulary_size == config.vocabulary_size:
+                continue
+            if may_grow and found.vocabulary_size < config.vocabulary_size:
+                grows = True
+                continue
+        raise ValueError(
+            f"checkpoint {opened.directory} does not fit the feature configuration: table {name!r} must be "
+            f"{config.dtype.name}[{config.vocabulary_size}, {config.dim}], the checkpoint has "
+            + ("none." if found is None else f"{found.dtype.name}[{found.vocabulary_size}, {found.dim}].")
+            + " Use the configuration it was saved with"
+            + ("." if may_grow else ", or vocabulary_growth='initialize' for tables that have grown.")
+        )
+    if not partial and (left := sorted(stored.keys() - wanted.keys())):
+        raise ValueError(
+            f"checkpoint {opened.directory} has tables that the feature configuration has not: {left}; pass "
+            "partial=True to leave them behind."
+        )
+    return grows
+
+
+def check_slots(embedding: ShardedEmbedding, opened: OpenedCheckpoint, partial: bool) -> None:
+    """Raises:
+    ValueError: if slots are missing, or, unless `partial`, left over.
+    """
+    wanted: dict[str, Any] = embedding.abstract_canonical()[1]
+    for name in embedding.tables:
+        slots, found = wanted.get(name, {}), opened.slots.get(name, {})
+        for slot in slots:
+            if slot not in found:
+                raise ValueError(
+                    f"checkpoint {opened.directory} has no slot {slot!r} of table {name!r}, only "
+                    f"{sorted(found)}; train on with the optimizer it was saved with."
+                )
+        if not partial and (left := sorted(found.keys() - slots.keys())):
+            raise ValueError(
+                f"checkpoint {opened.directory} has slots of table {name!r} that its optimizer has not: {left}; "
+                "train on with the optimizer it was saved with, or pass partial=True to leave them behind."
+            )
 
 
 def restore_stacks(
@@ -162,6 +218,5 @@ def restore_data(opened: OpenedCheckpoint) -> Any:
     Raises:
       CheckpointError: if it is damaged.
     """
-    if layout.DATA not in opened.manifest["digests"]:
-        return None
-    return layout.read_sealed(opened.directory, f"{layout.DATA}/metadata")["state"]
+    digest = opened.manifest["digests"].get(layout.DATA)
+    return None if digest is None else layout.read_data(opened.directory, digest)

@@ -33,8 +33,10 @@ FORMAT = "jaxembed-checkpoint"
 VERSION = 1
 MANIFEST, TABLES, SLOTS, MODEL, DATA = "manifest", "tables", "slots", "model", "data"
 DELETING, UNFINISHED = ".deleting", ".orbax-checkpoint-tmp"
-# Digests of 1.8 TB of tables.
+#: In bytes: digests of 2 TB of tables.
 MAX_JSON = 64 << 20
+#: In commas and brackets. Without their digests, tables take few; a second goes by while a million are read.
+MAX_VALUES = 1 << 20
 
 
 def whole_steps(directory: str | pathlib.Path) -> list[int]:
@@ -132,7 +134,11 @@ def read_manifest(
             f"{directory} has format version {str(manifest.get('version'))[:40]!r}, this jaxembed reads {VERSION}; "
             "upgrade jaxembed."
         )
-    return _unseal(manifest, directory, file)
+    if manifest.pop("digest", None) != digest(manifest):
+        raise CheckpointError(
+            f"{directory / file} is damaged: it does not have the digest it was saved with; restore another step."
+        )
+    return manifest
 
 
 def read_feature_config(manifest: dict[str, Any], directory: pathlib.Path) -> Any:
@@ -147,31 +153,32 @@ def read_feature_config(manifest: dict[str, Any], directory: pathlib.Path) -> An
         raise CheckpointError(f"{directory}: {e}") from e
 
 
-def read_sealed(directory: pathlib.Path, file: str) -> dict[str, Any]:
-    """What `seal` gave, from a JSON file.
+def read_data(directory: pathlib.Path, saved: str) -> Any:
+    """The state of the input pipeline, whose digest is `saved`.
 
     Raises:
-      CheckpointError: if it cannot be read, or is not what was written.
+      CheckpointError: if it cannot be read, or is not what was saved with this step.
     """
-    return _unseal(_read_json(directory, file), directory, file)
+    content = _read_json(directory, f"{DATA}/metadata")
+    if digest(content) != saved:
+        raise CheckpointError(
+            f"{directory / DATA}/metadata is damaged, or of another step: it does not have the digest it was saved with; "
+            "restore another step."
+        )
+    return content["state"]
 
 
 def _read_json(directory: pathlib.Path, file: str) -> dict[str, Any]:
     try:
-        content = strict_json(read_regular(directory / file, MAX_JSON))
+        text = read_regular(directory / file, MAX_JSON)
+        values = sum(map(text.count, (b",", b"[", b"{")))
+        if values > MAX_VALUES:
+            raise ValueError(f"it has {values:,} values, of at most {MAX_VALUES:,}")
+        content = strict_json(text)
     except ValueError as e:
         raise CheckpointError(f"{directory} has no readable {file} ({e}); restore another step.") from e
     if not isinstance(content, dict):
         raise CheckpointError(f"{directory / file} must be a JSON object, got {type(content).__name__}.")
-    return content
-
-
-def _unseal(content: dict[str, Any], directory: pathlib.Path, file: str) -> dict[str, Any]:
-    content = dict(content)
-    if content.pop("digest", None) != digest(content):
-        raise CheckpointError(
-            f"{directory / file} is damaged: it does not have the digest it was saved with; restore another step."
-        )
     return content
 
 
@@ -251,7 +258,24 @@ def optimizers(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _is_whole(step: pathlib.Path) -> bool:
-    return (step / "_CHECKPOINT_METADATA").is_file() and all(
-        (step / part).is_file()
-        for part in (f"{MANIFEST}/metadata", f"{TABLES}/_METADATA", f"{TABLES}/manifest.ocdbt")
+    """Whether all parts that Orbax names are there; what is in their files shows when they are read."""
+    try:
+        parts = strict_json(read_regular(step / "_CHECKPOINT_METADATA", MAX_JSON))["item_handlers"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return parts >= {MANIFEST, TABLES} and all(
+        _is_part(step / part, part in (MANIFEST, DATA))
+        for part in (MANIFEST, TABLES, SLOTS, MODEL, DATA)
+        if part in parts
     )
+
+
+def _is_part(part: pathlib.Path, is_json: bool) -> bool:
+    if is_json:
+        return (part / "metadata").is_file()
+    if not (part / "_METADATA").is_file() or not (part / "manifest.ocdbt").is_file():
+        return False
+    # Rows lie with the process that wrote them where there are several, or Orbax alone knows.
+    folders = [part / "d", *(process / "d" for process in part.glob("ocdbt.process_*"))]
+    needed = 2 if (part / "array_metadatas").is_dir() else 1
+    return sum(folder.is_dir() and any(folder.iterdir()) for folder in folders) >= needed

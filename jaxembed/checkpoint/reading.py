@@ -126,6 +126,11 @@ def open_checkpoint(
     directory = layout.step_directory(path, step)
     layout.check_files(directory)
     manifest = layout.read_manifest(directory)
+    if directory.name.isdecimal() and int(directory.name) != manifest.get("step"):
+        raise CheckpointError(
+            f"checkpoint {directory} was saved as step {manifest.get('step')}: it was renamed, or copied over another; "
+            "give it back its name, or restore another step."
+        )
     try:
         feature_config = layout.read_feature_config(manifest, directory)
         table_digests, slot_digests = manifest["digests"]["tables"], manifest["digests"]["slots"]

@@ -154,6 +154,72 @@ def test_unfinished_steps_are_not_listed(tmp_path):
     assert whole_steps(tmp_path) == [1]
 
 
+@pytest.mark.parametrize(
+    "missing",
+    ["slots", "tables/d", "tables/ocdbt.process_0", "slots/ocdbt.process_0/d", "model", "model/d", "data"],
+)
+def test_half_deleted_steps_are_not_listed(tmp_path, missing):
+    """Whoever removes a step by other means and is interrupted leaves some of its folders."""
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(at_step(own, step), model={"w": jnp.ones(3)}, data={"at": step})
+        checkpointer.wait()
+        shutil.rmtree(tmp_path / "2" / missing)
+        assert whole_steps(tmp_path) == [1]
+        assert checkpointer.restore().step == 1
+
+
+def test_parts_of_other_steps_are_refused(tmp_path):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(at_step(own, step), data={"at": step})
+        checkpointer.wait()
+        shutil.copytree(tmp_path / "1", tmp_path / "3")
+        for read in (checkpointer.restore, lambda: read_checkpoint(tmp_path)):
+            with pytest.raises(
+                CheckpointError, match=r"/3 was saved as step 1: it was renamed, or copied over"
+            ):
+                read()
+        shutil.copy(tmp_path / "1" / "data" / "metadata", tmp_path / "2" / "data" / "metadata")
+        with pytest.raises(CheckpointError, match=r"2/data/metadata is damaged, or of another step"):
+            checkpointer.restore(2)
+
+
+def test_parts_are_left_behind_where_asked(tmp_path):
+    own = embedding(1)
+    state = at_step(own, 1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(state)
+    without_slots = embedding(8, feature_config(optimizer=SGD(0.1)))
+    fewer = embedding(1, {"one": FeatureConfig(own.tables["small"])})
+    for other, message in (
+        (without_slots, r"has slots of table 'a.b/c d' that its optimizer has not: \['accumulators'\]"),
+        (fewer, r"has tables that the feature configuration has not: \['a.b/c d'\]"),
+    ):
+        with Checkpointer(tmp_path, other) as checkpointer:
+            with pytest.raises(ValueError, match=message + ".* pass partial=True"):
+                checkpointer.restore()
+            tables = other.to_canonical(checkpointer.restore(partial=True).state)[0]
+        for name, rows in tables.items():
+            np.testing.assert_array_equal(rows, own.to_canonical(state)[0][name])
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":[' + "{}," * (1 << 20) + "{}]}", "[" * (1 << 21), '{"a":"' + '\\",' * (1 << 20)]
+)
+def test_a_manifest_of_many_values_is_refused_at_once(tmp_path, text):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+    (tmp_path / "1" / "manifest" / "metadata").write_text(text)
+    with pytest.raises(
+        CheckpointError, match=r"no readable manifest/metadata \(it has [\d,]+ values, of at most"
+    ):
+        read_checkpoint(tmp_path)
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no finished step"):
         read_checkpoint(tmp_path)
