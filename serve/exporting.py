@@ -77,16 +77,7 @@ def export_model(
     outputs: list[ArraySpec] = []
     for size in [None] if batch_sizes is None else sorted(set(batch_sizes)):
         batch = jax.export.symbolic_shape("b")[0] if size is None else size
-        arguments = _arguments(features, named, dense, batch)
-        try:
-            with without_locations():
-                exported = jax.export.export(jax.jit(flat), platforms=list(platforms))(*arguments)
-        except Exception as e:  # whatever the model raises
-            wanted = "a batch of any size" if size is None else f"a batch of {size}"
-            hint = "; if its shapes must be known, pass batch_sizes=[...]" if size is None else ""
-            raise ValueError(
-                f"model cannot be exported for {wanted}: {type(e).__name__}: {str(e)[:500]}{hint}."
-            ) from e
+        exported = _export(flat, _arguments(features, named, dense, batch), size, platforms)
         outputs = [
             _output(name, aval, batch)
             for (name, _), aval in zip(recipe["leaves"], exported.out_avals, strict=True)
@@ -122,6 +113,20 @@ def activation_specs(features: Sequence[ServedFeature]) -> list[ArraySpec]:
         shape = (length, table.dim) if length else (table.dim,)
         specs.append(ArraySpec(feature.path, shape, table.dtype.name))
     return specs
+
+
+def _export(
+    function: Callable[..., Any], arguments: list[Any], size: int | None, platforms: Sequence[str]
+) -> jax.export.Exported:
+    try:
+        with without_locations():
+            return jax.export.export(jax.jit(function), platforms=list(platforms))(*arguments)
+    except Exception as e:  # whatever the model raises
+        wanted = "a batch of any size" if size is None else f"a batch of {size}"
+        hint = "; if its shapes must be known, pass batch_sizes=[...]" if size is None else ""
+        raise ValueError(
+            f"model cannot be exported for {wanted}: {type(e).__name__}: {str(e)[:500]}{hint}."
+        ) from e
 
 
 def _arguments(

@@ -1,6 +1,5 @@
 """ServingFunction: requests of any size through a bounded set of compiled shapes."""
 
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -9,20 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxembed import bag_native, structure
-from jaxembed.backends import lookup_path, use_backend
-from jaxembed.combiners import CustomCombiner
-from jaxembed.features import FeatureInput
-from jaxembed.inputs import RaggedTensor
-from jaxembed.lookup import Lookup, plan_lookup, serving_embedding_lookup
-
-from .dense import DenseInputs
+from .computation import make_computation
+from .dense import DenseInputs, pad
 from .embedding import EmbeddingForServing, cpu_device
 from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
 from .ladder import Rung, make_ladder
-from .layout import Layout, pack_alone
+from .layout import pack_alone
 from .packing import Packer, Request
 from .program import Program, compile_program
+from .progress import Progress, reporter
 from .rows import Rows
 from .structures import Reader
 
@@ -88,32 +82,29 @@ class ServingFunction:
         batch_sizes: Sequence[int] | None = None,
         row_lengths: Sequence[int] | None = None,
     ):
-        self._feature_config = embedding.feature_config
-        self._tables = embedding.embedding_tables
         # Arguments that are the same in every call, as few levels deep as can be.
         self._constants = (
-            tuple(self._tables.values()),
+            tuple(embedding.embedding_tables.values()),
             embedding.combiner_weights,
             jax.device_put(params, cpu_device()),
         )
-        self._model = model
         self._dense = DenseInputs(dense_inputs or {})
         if self._dense.shapes and model is None:
             raise ValueError(f"dense_inputs {list(self._dense.shapes)} need a model, got model=None.")
-        features = served_features(self._feature_config, max_ids_per_row, weighted)
-        self._packer, self._reader = Packer(features), Reader(self._feature_config)
-        self._path = lookup_path()
-        self._layout = Layout(features, shared=self._path != "xla" and self._native_supports(features))
+        features = served_features(embedding.feature_config, max_ids_per_row, weighted)
+        self._packer, self._reader = Packer(features), Reader(embedding.feature_config)
+        self._computation = make_computation(embedding, features, model, self._dense.shapes)
+        self._layout = self._computation.layout
         self._limits = [feature.max_ids for feature in features]
         self._ladder = make_ladder(
             max(self._limits), max_batch_size, batch_sizes, row_lengths, self._layout.shared
         )
-        self._check_size()
+        self._layout.check(self._ladder)
         self._programs: dict[Rung, Program] = {}
         self._spare: dict[Rung, list[tuple[np.ndarray, np.ndarray | None]]] = {r: [] for r in self._ladder}
         self._lock = threading.Lock()
         self._compile_count = 0
-        self._jit_function = jax.jit(self._structured)
+        self._jit_function = jax.jit(self._computation.structured)
 
     @property
     def features(self) -> tuple[ServedFeature, ...]:
@@ -154,13 +145,13 @@ class ServingFunction:
         """
         return self._jit_function
 
-    def warm_up(self, progress: bool | Callable[[int, int], None] = False) -> "ServingFunction":
+    def warm_up(self, progress: bool | Progress = False) -> "ServingFunction":
         """Compiles every rung and runs it once; what another function compiled and ran is done.
 
         Args:
           progress: show a bar on stderr, or call this with the number of rungs done and of all.
         """
-        report = print_progress if progress is True else progress
+        report = reporter(progress)
         for done, rung in enumerate(self._ladder):
             if report:
                 report(done, len(self._ladder))
@@ -246,11 +237,7 @@ class ServingFunction:
 
     def padded_size(self, rows: int) -> int:
         """The rows that are computed for a batch of `rows`: those of its rungs."""
-        sizes = self._ladder.batch_sizes
-        whole, rest = divmod(rows, sizes[-1])
-        return whole * sizes[-1] + (
-            self._ladder.rung(rest, (0,) * len(self._limits), self._limits).batch if rest else 0
-        )
+        return self._ladder.padded_size(rows)
 
     def share_programs(self, other: "ServingFunction") -> bool:
         """Takes the programs that `other` compiled, if this function would compile the same ones.
@@ -260,18 +247,7 @@ class ServingFunction:
         Returns:
           Whether they are the same.
         """
-        mine, theirs = (
-            (
-                f._feature_config,
-                f._model,
-                f._dense.shapes,
-                f._ladder,
-                f._layout,
-                f._path,
-                _shapes_of(f._constants),
-            )
-            for f in (self, other)
-        )
+        mine, theirs = ((f._computation, f._ladder, _shapes_of(f._constants)) for f in (self, other))
         if mine != theirs:
             return False
         with self._lock:
@@ -293,7 +269,7 @@ class ServingFunction:
     def _run(self, rung: Rung, rows: int, fill: Callable[..., np.ndarray], dense: list[np.ndarray]) -> Any:
         ids, weights = buffers = self._take(rung)
         splits = fill(ids, weights)
-        padded = [array if rows == rung.batch else _pad(array, rung.batch) for array in dense]
+        padded = [array if rows == rung.batch else pad(array, rung.batch) for array in dense]
         program = self._programs.get(rung) or self._program(rung)
         result = program(rows, self._constants, ids, splits, weights, padded)
         # Nothing reads the buffers any more, now that the outputs are there.
@@ -305,91 +281,18 @@ class ServingFunction:
             return self._spare[rung].pop()
         except IndexError:
             ids = self._layout.buffer(rung, np.int32)
-            return ids, self._layout.buffer(rung, np.float32) if self._packer.weighted else None
+            return ids, self._layout.buffer(rung, np.float32) if self._layout.weighted else None
 
     def _program(self, rung: Rung) -> Program:
         with self._lock:
             if rung not in self._programs:
-                function = partial(self._packed, rung)
-                self._programs[rung] = compile_program(function, self._shapes(rung), rung.batch)
+                function = partial(self._computation.packed, rung)
+                arguments = self._computation.arguments(rung, self._constants)
+                self._programs[rung] = compile_program(function, arguments, rung.batch)
                 self._compile_count += 1
             return self._programs[rung]
-
-    def _shapes(self, rung: Rung) -> list[Any]:
-        sharding = jax.sharding.SingleDeviceSharding(cpu_device())
-
-        def shape(dims, dtype):
-            return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-
-        size = (self._layout.size(rung),)
-        splits = shape((len(self._layout.features), rung.batch + 1), np.int32)
-        weights = shape(size, np.float32) if self._packer.weighted else None
-        dense = [shape((rung.batch, *dims), np.float32) for dims in self._dense.shapes.values()]
-        return [self._constants, shape(size, np.int32), splits, weights, dense]
-
-    def _packed(self, rung, constants, ids, splits, weights, dense):
-        """The traced function of one rung."""
-        tables, combiner_weights, params = constants
-        tables = dict(zip(self._tables, tables, strict=True))
-        named = dict(zip(self._dense.shapes, dense, strict=True))
-        ragged, parallel = self._layout.inputs(rung, ids, splits, weights)
-        if self._layout.shared:
-            lookups = self._plan(ragged, parallel, tables)
-            # This is CPU: the portable program need not be traced beside the kernel's.
-            outputs, _ = bag_native.embedding_bags(*zip(*(lookup[:2] for lookup in lookups), strict=True))
-            outputs = [out.reshape(lookup.output_shape) for out, lookup in zip(outputs, lookups, strict=True)]
-            return self._apply(params, structure.pack(self._feature_config, iter(outputs)), named)
-        inputs, weights = (structure.pack(self._feature_config, iter(leaves)) for leaves in (ragged, parallel))
-        with use_backend(self._path):
-            return self._structured(tables, params, inputs, weights, named, combiner_weights)
-
-    def _structured(self, tables, params, inputs, weights=None, dense=None, combiner_weights=None):
-        activations = serving_embedding_lookup(
-            inputs, weights, tables, self._feature_config, combiner_weights=combiner_weights
-        )
-        return self._apply(params, activations, dense or {})
-
-    def _apply(self, params, activations, dense):
-        return activations if self._model is None else self._model(params, activations, dense)
-
-    def _plan(self, ids: Sequence[Any], weights: Sequence[Any], tables: Mapping[Any, Any]) -> list[Lookup]:
-        return [
-            plan_lookup(FeatureInput(f.path, f.config, i, w), tables[f.config.table])
-            for f, i, w in zip(self._packer.features, ids, weights, strict=True)
-        ]
-
-    def _native_supports(self, features: Sequence[ServedFeature]) -> bool:
-        if any(isinstance(feature.config.table.combiner, CustomCombiner) for feature in features):
-            return False
-        splits = jax.ShapeDtypeStruct((2,), np.int32)
-        ids, weights = (RaggedTensor(jax.ShapeDtypeStruct((1,), d), splits) for d in (np.int32, np.float32))
-        given = [weights if feature.weighted else None for feature in features]
-        lookups = self._plan([ids] * len(features), given, self._tables)
-        return bag_native.supports([item.bag for item in lookups], [item.operands for item in lookups])
-
-    def _check_size(self) -> None:
-        largest = max(self._layout.size(rung) for rung in self._ladder)
-        if largest >= 2**31:
-            raise ValueError(
-                f"the largest rung must have room for fewer than 2**31 ids, got {largest}; lower max_batch_size "
-                "or max_ids_per_row."
-            )
-
-
-def _pad(array: np.ndarray, batch: int) -> np.ndarray:
-    padded = np.zeros((batch, *array.shape[1:]), array.dtype)
-    padded[: len(array)] = array
-    return padded
 
 
 def _shapes_of(constants: Any) -> Any:
     leaves, treedef = jax.tree.flatten(constants)
     return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
-
-
-def print_progress(done: int, total: int) -> None:
-    """A bar on stderr."""
-    filled = 30 * done // total
-    end = "\n" if done == total else ""
-    sys.stderr.write(f"\rcompiling [{'#' * filled}{' ' * (30 - filled)}] {done}/{total}{end}")
-    sys.stderr.flush()

@@ -52,12 +52,20 @@ class Ladder:
 
     def rung(self, rows: int, ids: Sequence[int], limits: Sequence[int]) -> Rung:
         """The smallest rung with room for `rows` rows and, by feature, `ids` ids."""
-        batch = self.batch_sizes[bisect.bisect_left(self.batch_sizes, rows)]
+        batch = self._batch(rows)
         for length in self.row_lengths[:-1]:
             rung = Rung(batch, length)
             if all(n <= rung.capacity(limit) for n, limit in zip(ids, limits, strict=True)):
                 return rung
         return Rung(batch, self.row_lengths[-1])
+
+    def padded_size(self, rows: int) -> int:
+        """The rows that are computed for a batch of `rows`, which runs in parts where it is too large."""
+        whole, rest = divmod(rows, self.batch_sizes[-1])
+        return whole * self.batch_sizes[-1] + (self._batch(rest) if rest else 0)
+
+    def _batch(self, rows: int) -> int:
+        return self.batch_sizes[bisect.bisect_left(self.batch_sizes, rows)]
 
 
 def batch_ladder(largest: int) -> tuple[int, ...]:

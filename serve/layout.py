@@ -8,7 +8,7 @@ import numpy as np
 from jaxembed.inputs import RaggedTensor
 
 from .features import ServedFeature
-from .ladder import Rung
+from .ladder import Ladder, Rung
 from .packing import Packed, Packer, Request
 
 _ALIGNMENT = 64  # XLA reads host arrays in place from such addresses on, and copies others
@@ -30,6 +30,11 @@ class Layout:
     features: tuple[ServedFeature, ...]
     shared: bool
 
+    @property
+    def weighted(self) -> bool:
+        """Whether requests may carry weights."""
+        return any(feature.weighted for feature in self.features)
+
     def capacities(self, rung: Rung) -> list[int]:
         """Ids that each feature has room for."""
         return [rung.capacity(feature.max_ids) for feature in self.features]
@@ -37,6 +42,15 @@ class Layout:
     def size(self, rung: Rung) -> int:
         """Ids that there is room for in all."""
         return sum(self.capacities(rung))
+
+    def check(self, ladder: Ladder) -> None:
+        """Raises ValueError if a rung has room for more ids than an int32 can count."""
+        largest = max(self.size(rung) for rung in ladder)
+        if largest >= 2**31:
+            raise ValueError(
+                f"the largest rung must have room for fewer than 2**31 ids, got {largest}; lower max_batch_size "
+                "or max_ids_per_row."
+            )
 
     def buffer(self, rung: Rung, dtype: Any) -> np.ndarray:
         """A buffer for ids or weights, not initialized."""

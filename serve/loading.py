@@ -20,18 +20,10 @@ class Loaded:
       metadata: what the trainer put in.
 
     Examples:
-      >>> import jax
-      >>> import jaxembed as je
-      >>> from jaxembed.optimizers import SGD
-      >>> from jaxembed.train import Checkpointer, ShardedEmbedding
-      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
-      >>> features = {"watched": je.FeatureConfig(movie)}
-      >>> embedding = ShardedEmbedding(features, SGD(1.0), jax.make_mesh((jax.device_count(),), ("devices",)))
-      >>> with Checkpointer("checkpoints", embedding) as checkpointer:
-      ...     checkpointer.save(embedding.init(jax.random.key(0)))
-      True
-      >>> load("checkpoints").step
-      0
+      Of the checkpoint that the example of `jaxembed.train.Checkpointer` saves:
+
+      >>> load("checkpoints").metadata
+      {'run': 'first'}
     """
 
     embedding: EmbeddingForServing
@@ -52,16 +44,9 @@ def load(path: str | pathlib.Path, step: int | None = None) -> Loaded:
       ValueError: if the checkpoint does not fit its own feature configuration.
 
     Examples:
-      >>> import jax
+      Of the checkpoint that the example of `jaxembed.train.Checkpointer` saves:
+
       >>> import jaxembed as je
-      >>> from jaxembed.optimizers import SGD
-      >>> from jaxembed.train import Checkpointer, ShardedEmbedding
-      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
-      >>> features = {"watched": je.FeatureConfig(movie)}
-      >>> embedding = ShardedEmbedding(features, SGD(1.0), jax.make_mesh((jax.device_count(),), ("devices",)))
-      >>> with Checkpointer("checkpoints", embedding) as checkpointer:
-      ...     checkpointer.save(embedding.init(jax.random.key(0)))
-      True
       >>> loaded = load("checkpoints")
       >>> loaded.embedding({"watched": je.RaggedTensor.from_lists([[0, 1]])})["watched"].shape
       (1, 2)

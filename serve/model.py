@@ -15,7 +15,8 @@ from .exported import ExportedModel
 from .exporting import PLATFORMS, activation_specs
 from .exporting_whole import export_whole
 from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
-from .function import ServingFunction, print_progress
+from .function import ServingFunction
+from .progress import Progress, part_of, reporter
 from .signature import Signature, make_signature
 
 
@@ -46,15 +47,8 @@ class ServingModel:
       ValueError: if the exported model does not fit the bundle, or an argument is not of the form above.
 
     Examples:
-      >>> import jaxembed as je
-      >>> from jaxembed.optimizers import SGD
-      >>> from jaxembed.train import Checkpointer, ShardedEmbedding
-      >>> movie = je.TableConfig(vocabulary_size=8, dim=2, combiner="sum", name="movie")
-      >>> features = {"watched": je.FeatureConfig(movie)}
-      >>> embedding = ShardedEmbedding(features, SGD(1.0), jax.make_mesh((jax.device_count(),), ("devices",)))
-      >>> with Checkpointer("checkpoints", embedding) as checkpointer:
-      ...     checkpointer.save(embedding.init(jax.random.key(0)))
-      True
+      Of the checkpoint that the example of `jaxembed.train.Checkpointer` saves:
+
       >>> from jaxembed.checkpoint import convert_to_bundle
       >>> _ = convert_to_bundle("checkpoints", "bundles")
       >>> with ServingModel("bundles", max_batch_size=2).warm_up() as model:
@@ -162,18 +156,18 @@ class ServingModel:
         """Parameters of the exported model, as `jit_function` takes them; None without one."""
         return self._open(self._function).params
 
-    def warm_up(self, progress: bool | Callable[[int, int], None] = False) -> "ServingModel":
+    def warm_up(self, progress: bool | Progress = False) -> "ServingModel":
         """Compiles every shape and runs it once; with a compile cache, what it lacks.
 
         Args:
           progress: show a bar on stderr, or call this with the number of shapes done and of all.
         """
-        report = print_progress if progress is True else progress
+        report = reporter(progress)
         functions = [self._open(function) for function in self._functions()]
         done, total = 0, sum(len(function.rungs) for function in functions)
         with compile_cache(self._compile_cache):
             for function in functions:
-                function.warm_up(report and _shifted(report, done, total))
+                function.warm_up(part_of(report, done, total) if report else False)
                 done += len(function.rungs)
         return self
 
@@ -250,16 +244,6 @@ class ServingModel:
         if function is None:
             raise ValueError(f"the ServingModel of {self._directory} is closed; open it again.")
         return function
-
-
-def _shifted(report: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
-    """Reports the shapes of one function among those of all, each number once."""
-
-    def shifted(done: int, of: int) -> None:
-        if done < of or before + of == total:
-            report(before + done, total)
-
-    return shifted
 
 
 def _limits(

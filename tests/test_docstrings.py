@@ -6,6 +6,10 @@ import inspect
 
 import pytest
 
+import jaxembed.train
+
+#: What an example says that goes on where another one ends.
+CONTINUES = "the example of `jaxembed.train.Checkpointer`"
 MODULES = ("jaxembed", "jaxembed.train", "jaxembed.serve")
 NAMES = [(module, name) for module in MODULES for name in importlib.import_module(module).__all__]
 
@@ -14,12 +18,19 @@ NAMES = [(module, name) for module in MODULES for name in importlib.import_modul
 def test_example(module, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = getattr(importlib.import_module(module), name)
+    if CONTINUES in found.__doc__:
+        run_examples(jaxembed.train.Checkpointer, "Checkpointer")
+    runner = run_examples(found, name)
+    assert runner.tries > 0, f"{module}.{name} has no example"
+    assert runner.failures == 0
+
+
+def run_examples(found, name):
     globs = vars(importlib.import_module(found.__module__)).copy()
     runner = doctest.DocTestRunner()
     for test in doctest.DocTestFinder().find(found, name, inspect.getmodule(found), globs):
         runner.run(test)
-    assert runner.tries > 0, f"{module}.{name} has no example"
-    assert runner.failures == 0
+    return runner
 
 
 @pytest.mark.parametrize("module", MODULES)

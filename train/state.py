@@ -31,4 +31,4 @@ class EmbeddingState:
     tables: dict[str, jax.Array]
     slots: dict[str, dict[str, jax.Array]]
     step: jax.Array
-    combiner_weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    combiner_weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])

@@ -2,20 +2,24 @@
 
 import copy
 import dataclasses
-import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jaxembed.optimizers.learning_rate import (
+    LearningRate,
+    is_called,
+    number,
+    number_or_callable,
+    returning,
+    value_at,
+)
 from jaxembed.shapes import Rows, Scalar
 
 Slots = Mapping[str, Rows]
-LearningRate = float | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +157,12 @@ class Optimizer:
     @property
     def callables(self) -> tuple[Callable[[], Any], ...]:
         """Those of its arguments that are callables without arguments, called at each update."""
-        return tuple(rate for rate in self._rates() if callable(rate) and _is_called(rate))
+        return tuple(rate for rate in self._rates() if callable(rate) and is_called(rate))
 
     def with_called(self, values: Sequence[Any]) -> Self:
         """The optimizer with values in place of its `callables`, for programs that take the values as arguments."""
         left = iter(values)
-        return self._with_rates(
-            [_returning(next(left)) if _is_called(rate) else rate for rate in self._rates()]
-        )
+        return self._with_rates([returning(next(left)) if is_called(rate) else rate for rate in self._rates()])
 
     def update_rows(
         self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Any, step: Any
@@ -224,67 +226,6 @@ class Optimizer:
     def _put_number(self, *fields: str) -> None:
         for field in fields:
             self._put(field, number(getattr(self, field), field))
-
-
-def number(value: Any, what: str) -> float:
-    """`value` as a float; ValueError if it is no finite number."""
-    try:
-        converted = float(value)
-    except (TypeError, ValueError):
-        converted = math.nan
-    if not math.isfinite(converted):
-        raise ValueError(f"{what} must be a finite number, got {value!r}.")
-    return converted
-
-
-def number_or_callable(value: Any, what: str) -> LearningRate:
-    """`value` as a float, or itself if it is a callable whose arguments are clear."""
-    if not callable(value):
-        return number(value, f"{what}, if not a callable,")
-    _takes_step(value, what)
-    return value
-
-
-def _is_called(value: LearningRate) -> bool:
-    return callable(value) and not _takes_step(value, "learning_rate")
-
-
-def _returning(value: Any) -> Callable[[], Any]:
-    return lambda: value
-
-
-def value_at(value: Any, step: Any, what: str) -> Scalar:
-    """A number, a callable without arguments or a schedule of the step, as a float32 scalar."""
-    if not callable(value):
-        return jnp.asarray(value, jnp.float32)
-    if _takes_step(value, what):
-        return jnp.asarray(value(step)).astype(jnp.float32)
-    current = value()
-    if isinstance(step, jax.core.Tracer) and not isinstance(current, jax.core.Tracer):
-        raise ValueError(
-            f"{what} is a callable without arguments, which a compiled function would call only once; call "
-            "learning_rate_at(step), or ShardedEmbedding.called_values(), outside of jit and pass its value in, "
-            f"or use a schedule of the step. Got {value!r}."
-        )
-    return jnp.asarray(current).astype(jnp.float32)
-
-
-def _takes_step(function: Callable[..., Any], what: str) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return True
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is p.empty]
-    needed = [p for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty]
-    if len(required) > 1 or needed:
-        raise ValueError(f"{what} must take no argument or the step alone, got {function!r}.")
-    if not required and (positional or any(p.kind == p.VAR_POSITIONAL for p in parameters)):
-        raise ValueError(
-            f"{what} must take no argument or the step, but all arguments of {function!r} are optional; "
-            "write `lambda: ...` or `lambda step: ...` around it."
-        )
-    return bool(required)
 
 
 def _clip_range(clipvalue: Any) -> tuple[float | None, float | None]:

@@ -7,14 +7,8 @@ from typing import Any, ClassVar
 import jax
 
 from jaxembed.initializers import Constant
-from jaxembed.optimizers.base import (
-    LearningRate,
-    Optimizer,
-    Slots,
-    number,
-    number_or_callable,
-    value_at,
-)
+from jaxembed.optimizers.base import Optimizer, Slots
+from jaxembed.optimizers.learning_rate import LearningRate, number, number_or_callable, value_at
 from jaxembed.shapes import Rows, Scalar
 
 

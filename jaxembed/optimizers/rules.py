@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxembed.optimizers.base import LearningRate, Optimizer, Slots
+from jaxembed.optimizers.base import Optimizer, Slots
+from jaxembed.optimizers.learning_rate import LearningRate
 from jaxembed.shapes import Rows, Scalar
 
 

@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import hmac
-import ipaddress
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from time import monotonic, perf_counter
@@ -17,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from . import tf_predict, v2_binary, v2_json
+from .authorization import authorize
 from .body import read_body
 from .errors import RequestError
 from .openapi import openapi
@@ -254,25 +253,12 @@ class Routes:
 
     async def _pin(self, request: Request, version: int | None) -> Response:
         try:
-            self._authorize(request)
+            authorize(request, self._config.admin_token)
             await self._service.versions.pin(version)
         except RequestError as e:
             return _error(e)
         current = self._service.versions.current
         return JSONResponse({"version": None if current is None else current.version, "pinned": version})
-
-    def _authorize(self, request: Request) -> None:
-        """With a token, whoever has it; without, this machine, but no page of another site in its browser."""
-        token = self._config.admin_token
-        if token is not None:
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                raise RequestError(401, "Authorization must be 'Bearer TOKEN' with the admin token.")
-            return
-        host = request.client.host if request.client else ""
-        origin = request.headers.get("origin")
-        if not _is_loopback(host) or (origin and origin.split("//")[-1] != request.headers.get("host")):
-            raise RequestError(403, "versions are switched from this machine only; set an admin token.")
 
 
 def _with_header_timeout(read: InferenceRequest, request: Request) -> InferenceRequest:
@@ -287,13 +273,6 @@ def _with_header_timeout(read: InferenceRequest, request: Request) -> InferenceR
     return dataclasses.replace(
         read, timeout=timeout if read.timeout is None or timeout is None else min(read.timeout, timeout)
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _error(error: RequestError) -> Response:

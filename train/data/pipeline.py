@@ -47,7 +47,7 @@ def batches(
     transform: Callable[[Batch], Any] | None = None,
     prefetch: int = 2,
     num_threads: int = 1,
-) -> grain.IterDataset:
+) -> grain.IterDataset[Any]:
     """A Grain data set of `Batch`, the same for the same arguments.
 
     Batch i is a pure function of (seed, i): epochs follow each other without a gap, each in an order of
