@@ -2,6 +2,7 @@
 
     python benchmarks/lookup.py            # the full grid, about 1.5 hours on 2 cores, most of them compiling
     python benchmarks/lookup.py --quick    # a part of it, about 3 minutes
+    python benchmarks/lookup.py --compile  # compiles alone, on a machine that may be busy; the next run finds it all
 
 Writes benchmarks/results/lookup.md, .png and .csv (lookup-part.* for anything but the full grid).
 Peers that are not installed (pip install 'jaxembed[bench]') are left out by name.
@@ -9,6 +10,7 @@ Peers that are not installed (pip install 'jaxembed[bench]') are left out by nam
 
 import argparse
 import concurrent.futures
+import dataclasses
 import datetime
 import gc
 import importlib.metadata
@@ -24,7 +26,7 @@ from pathlib import Path
 import jax
 from cells import FULL_GRID, QUICK_GRID, Cell, Ids, grid, make_sets, make_table
 from memory_limit import measure_memory_limit
-from peers import NUMPY, OURS, Peer, disagreement, installed_peers
+from peers import NUMPY, OURS, Jax, Peer, disagreement, installed_peers
 from plot import draw
 from report import write_report
 from results import Results, row_bytes, targets
@@ -34,6 +36,7 @@ from whole_call import WholeCall, measure_whole_call
 
 from jaxembed import backend
 
+COMPILED = Path(__file__).parent / "results" / "compiled"
 _PACKAGES = ("jaxembed", "jax", "jaxlib", "numpy", "torch", "fbgemm-gpu-cpu", "tensorflow")
 
 
@@ -43,15 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Results are waited for after each call anyway; computing them in the calling thread, as the peers do,
     # spares every call a change of threads.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     started = time.time()
     axes = {name: getattr(options, name) or values for name, values in options.grid.items()}
+    cells = grid(axes)
+    if options.compile:
+        compile_cells(cells)
+        return 0
     results = Results(cache_bytes=_cache_bytes())
     results.facts = _facts(options, results.cache_bytes)
     if os.getloadavg()[0] > 0.5:
         print(
             f"Something else is running (load {os.getloadavg()[0]:.1f}): ratios will mislead.", file=sys.stderr
         )
-    cells = grid(axes)
     if not options.no_limit:
         print("Measuring how fast memory reads rows at random.", file=sys.stderr)
         largest = max(cell.vocabulary for cell in cells)
@@ -73,6 +82,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results.facts["took"] = f"{(time.time() - started) / 60:.1f} minutes"
     _write(results, path)
     return 1 if results.wrong else 0
+
+
+def compile_cells(cells: list[Cell]) -> None:
+    """Puts our programs for all cells into the cache of compiled ones."""
+    peers = [peer for peer in installed_peers([])[0] if isinstance(peer, Jax)]
+    shapes = list(dict.fromkeys(dataclasses.replace(cell, ids="uniform") for cell in cells))
+    with tqdm(total=len(shapes), unit="cell", disable=None) as progress:
+        for key, group in itertools.groupby(shapes, key=lambda cell: (cell.dtype, cell.vocabulary, cell.dim)):
+            table, ids = make_table(*key), Ids(key[1], "uniform")
+            for peer in peers:
+                peer.load(table)
+            for cell in group:
+                progress.set_description(str(cell))
+                sets = make_sets(cell, ids, 1, _lookups_per_call(cell))
+                for peer in peers:
+                    for every in (True, False):
+                        peer.program(cell, sets, every)(0)
+                progress.update()
+            for peer in peers:
+                peer.unload()
+            jax.clear_caches()
 
 
 def run_cells(
@@ -164,6 +194,7 @@ def _write(results: Results, path: Path) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a part of the grid, about 3 minutes")
+    parser.add_argument("--compile", action="store_true", help="only compile, on a machine that may be busy")
     parser.add_argument("--vocabulary", type=int, nargs="+", help="V, instead of the grid's; so also:")
     parser.add_argument("--dim", type=int, nargs="+", help="D")
     parser.add_argument("--batch", type=int, nargs="+", help="B")
