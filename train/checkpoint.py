@@ -142,7 +142,7 @@ class Checkpointer:
         if not self._is_swept and jax.process_index() == 0:
             layout.remove_unfinished(self.directory)
         self._is_swept = True
-        tables, slots, _ = self._embedding.to_canonical(state)
+        tables, slots, _ = self._embedding.canonical_on_host(state)
         slots = {name: value for name, value in slots.items() if value}
         leaves = (
             {} if model is None else {key: _as_array(key, leaf) for key, leaf in flat_arrays(model).items()}

@@ -260,6 +260,15 @@ class ShardedEmbedding(ShardedInputs):
         """Tables [V, D] by name, slots by table and slot name, and the step: the same on every mesh."""
         return *self._canonical.from_stacks(state.tables, state.slots), state.step
 
+    def canonical_on_host(
+        self, state: EmbeddingState
+    ) -> tuple[dict[str, jax.Array], dict[str, dict[str, jax.Array]], jax.Array]:
+        """`to_canonical`, for saving: large arrays lie in the memory of the hosts, and take next to none of the devices.
+
+        Not for `jax.jit`.
+        """
+        return *self._canonical.from_stacks_on_host(state.tables, state.slots), state.step
+
     def from_canonical(
         self,
         tables: Mapping[str, Any],

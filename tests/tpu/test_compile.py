@@ -11,9 +11,11 @@ from tests.tpu.processes import answer, needs_libtpu, start
 pytestmark = [pytest.mark.tpu, needs_libtpu]
 EXCHANGES = ("all_gather", "all_to_all")
 VOCABULARIES = (1_000_000, 10_000_000)
-STEPS = f"""
+#: By topology, exchange and vocabularies.
+STEPS = """
 import dataclasses, json, sys, tpu_compile
-costs = [tpu_compile.compile_step("v5e:4x4", v, sys.argv[1], features=5) for v in {VOCABULARIES}]
+topology, exchange, *vocabularies = sys.argv[1:]
+costs = [tpu_compile.compile_step(topology, int(v), exchange, features=5) for v in vocabularies]
 json.dump([dataclasses.asdict(c) for c in costs], sys.stdout)
 """
 READER = """
@@ -41,6 +43,27 @@ json.dump(
     sys.stdout,
 )
 """
+#: Bytes that a device needs to save a table of ten million rows, beside the state.
+SAVING = """
+import json, sys, tpu_compile, jax, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from jaxembed import FeatureConfig, TableConfig
+from jaxembed.optimizers import Adagrad
+from jaxembed.train import ShardedEmbedding
+from jaxembed.train.engines import windows
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+config = {"f": FeatureConfig(TableConfig(10_000_000, 128, name="t"))}
+own = ShardedEmbedding(config, Adagrad(0.1), Mesh(np.array(devices), ("devices",)))
+(stack, p), = own._canonical._places.values()
+leaf = own.abstract_canonical()[0]["t"]
+program = windows._one_window(windows.windows_of(stack, p, leaf.sharding, (128,)))
+scalars = [jax.ShapeDtypeStruct((), "int32", sharding=own.replicated)] * 3
+(table,) = own.abstract_state().tables.values()
+memory = program.lower(table, *scalars).compile().memory_analysis()
+json.dump(memory.temp_size_in_bytes + memory.output_size_in_bytes, sys.stdout)
+"""
 #: MB that making the canonical tables of ten million rows takes beside state and result.
 CANONICAL = """
 import json, sys, tpu_compile, jax, numpy as np
@@ -64,7 +87,7 @@ json.dump(found, sys.stdout)
 @pytest.fixture(scope="module")
 def costs():
     """By exchange, at V of a million and ten million; the two compile side by side."""
-    processes = {exchange: start(STEPS, exchange) for exchange in EXCHANGES}
+    processes = {exchange: start(STEPS, "v5e:4x4", exchange, *map(str, VOCABULARIES)) for exchange in EXCHANGES}
     return {exchange: answer(process) for exchange, process in processes.items()}
 
 
@@ -108,3 +131,7 @@ def test_canonical_tables_take_a_few_windows_of_memory():
     assert found["10000000"] < shard / 10
     # Columns of 8 are given another layout, table and slots one after the other; no device holds a whole table.
     assert found["10000001"] <= 2.1 * shard
+
+
+def test_saving_takes_a_few_windows_of_memory():
+    assert answer(start(SAVING)) < 64e6

@@ -6,10 +6,10 @@ import pytest
 
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.optimizers import Adagrad
-from jaxembed.train import ShardedEmbedding
+from jaxembed.train import Checkpointer, ShardedEmbedding
 from jaxembed.train.engines import windows
 
-from .checkpoint_programs import at_step
+from .checkpoint_programs import at_step, same
 
 
 def embedding(rows, dim, mesh, **options):
@@ -26,6 +26,7 @@ def embedding(rows, dim, mesh, **options):
         (1002, 5, (8, 1), {}),  # rows, and copies of them
         (1001, 16, (4, 2), {"axis": "a"}),
         (1002, 16, (4, 2), {}),
+        (1000, 8, (4, 2), {"axis": ("b", "a")}),  # the devices in another order
         (1000, 128, (8, 1), {"engine": "sparsecore"}),
         (1002, 20, (8, 1), {"engine": "sparsecore"}),
     ],
@@ -39,11 +40,30 @@ def test_windows_give_the_same_bits(monkeypatch, rows, dim, mesh, options):
     # About 70 rows: the last window overlaps the one before.
     monkeypatch.setattr(windows, "WINDOW_BYTES", 4 * dim * 70)
     again = embedding(rows, dim, mesh, **options)
-    tables, slots = again.abstract_canonical()
-    for stack in again.stacks.values():
-        for p in stack.placements:
-            assert windows.window_rows(stack, p, tables[p.table.name].sharding, (dim,)) > 0
+    for (name, _), leaf in again._canonical._inner.items():
+        assert windows.windows_of(*again._canonical._places[name], leaf.sharding, (dim,)) is not None
     found = again.to_canonical(state)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    shardings = [leaf.sharding for leaf in jax.tree.leaves((tables, slots))]
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(again.abstract_canonical())]
     assert [leaf.sharding for leaf in jax.tree.leaves(found[:2])] == shardings
+    on_host = again.canonical_on_host(state)
+    jax.tree.map(np.testing.assert_array_equal, on_host, expected)
+    for leaf in jax.tree.leaves(on_host[:2]):
+        by_rows = leaf.sharding.shard_shape(leaf.shape)[1] == dim
+        assert leaf.sharding.memory_kind == (
+            "pinned_host" if by_rows and "b" not in options.get("axis", "") else "device"
+        )
+
+
+@pytest.mark.parametrize("plan", [{}, {"t0": "div", "t1": "replicated", "t2": "column"}])
+def test_what_is_saved_from_the_hosts_memory_comes_back(monkeypatch, tmp_path, plan):
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 4 * 8 * 70)
+    own = embedding(1000, 8, (8, 1), plan=plan)
+    state = at_step(own, 3)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(own.canonical_on_host(state)[:2])}
+    assert kinds == {"pinned_host"}
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(state)
+        restored = checkpointer.restore().state
+    assert same(own, restored, *own.to_canonical(state)[:2])
+    assert same(own, state, *own.to_canonical(restored)[:2])

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .placement import Stack, TablePlacement
-from .windows import canonical_by_windows, window_rows
+from .windows import canonical_by_windows, canonical_on_host, is_large, on_host, windows_of
 
 
 class CanonicalTables:
@@ -44,8 +44,14 @@ class CanonicalTables:
         self._inner_stack_shardings = inner if self._is_reordered else shardings
         places = {p.table.name: (stack, p) for stack in stacks.values() for p in stack.placements}
         self._places = {name: places[name] for name in names}
-        self._inner_shardings = _shardings(self._abstract(self._inner_sharding))
-        self._from_stacks_jit = jax.jit(self._from_stacks, out_shardings=self._inner_shardings)
+        abstract_tables, abstract_slots = self._abstract(self._inner_sharding)
+        self._inner_shardings = _shardings((abstract_tables, abstract_slots))
+        #: By table and slot; the slot of a table itself is "".
+        self._inner = {(name, ""): leaf for name, leaf in abstract_tables.items()}
+        self._inner |= {
+            (name, slot): leaf for name, leaves in abstract_slots.items() for slot, leaf in leaves.items()
+        }
+        self._programs: dict[Any, Any] = {}
         self._to_stacks_jit = jax.jit(self._to_stacks, out_shardings=self._inner_stack_shardings)
 
     def abstract(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -84,10 +90,31 @@ class CanonicalTables:
 
     def from_stacks(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
         """Tables and slots by table, from those by stack."""
+        program = self._program(tuple(self._inner))
         if not self._is_reordered:
-            return self._from_stacks_jit(tables, slots)
+            return self._by_table(program(tables, slots))
         inner = jax.device_put((tables, slots), self._inner_stack_shardings)
-        return jax.device_put(self._from_stacks_jit(*inner), _shardings(self.abstract()))
+        return jax.device_put(self._by_table(program(*inner)), _shardings(self.abstract()))
+
+    def from_stacks_on_host(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
+        """`from_stacks` into the memory of the hosts, so that devices need no room for it.
+
+        Beside the state, devices hold a few windows of "mod"-sharded tables, and of others one array at a time.
+        Arrays that are not split by whole rows stay on devices: several hosts put these together to digest them.
+        """
+        if self._is_reordered:
+            return self.from_stacks(tables, slots)
+        found, rest = {}, []
+        for key, leaf in self._inner.items():
+            stack, p = self._places[key[0]]
+            windows = windows_of(stack, p, leaf.sharding, leaf.shape[1:])
+            if not is_large(leaf) or leaf.sharding.shard_shape(leaf.shape)[1:] != leaf.shape[1:]:
+                rest.append(key)
+            elif windows:
+                found[key] = canonical_on_host(windows, p, _array_of(stack, key, tables, slots))
+            else:
+                found |= jax.device_put(self._program((key,))(tables, slots), {key: on_host(leaf.sharding)})
+        return self._by_table(found | self._program(tuple(rest))(tables, slots))
 
     def to_stacks(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
         """Tables and slots by stack.
@@ -111,24 +138,29 @@ class CanonicalTables:
         inner = jax.device_put((tables, slots), self._inner_shardings)
         return jax.device_put(self._to_stacks_jit(*inner), self._stack_shardings)
 
-    def _from_stacks(self, tables, slots):
-        by_table, slots_by_table = {}, {}
-        expected_tables, expected_slots = self.abstract()
+    def _program(self, keys: tuple[tuple[str, str], ...]) -> Callable[..., dict[tuple[str, str], jax.Array]]:
+        """Of tables and slots by stack, to some of the canonical arrays."""
+        if keys not in self._programs:
 
-        def convert(stack, p, array, leaf):
-            trailing = leaf.shape[1:]
-            window = window_rows(stack, p, leaf.sharding, trailing)
-            if window:
-                return canonical_by_windows(stack, p, array, leaf.sharding, trailing, window)
-            return table_of_stack(stack, p, array)
+            def convert(tables, slots):
+                return {key: self._from_stack(key, tables, slots) for key in keys}
 
-        for name, (stack, p) in self._places.items():
-            by_table[name] = convert(stack, p, tables[stack.name], expected_tables[name])
-            slots_by_table[name] = {
-                slot: convert(stack, p, array, expected_slots[name][slot])
-                for slot, array in slots[stack.name].items()
-            }
-        return by_table, slots_by_table
+            shardings = {key: self._inner[key].sharding for key in keys}
+            self._programs[keys] = jax.jit(convert, out_shardings=shardings)
+        return self._programs[keys]
+
+    def _from_stack(self, key: tuple[str, str], tables, slots) -> jax.Array:
+        (stack, p), leaf = self._places[key[0]], self._inner[key]
+        array = _array_of(stack, key, tables, slots)
+        windows = windows_of(stack, p, leaf.sharding, leaf.shape[1:])
+        return canonical_by_windows(windows, p, array) if windows else table_of_stack(stack, p, array)
+
+    def _by_table(self, arrays: Mapping[tuple[str, str], Any]) -> tuple[dict, dict]:
+        slots = {name: self._places[name][0].optimizer.slot_names for name in self._places}
+        return (
+            {name: arrays[name, ""] for name in self._places},
+            {name: {slot: arrays[name, slot] for slot in names} for name, names in slots.items()},
+        )
 
     def _to_stacks(self, tables, slots):
         by_stack, slots_by_stack = {}, {}
@@ -144,6 +176,10 @@ class CanonicalTables:
                 for slot in stack.optimizer.slot_names
             }
         return by_stack, slots_by_stack
+
+
+def _array_of(stack: Stack, key: tuple[str, str], tables: Any, slots: Any) -> Any:
+    return slots[stack.name][key[1]] if key[1] else tables[stack.name]
 
 
 def _shardings(abstract: Any) -> Any:
