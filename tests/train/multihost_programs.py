@@ -22,8 +22,11 @@ from jaxembed.optimizers import Adagrad
 from jaxembed.train import Checkpointer, ShardedEmbedding, Trainer, TrainState
 from jaxembed.train.data import Examples, RaggedColumn, batches
 from jaxembed.train.dlrm import DLRM
+from jaxembed.train.engines import windows
 
 BATCH, STEPS = 16, 6
+#: Small enough that saving takes several windows of each table.
+windows.WINDOW_BYTES = 1024
 
 
 def examples():
@@ -42,11 +45,16 @@ def examples():
 
 def trainer():
     config = {
-        "bag": FeatureConfig(TableConfig(103, 8, combiner="mean", name="bag")),
-        "id": FeatureConfig(TableConfig(50, 8, name="id")),
+        "bag": FeatureConfig(TableConfig(104, 8, combiner="mean", name="bag")),
+        "id": FeatureConfig(TableConfig(52, 8, name="id")),
     }
     mesh = jax.make_mesh((jax.device_count(),), ("devices",))
-    own = ShardedEmbedding(config, Adagrad(0.1), mesh, plan={"id": "div"})
+    # Hosts plan from different rows, and must come to one plan.
+    shard = grain.sharding.ShardByJaxProcess() if jax.process_count() > 1 else None
+    example = next(iter(batches(examples(), BATCH, seed=3, shard=shard, prefetch=0))).features
+    own = ShardedEmbedding(
+        config, Adagrad(0.1), mesh, plan="auto", example_batch=example, overrides={"id": "div", "bag": "mod"}
+    )
     return Trainer(own, DLRM(3, 2, 8, rngs=nnx.Rngs(0)), optax.adam(1e-2))
 
 
@@ -77,7 +85,15 @@ def main(directory):
         model = {"params": state.params, "opt_state": state.opt_state}
         checkpointer.save(state.embedding, model=model, data=iterator.get_state())
     if jax.process_index() == 0:
-        print(json.dumps({"losses": losses + more, "step": restored.step}))
+        print(
+            json.dumps(
+                {
+                    "losses": losses + more,
+                    "step": restored.step,
+                    "plan": [str(t) for t in own.embedding.plan.tables],
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 
 from jaxembed.checkpoint import read_checkpoint, whole_steps
 from jaxembed.train import data
+from jaxembed.train.engines.auto_plan import ids_and_bags
 from jaxembed.train.job import TrainingDiverged, load_config, open_sources, train
 from jaxembed.train.job.feeding import feed
 from jaxembed.train.job.loop import evaluate
@@ -77,6 +78,24 @@ def test_id_frequency_is_in_the_checkpoint(whole):
         assert table["counts"] == sorted(table["counts"], reverse=True)
         assert table["ranks"][-1] == table["distinct"]
         assert table["shares"][-1] == pytest.approx(1)
+
+
+def test_a_planned_job_trains_as_any_other(whole, tmp_path, capfd):
+    _, expected = whole
+    planned = job(
+        tmp_path, **{"tables.plan": "auto", "tables.overrides": {"id": "div"}, "logs.tensorboard": False}
+    )
+    result = train(planned)
+    plan = result.trainer.embedding.plan
+    assert plan.shardings["id"] == "div"
+    assert str(plan) in capfd.readouterr().out
+    first = next(iter(data.batches(open_sources(planned.data, 8).train, BATCH, prefetch=0)))
+    ids, bags = ids_and_bags(first.features, result.trainer.embedding.feature_config)
+    assert ids == {"bag": first.features["bag"].row_splits[-1], "id": BATCH}
+    assert bags == {"bag": BATCH, "id": BATCH}
+    for name in ("tables", "slots"):
+        ours, theirs = (getattr(read_checkpoint(r.checkpoints, slots=True), name) for r in (result, expected))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
 
 
 class Interrupting:

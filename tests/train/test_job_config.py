@@ -42,6 +42,8 @@ def test_overrides(tmp_path):
     assert (config.training.batch_size, config.model.top) == (64, (8, 4))
     assert (config.data.path, config.tables.plan) == ("some/where", {"user": "replicated"})
     assert config.tables.optimizer.build() == Adam(0.05, beta_1=0.8)
+    config = load_config(path, ["tables.plan=auto", "tables.overrides.user=div"])
+    assert (config.tables.plan, config.tables.overrides) == ("auto", {"user": "div"})
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,9 @@ def test_overrides(tmp_path):
         ("training.batch_size=true", r"training.batch_size: must be a valid integer, got True"),
         ("tables.exchange=ring", r"tables.exchange: must be 'auto', 'all_gather' or 'all_to_all', got 'ring'"),
         ("training.batchsize=8", r"training.batchsize: there is no such key; those are batch_size, epochs"),
+        ("tables.plan=best", r"tables.plan.*: must be 'auto', got 'best'"),
+        ("tables.plan.user=ring", r"tables.plan.*user: must be 'mod', 'div', .* got 'ring'"),
+        ("tables.overrides.user=mod", r"tables: overrides are of plan = \"auto\", got plan {}"),
         ("data.history=8", r"history: there is no such key; those are kind, path, max_history"),
         ("data.kind=netflix", r"'movielens', 'criteo', 'parquet', 'synthetic'"),
         ("tables.optimizer.name=lion", r"tables.optimizer: .*lion.*adagrad"),

@@ -39,6 +39,7 @@ def test_processes_train_checkpoint_and_resume_as_one(single, tmp_path, num_proc
     expected, expected_directory = single
     found = run(tmp_path, num_processes)
     assert found["step"] == expected["step"] == 3
+    assert found["plan"] == expected["plan"]
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=0, atol=1e-5)
     ours, theirs = (read_checkpoint(path, slots=True) for path in (tmp_path, expected_directory))
     assert ours.step == theirs.step == 6

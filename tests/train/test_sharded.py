@@ -1,5 +1,8 @@
 """ShardedEmbedding on 8 devices against one device: lookups, updates, and what meshes must not change."""
 
+import re
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -269,6 +272,24 @@ def test_extra_rounds_of_all_to_all_are_counted():
     assert 3 <= rounds(ids * 8)[0] <= 8
     embedding = ShardedEmbedding({"t": FeatureConfig(table)}, SGD(1.0), mesh(), exchange="all_gather")
     assert rounds(ids) == []
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_more_tables_take_no_more_collectives(exchange):
+    def collectives(num_tables):
+        config = {f"t{i}": FeatureConfig(TableConfig(40 + i, 8, name=f"t{i}")) for i in range(num_tables)}
+        embedding = ShardedEmbedding(config, Adagrad(0.1), mesh(), exchange=exchange)
+
+        def step(state, batch):
+            return embedding.apply_gradients(state, batch, embedding.lookup(state, batch))
+
+        batch, _ = embedding.shard_batch(dict.fromkeys(config, np.arange(16, dtype=np.int32)))
+        text = jax.jit(step).lower(embedding.abstract_state(), batch).as_text()
+        return Counter(re.findall(r"stablehlo\.(all_gather|all_to_all|reduce_scatter|all_reduce)\b", text))
+
+    found = collectives(2)
+    assert found[exchange] > 0
+    assert collectives(7) == found
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

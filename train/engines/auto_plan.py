@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxembed.features import feature_tables, match
+from jaxembed.inputs import RaggedTensor
 from jaxembed.lookup import plan_lookup
 from jaxembed.optimizers import Optimizer
 
@@ -30,6 +33,8 @@ def plan_for_batch(
 ) -> ShardingPlan:
     """Plans for three quarters of the devices' memory, and logs the plan.
 
+    With several hosts, each gives its own rows, and all plan for the sums: they must call it together.
+
     Args:
       feature_config: a structure of FeatureConfig.
       optimizer: of the tables that have none of their own.
@@ -41,12 +46,12 @@ def plan_for_batch(
     Raises:
       ValueError: if the batch does not fit the configuration, or the tables not the devices.
     """
-    ids, bags = ids_and_bags(batch, feature_config)
+    ids, bags, memory = _of_all_hosts(*ids_and_bags(batch, feature_config), memory_of_device(mesh))
     plan = plan_tables(
         feature_config,
         optimizer,
         num_shards,
-        memory_per_device=int(_SHARE_OF_TABLES * memory_of_device(mesh)),
+        memory_per_device=int(_SHARE_OF_TABLES * memory),
         ids_per_batch=ids,
         bags_per_batch=bags,
         overrides=overrides,
@@ -56,17 +61,38 @@ def plan_for_batch(
 
 
 def ids_and_bags(batch: Any, feature_config: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """By table, how many ids a batch like this one of every host looks up in it, and for how many output rows."""
+    """By table, how many ids this host's batch looks up in it, and for how many output rows."""
     ids = dict.fromkeys(feature_tables(feature_config), 0)
     bags = dict(ids)
     for item in match(batch, None, feature_config):
         bag = plan_lookup(item, None).bag
-        values = item.ids.values if hasattr(item.ids, "values") else item.ids
         rows = bag.num_bags if bag.layout == "ragged" else (item.ids.shape or (1,))[0]
         name = item.feature.table.name
-        ids[name] += int(values.size) * jax.process_count()
-        bags[name] += int(rows * inner_size(bag, item.ids)) * jax.process_count()
+        ids[name] += _num_ids(item.ids)
+        bags[name] += int(rows * inner_size(bag, item.ids))
     return ids, bags
+
+
+def _num_ids(ids: Any) -> int:
+    if isinstance(ids, RaggedTensor):
+        return int(ids.row_splits[-1])  # values of padding follow
+    return int((ids.values if hasattr(ids, "values") else ids).size)
+
+
+def _of_all_hosts(ids: dict[str, int], bags: dict[str, int], memory: int) -> tuple[dict, dict, int]:
+    """Sums of the counts and the least memory, so that all hosts find the same plan."""
+    if jax.process_count() == 1:
+        return ids, bags, memory
+    # As digits of 2^30: JAX computes in 32 bits.
+    own = [[value >> 30, value & (2**30 - 1)] for value in (*ids.values(), *bags.values(), memory)]
+    found = np.asarray(multihost_utils.process_allgather(np.asarray(own, np.int32)), np.int64)
+    hosts = (found[..., 0] << 30) + found[..., 1]
+    sums = hosts[:, :-1].sum(0).tolist()
+    return (
+        dict(zip(ids, sums, strict=False)),
+        dict(zip(bags, sums[len(ids) :], strict=True)),
+        int(hosts[:, -1].min()),
+    )
 
 
 def memory_of_device(mesh: Mesh) -> int:

@@ -12,6 +12,7 @@ from jaxembed.optimizers import Optimizer, optimizer_class
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Sharding = Literal["mod", "div", "table", "column", "replicated"]
 Sizes = PositiveInt | tuple[PositiveInt, ...]
 
 
@@ -166,13 +167,29 @@ class DenseOptimizer:
 
 @dataclass(frozen=True, config=_STRICT)
 class Tables:
-    """How tables are trained and spread; arguments of `ShardedEmbedding`."""
+    """How tables are trained and spread; arguments of `ShardedEmbedding`.
+
+    Args:
+      optimizer: of all tables.
+      plan: sharding by table; "auto" plans for the first batch and the devices' memory.
+      overrides: of `plan = "auto"`: sharding by table.
+      exchange: how rows travel.
+      engine: "xla", "sparsecore" or "auto".
+      capacity: entries that a shard has room for in each stack.
+    """
 
     optimizer: TableOptimizer = Field(default_factory=TableOptimizer)
-    plan: dict[str, Literal["mod", "div", "table", "column", "replicated"]] = Field(default_factory=dict)
+    plan: Literal["auto"] | dict[str, Sharding] = Field(default_factory=dict)
+    overrides: dict[str, Sharding] = Field(default_factory=dict)
     exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
     engine: str = "auto"
     capacity: PositiveInt | None = None
+
+    def __post_init__(self):
+        if self.overrides and self.plan != "auto":
+            raise ValueError(
+                f'overrides are of plan = "auto", got plan {self.plan!r}; name the tables in one of the two'
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -68,6 +68,12 @@ def feed(
     return _agreed(trainer, pairs) if several else pairs
 
 
+def first_batch(examples: ExampleSource, batch_size: int, seed: int) -> Batch:
+    """The first batch of `feed`, this host's rows of it, as they were read."""
+    shard = grain.sharding.ShardByJaxProcess() if jax.process_count() > 1 else None
+    return next(iter(batches(examples, batch_size, shard=shard, seed=seed, prefetch=0)))
+
+
 def _agreed(trainer: Trainer, pairs: Iterator[tuple[Batch, Any]]) -> Iterator[tuple[Batch, Any]]:
     waiting: deque = deque()
     for packed, state in itertools.chain(pairs, [(None, None)] * _AHEAD):

@@ -18,7 +18,7 @@ from ..embedding import ShardedEmbedding
 from ..metrics import StreamingMetrics
 from ..trainer import Trainer, TrainState
 from .config import JobConfig
-from .feeding import feed
+from .feeding import feed, first_batch
 from .frequency import IdFrequency
 from .preemption import Preemption
 from .report import Report
@@ -84,6 +84,14 @@ def build_trainer(config: JobConfig, sources: Sources) -> Trainer:
     """The tables, the DLRM and their optimizers, over all devices of all processes."""
     tables = config.tables
     mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+    planned = {}
+    if tables.plan == "auto":
+        planned = {
+            "example_batch": first_batch(
+                sources.train, config.training.batch_size, config.training.seed
+            ).features,
+            "overrides": tables.overrides,
+        }
     embedding = ShardedEmbedding(
         sources.feature_config,
         tables.optimizer.build(),
@@ -92,6 +100,7 @@ def build_trainer(config: JobConfig, sources: Sources) -> Trainer:
         exchange=tables.exchange,
         engine=tables.engine,
         capacity=tables.capacity,
+        **planned,
     )
     model = build_model(config, sources, nnx.Rngs(config.training.seed))
     return Trainer(embedding, model, config.dense_optimizer.build())
@@ -152,6 +161,8 @@ class Job:
         self._report = report = Report(
             config.logs, self._out, config.training.batch_size, step, max(self._total, step)
         )
+        if self.trainer.embedding.plan is not None:
+            report.say(str(self.trainer.embedding.plan))
         if step:
             report.say(f"goes on from step {step:,} of {self._total:,}")
         self._write_config()
