@@ -1,4 +1,6 @@
-"""Runs pyright over the packages as they are installed; with --public, counts the public symbols it knows, too.
+"""Runs pyright over the packages as they are installed, and in strict mode over a program that uses them.
+
+With --public, it counts the public symbols whose types it knows, too.
 
 `train/` and `serve/` install as `jaxembed.train` and `jaxembed.serve`, a mapping that pyright does not
 know, so the tree is copied that way into a temporary folder: it does not look into folders that are links.
@@ -13,6 +15,8 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+#: A program of a user, in strict types.
+PROGRAM = "tests/test_typed_program.py"
 #: pyright asks the first `python` of the path where packages are.
 PATH = os.pathsep.join((str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")))
 
@@ -26,6 +30,8 @@ def main() -> int:
         for name in ("train", "serve"):
             shutil.copytree(ROOT / name, package / name, ignore=ignored)
         shutil.copy(ROOT / "pyrightconfig.json", temporary)
+        (pathlib.Path(temporary) / "tests").mkdir()
+        shutil.copy(ROOT / PROGRAM, pathlib.Path(temporary) / PROGRAM)
         errors = _pyright(temporary, "--pythonpath", sys.executable, "-p", temporary)
         print(errors.stdout, end="")
         if errors.returncode or "--public" not in sys.argv:
