@@ -1,6 +1,6 @@
 """Says what changed between two checkpoints, bundles or files, by table; exits with 1 if anything did.
 
-jaxembed diff runs/movielens/checkpoints/157 runs/movielens/checkpoints/314
+jaxembed diff runs/movielens/checkpoints/160 runs/movielens/checkpoints/320
 """
 
 import argparse
