@@ -194,7 +194,7 @@ def restore_model(opened: OpenedCheckpoint, abstract: Any) -> Any:
         )
     for key, leaf in wanted.items():
         # Orbax casts and pads without a word.
-        digests = Digests.from_json(stored[key])
+        digests = Digests.from_json(stored[key], f"checkpoint {opened.directory}: model leaf {key!r}")
         shape, dtype = np.shape(leaf), np.dtype(getattr(leaf, "dtype", type(leaf))).name
         if (digests.shape, digests.dtype) != (shape, dtype):
             raise ValueError(

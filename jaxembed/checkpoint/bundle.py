@@ -9,7 +9,8 @@
       model.stablehlo           the model as `jax.export` serializes it, tables as arguments; may be absent
 
 A version may be a delta of an earlier one beside it: a table that did not change then has no file, and one
-that did holds its changed rows, "ids" [n] and "rows" [n, D]. The digests are always those of the whole table.
+that did holds its changed rows, "ids" [n] and "rows" [n, D], or of codes "codes" [n, ...] and "scale_bias" [n, 2].
+The digests are always those of the whole table.
 
 A version is written beside its place and renamed, and never changed afterwards: those who map it rely on that.
 """
@@ -30,24 +31,19 @@ from jaxembed.checkpoint.bundle_reading import (
     MANIFEST_FILE,
     MODEL_FILE,
     Bundle,
+    is_bundle,
     open_bundle,
     read_bundle,
 )
-from jaxembed.checkpoint.bundle_tables import (
-    QUANTIZATIONS,
-    TableReport,
-    keeps_its_rows,
-    plan_report,
-    write_table,
-)
-from jaxembed.checkpoint.delta import changed_rows, delta_bytes, delta_parts
+from jaxembed.checkpoint.bundle_tables import TableReport, plan_table, write_table
 from jaxembed.checkpoint.digests import digest_arrays, digest_bytes
 from jaxembed.checkpoint.files import sync_folder, write_file
 from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
 from jaxembed.checkpoint.safetensors_file import header_of
 from jaxembed.checkpoint.scratch import scratch_folder
 from jaxembed.checkpoint.stored import StoredArray, WatchedArray
-from jaxembed.checkpoint.vocabularies import copy_vocabularies
+from jaxembed.checkpoint.table_form import QUANTIZATIONS, forms_of
+from jaxembed.checkpoint.vocabularies import copy_vocabularies, read_vocabularies
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 
@@ -85,24 +81,30 @@ def convert_to_bundle(
       quantize: for tables without a quantization_config: None keeps their type, "bfloat16" rounds to it,
         "int8" and "int4" store codes with a scale and bias per row. Tables with a quantization_config become
         what training looked up: codes of 8 bits, or 4 for up to 16 buckets; rows of values for more than 256.
-      delta_from: an earlier version in `out`; only rows that differ from it are written, and quantized
-        tables whole. Needs that version to stay, and copies changed tables into memory when opened.
+        In a delta None stores each table as the earlier version does.
+      delta_from: an earlier version in `out`; only rows that differ from it are written, of codes the rows of codes.
+        Needs that version to stay, and copies changed tables into memory when opened.
       select_model: called with the dense model, nested dicts and lists of arrays, to return what serving
         needs of it, such as `lambda model: model["params"]`. None keeps all.
       exported: the model as `jax.export` serializes it, with tables as arguments; or called with the bundle
         as it is written, before it is published, to return that. `Bundle.exported` gives it back.
       advance: called with the number of bytes of tables that were converted, now and then.
-      dry_run: write nothing, and report what would be written, without errors of rounding.
+      dry_run: write nothing, and report what would be written, without digests and errors of rounding; tables are read
+        for a delta alone, so that damage and NaN in them are found by the run.
 
     Raises:
       FileNotFoundError: if there is no such whole step.
-      ValueError: if the checkpoint is damaged, the version is there already, or a table cannot be quantized.
+      ValueError: if the checkpoint is damaged, the version is there already, a table cannot be quantized, or
+        `quantize` is not how `delta_from` stores one.
     """
+    refuse_bundle(checkpoint)
     opened = open_checkpoint(checkpoint, step)
     configs = feature_tables(opened.feature_config)
     number = opened.manifest["step"] if version is None else version
     target, base = check_version(out, number, quantize, delta_from)
     if dry_run:
+        _selected_model(opened, select_model)
+        read_vocabularies(opened.feature_config)
         return BundleReport(target, plan_tables(opened.tables, configs, quantize, base))
     with scratch_folder(target.parent, str(number)) as scratch:
         (scratch / "tables").mkdir()
@@ -117,6 +119,17 @@ def convert_to_bundle(
     return BundleReport(target, tuple(reports))
 
 
+def refuse_bundle(path: str | pathlib.Path) -> None:
+    """Raises:
+    ValueError: if there is a bundle already, rather than a checkpoint to make one of.
+    """
+    if is_bundle(path):
+        raise ValueError(
+            f"{path} is a serving bundle, and --to serving makes one of a checkpoint: pass the checkpoint that it was "
+            "made from, or copy the folder to have it elsewhere."
+        )
+
+
 def check_version(
     out: str | pathlib.Path, number: Any, quantize: str | None, delta_from: int | None
 ) -> tuple[pathlib.Path, Bundle | None]:
@@ -129,10 +142,8 @@ def check_version(
         raise ValueError(f"quantize must be one of {QUANTIZATIONS}, got {quantize!r}.")
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"version must be an int of at least 0, got {number!r}.")
-    if delta_from is not None and (quantize is not None or not 0 <= delta_from < number):
-        raise ValueError(
-            f"delta_from must be a version below {number}, and without quantize, got {delta_from!r}, {quantize!r}."
-        )
+    if delta_from is not None and not 0 <= delta_from < number:
+        raise ValueError(f"delta_from must be a version below {number}, got {delta_from!r}.")
     target = pathlib.Path(out).expanduser().absolute() / str(number)
     if target.exists():
         raise ValueError(f"{target} exists, and may be in use; pass another version or remove it.")
@@ -146,21 +157,8 @@ def plan_tables(
     base: Bundle | None,
 ) -> tuple[TableReport, ...]:
     """What would be written, without digests and errors of rounding; of a delta the tables are read."""
-    reports = []
-    for name, array in tables.items():
-        ids = _changed_rows(array, configs[name], base)
-        if ids is None:
-            reports.append(plan_report(name, array, configs[name], quantize))
-        else:
-            size = delta_bytes(array, ids)
-            reports.append(TableReport(name, array.shape, array.dtype.name, size, 0.0, int(ids.size)))
-    return tuple(reports)
-
-
-def _changed_rows(array: StoredArray, config: TableConfig, base: Bundle | None) -> np.ndarray | None:
-    if base is None or not keeps_its_rows(config):
-        return None
-    return changed_rows(array, base.stored().get(config.name))
+    forms = forms_of(tables, configs, quantize, base)
+    return tuple(plan_table(array, forms[name], base) for name, array in tables.items())
 
 
 def _write_arrays(
@@ -174,15 +172,12 @@ def _write_arrays(
 ) -> tuple[list[TableReport], dict[str, Any]]:
     """Writes tables and dense model; the reports, and the manifest of them."""
     copy_vocabularies(opened.feature_config, scratch)
-    model = opened.model()
-    if select_model is not None and model is not None:
-        model = select_model(model)
+    model = _selected_model(opened, select_model)
+    forms = forms_of(opened.tables, configs, quantize, base)
     reports, tables = [], {}
     for i, (name, array) in enumerate(opened.tables.items()):
         watched = WatchedArray(array.what, array.source, array.digests, advance)
-        report, tables[name] = _write_table(
-            scratch, f"tables/{i:05d}.safetensors", watched, configs[name], quantize, base
-        )
+        report, tables[name] = write_table(scratch, f"tables/{i:05d}.safetensors", watched, forms[name], base)
         digest = layout.table_digest(tables[name]["rows"], tables[name].get("quantized"))
         reports.append(dataclasses.replace(report, digest=digest))
     return reports, {
@@ -198,25 +193,9 @@ def _write_arrays(
     }
 
 
-def _write_table(
-    scratch: pathlib.Path,
-    file: str,
-    array: StoredArray,
-    config: TableConfig,
-    quantize: str | None,
-    base: Bundle | None,
-) -> tuple[TableReport, dict[str, Any]]:
-    ids = _changed_rows(array, config, base)
-    if ids is None:
-        report, entry = write_table(scratch / file, config.name, array, config, quantize)
-        return report, {"file": file, **entry}
-    if ids.size:
-        unwatched = StoredArray(array.what, array.source, array.digests)  # it was read once already
-        write_file(scratch / file, delta_parts(unwatched, ids))
-    size = (scratch / file).stat().st_size if ids.size else 0
-    assert array.digests is not None
-    entry = {"file": None, "delta": file if ids.size else None, "rows": array.digests.to_json()}
-    return TableReport(config.name, array.shape, array.dtype.name, size, 0.0, int(ids.size)), entry
+def _selected_model(opened: OpenedCheckpoint, select_model: Callable[[Any], Any] | None) -> Any:
+    model = opened.model()
+    return model if select_model is None or model is None else select_model(model)
 
 
 def _write_model(file: pathlib.Path, model: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,15 +12,13 @@ from typing import Any
 import numpy as np
 
 from jaxembed.checkpoint import layout
-from jaxembed.checkpoint.bundle_tables import CODES, ROWS
-from jaxembed.checkpoint.delta import apply_delta
+from jaxembed.checkpoint.bundle_table_reading import fitting, map_part, open_table
 from jaxembed.checkpoint.digests import CheckpointError, Digests, digest_bytes
 from jaxembed.checkpoint.files import read_regular
-from jaxembed.checkpoint.safetensors_file import map_tensors
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.checkpoint.stored_quantized import StoredQuantized
+from jaxembed.checkpoint.table_form import CODES, ROWS
 from jaxembed.checkpoint.vocabularies import load_vocabularies, locate_vocabularies
-from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 from jaxembed.quantized_table import QuantizedTable
 
@@ -42,6 +39,7 @@ class Bundle:
       model: nested dicts and lists of mapped arrays, or None.
       metadata: what the trainer put in.
       digest: of its manifest, and so of everything in it.
+      parts: by table and name of the array, what is stored, to be read by verified rows.
       table_digests: by name, of the whole table: those of a chain of deltas are those of a full bundle.
       combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
       base_version: of which this is a delta, or None.
@@ -55,7 +53,8 @@ class Bundle:
     metadata: dict[str, Any]
     digest: str
     table_digests: dict[str, str]
-    _digests: list[tuple[str, np.ndarray, Digests]] = dataclasses.field(repr=False)
+    parts: dict[str, dict[str, StoredArray]] = dataclasses.field(repr=False)
+    _leaves: list[StoredArray] = dataclasses.field(repr=False)
     _exported: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
     combiner_weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     base_version: int | None = None
@@ -78,15 +77,13 @@ class Bundle:
 
     def stored(self) -> dict[str, StoredArray]:
         """The tables to be read by verified blocks of rows, codes as their values."""
-        by_array = {id(array): (what, digests) for what, array, digests in self._digests}
         found: dict[str, StoredArray] = {}
         for name, table in self.tables.items():
-            codes = table.codes if isinstance(table, QuantizedTable) else table
-            what, digests = by_array[id(codes)]
             if isinstance(table, QuantizedTable):
-                found[name] = StoredQuantized(what, codes, digests, table)
+                codes = self.parts[name][CODES]
+                found[name] = StoredQuantized(codes.what, codes.source, codes.digests, table)
             else:
-                found[name] = StoredArray(what, codes, digests)
+                found[name] = self.parts[name][ROWS]
         return found
 
     def verify(self, rest: float | None = None) -> None:
@@ -99,18 +96,41 @@ class Bundle:
         Raises:
           CheckpointError: naming the first array and the rows that are damaged.
         """
+        parts = [(name, part) for name, of_table in self.parts.items() for part in of_table.values()]
+        checks = [*parts, *((None, leaf) for leaf in self._leaves)]
         if rest is not None:
-            for what, array, digests in self._digests:
+            for table, part in checks:
                 begin = time.perf_counter()
-                digests.check(array, what, threads=1)
+                self._check(table, part, threads=1)
                 time.sleep(rest * (time.perf_counter() - begin))
         else:
             with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 # Small arrays beside each other; a large one is spread over threads by itself.
-                for _ in pool.map(lambda check: check[2].check(check[1], check[0]), self._digests):
+                for _ in pool.map(lambda check: self._check(*check), checks):
                     pass
         _ = self.exported
         load_vocabularies(self.feature_config)
+
+    def verify_table(self, name: str) -> None:
+        """Compares one table with its digests.
+
+        Raises:
+          CheckpointError: naming the rows that are damaged.
+        """
+        for part in self.parts[name].values():
+            self._check(name, part)
+
+    def _check(self, table: str | None, part: StoredArray, threads: int | None = None) -> None:
+        assert part.digests is not None
+        try:
+            part.digests.check(part.source, part.what, threads=threads)
+        except CheckpointError:
+            if table is not None and self.base_version is not None:
+                # The rows may be those of the version below: then its folder is the one to replace.
+                base = open_bundle(self.directory.parent, self.base_version)
+                if table in base.tables:
+                    base.verify_table(table)
+            raise
 
 
 def is_bundle(path: str | pathlib.Path) -> bool:
@@ -149,26 +169,17 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
         feature_config = locate_vocabularies(layout.read_feature_config(manifest, directory), directory)
         if (directory / "tables").is_symlink():
             raise CheckpointError(f"{directory / 'tables'} is a symbolic link; a bundle holds its own files.")
-        checks, tables = [], {}
+        parts, tables, leaves, model = {}, {}, [], None
         for name, config in feature_tables(feature_config).items():
-            entry, what = manifest["tables"][name], f"bundle {directory}: table {name!r}"
-            if entry.get("quantized") is not None:
-                tables[name], parts = _quantized(directory, what, entry, config)
-                checks += parts
-                continue
-            digests = Digests.from_json(entry["rows"])
-            if digests.shape != _shape(config):
-                raise CheckpointError(
-                    f"{what} must be [{config.vocabulary_size}, {config.dim}], got {list(digests.shape)}."
-                )
-            tables[name] = _fit(what, _table(directory, what, entry, base and base.tables[name]), digests)
-            checks.append((what, tables[name], digests))
-        model = None
+            tables[name], parts[name] = open_table(directory, name, manifest["tables"][name], config, base)
         if manifest["model"] is not None:
-            leaves, mapped = manifest["model"]["leaves"], map_tensors(directory / MODEL_FILE)
-            for key in leaves:
-                what, digests = f"bundle {directory}: model leaf {key!r}", Digests.from_json(leaves[key])
-                checks.append((what, _fit(what, mapped.get(key), digests), digests))
+            stored, mapped = (
+                manifest["model"]["leaves"],
+                map_part(f"bundle {directory}: model", directory / MODEL_FILE),
+            )
+            for key in stored:
+                what = f"bundle {directory}: model leaf {key!r}"
+                leaves.append(fitting(what, mapped.get(key), Digests.from_json(stored[key], what)))
             model = _build(manifest["model"]["structure"], mapped)
         return Bundle(
             directory,
@@ -184,7 +195,8 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
                 )
                 for name in tables
             },
-            checks,
+            parts,
+            leaves,
             _exported_entry(manifest.get("exported")),
             layout.combiner_weights(manifest),
             None if base is None else int(base.directory.name),
@@ -203,7 +215,12 @@ def _base(directory: pathlib.Path, stored: Any) -> Bundle | None:
         raise CheckpointError(
             f"bundle {directory} is a delta of version {version!r:.40}, which is not below its own."
         )
-    base = open_bundle(directory.parent, version)
+    try:
+        base = open_bundle(directory.parent, version)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"bundle {directory} is a delta of version {version}, which is gone: {e}"
+        ) from e
     if base.digest != stored["digest"]:
         raise CheckpointError(
             f"bundle {directory} is a delta of another version {version} than the one beside it."
@@ -218,44 +235,6 @@ def _exported_entry(stored: Any) -> dict[str, Any] | None:
     if not isinstance(entry["bytes"], int) or not isinstance(entry["digest"], str):
         raise TypeError("exported must have its bytes and its digest")
     return entry
-
-
-def _quantized(
-    directory: pathlib.Path, what: str, entry: dict[str, Any], config: TableConfig
-) -> tuple[QuantizedTable, list[tuple[str, np.ndarray, Digests]]]:
-    """A table of codes, and what to compare its arrays with."""
-    kind, mapped = entry["quantized"]["kind"], map_tensors(directory / _file(what, entry["file"]))
-    stored, arrays, checks = {CODES: entry["rows"], **entry["quantized"]["arrays"]}, {}, []
-    for name, (shape, dtype) in QuantizedTable.array_shapes(kind, *_shape(config)).items():
-        part, digests = f"{what}, {name}", Digests.from_json(stored[name])
-        if (digests.shape, digests.dtype) != (shape, dtype.name):
-            raise CheckpointError(
-                f"{part} must be {dtype.name}{list(shape)}, got {digests.dtype}{list(digests.shape)}."
-            )
-        arrays[name] = _fit(part, mapped.get(name), digests)
-        checks.append((part, arrays[name], digests))
-    return QuantizedTable(kind, config.dim, **arrays, dtype=config.dtype), checks
-
-
-def _table(directory: pathlib.Path, what: str, entry: dict[str, Any], base: Any) -> Any:
-    file = entry["file"] or entry.get("delta")
-    mapped = {} if file is None else map_tensors(directory / _file(what, file))
-    if entry["file"] is not None:
-        return mapped.get(ROWS)
-    if base is None or isinstance(base, QuantizedTable):
-        reason = "the bundle is not a delta" if base is None else "the version below stores codes"
-        raise CheckpointError(f"{what} has no file, and {reason}.")
-    return base if file is None else apply_delta(directory / file, base, mapped)
-
-
-def _shape(config: TableConfig) -> tuple[int, int]:
-    return config.vocabulary_size, config.dim
-
-
-def _file(what: str, file: str) -> str:
-    if not re.fullmatch(r"tables/\d+\.safetensors", file):
-        raise CheckpointError(f"{what} lies in {file!r:.80}, which is not a file of a bundle.")
-    return file
 
 
 def _directory(path: pathlib.Path, version: int | None) -> pathlib.Path:
@@ -274,16 +253,6 @@ def _versions(path: pathlib.Path) -> list[int]:
     if not path.is_dir():
         return []
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and (p / MANIFEST_FILE).is_file())
-
-
-def _fit(what: str, array: Any, digests: Digests) -> np.ndarray:
-    found = "nothing" if array is None else f"{array.dtype.name}{list(array.shape)}"
-    if found != f"{digests.dtype}{list(digests.shape)}":
-        raise CheckpointError(
-            f"{what} is damaged: saved as {digests.dtype}{list(digests.shape)}, the file has {found}."
-        )
-    assert array is not None
-    return array
 
 
 def _build(structure: Any, leaves: dict[str, np.ndarray]) -> Any:

@@ -53,8 +53,8 @@ class Digests:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Digests":
-        """The inverse of `to_json`.
+    def from_json(cls, data: Mapping[str, Any], what: str = "the manifest") -> "Digests":
+        """The inverse of `to_json`; `what` is the array, for errors.
 
         Raises:
           CheckpointError: if `data` is nothing that `to_json` gives.
@@ -62,7 +62,7 @@ class Digests:
         try:
             shape, dtype = tuple(data["shape"]), data["dtype"]
             if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
-                raise ValueError(f"shape {shape}")
+                raise ValueError(f"the shape is {list(shape)}")
             text = data["blocks"]
             if not isinstance(text, str):
                 raise TypeError(f"blocks {type(text).__name__}")
@@ -75,7 +75,7 @@ class Digests:
             if len(blocks) != len(borders) - 1:
                 raise ValueError(f"{len(blocks)} digests for {len(borders) - 1} blocks")
         except (KeyError, TypeError, ValueError, OverflowError) as e:
-            raise CheckpointError(f"not the digests of an array: {type(e).__name__}: {e}.") from e
+            raise CheckpointError(f"{what}: not the digests of an array: {type(e).__name__}: {e}.") from e
         return cls(shape, dtype, borders, blocks)
 
     def spans(self, max_bytes: int = 16 << 20) -> list[tuple[int, int]]:

@@ -139,7 +139,7 @@ def open_checkpoint(
             what = f"checkpoint {directory}: table {name!r}"
             if name not in table_digests:
                 raise CheckpointError(f"{what} is missing, though its feature configuration names it.")
-            digests = Digests.from_json(table_digests[name])
+            digests = Digests.from_json(table_digests[name], what)
             if (digests.shape, digests.dtype) != ((config.vocabulary_size, config.dim), config.dtype.name):
                 raise CheckpointError(
                     f"{what} must be {config.dtype.name}[{config.vocabulary_size}, {config.dim}], "
@@ -147,17 +147,12 @@ def open_checkpoint(
                 )
             key = layout.encode_name(name)
             tables[name] = _open(directory / layout.TABLES, key, what, digests, verify, cache)
-            slots[name] = {
-                slot: _open(
-                    directory / layout.SLOTS,
-                    f"{key}.{layout.encode_name(slot)}",
-                    f"checkpoint {directory}: slot {slot!r} of table {name!r}",
-                    Digests.from_json(stored),
-                    verify,
-                    cache,
-                )
-                for slot, stored in slot_digests.get(name, {}).items()
-            }
+            slots[name] = {}
+            for slot, stored in slot_digests.get(name, {}).items():
+                what = f"checkpoint {directory}: slot {slot!r} of table {name!r}"
+                digests = Digests.from_json(stored, what)
+                slot_key = f"{key}.{layout.encode_name(slot)}"
+                slots[name][slot] = _open(directory / layout.SLOTS, slot_key, what, digests, verify, cache)
     except (KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
     slots = {name: arrays for name, arrays in slots.items() if arrays}
@@ -202,8 +197,8 @@ def check_model(directory: pathlib.Path, model: Any, stored: Mapping[str, Any]) 
             f"{sorted(stored)}; restore another step."
         )
     for key, leaf in leaves.items():
-        digests, found = Digests.from_json(stored[key]), np.asarray(leaf)
         what = f"checkpoint {directory}: model leaf {key!r}"
+        digests, found = Digests.from_json(stored[key], what), np.asarray(leaf)
         if (found.shape, found.dtype.name) != (digests.shape, digests.dtype):
             raise CheckpointError(
                 f"{what} is damaged: saved as {digests.dtype}{list(digests.shape)}, on disk it is "

@@ -28,6 +28,16 @@ def copy_vocabularies(feature_config: Any, directory: pathlib.Path) -> None:
     sync_folder(directory / FOLDER)
 
 
+def read_vocabularies(feature_config: Any) -> None:
+    """Reads the files that a configuration names, and leaves them where they are.
+
+    Raises:
+      ValueError: as `copy_vocabularies`.
+    """
+    for vocabulary in _vocabularies(feature_config):
+        vocabulary.read()
+
+
 def locate_vocabularies(feature_config: Any, directory: pathlib.Path) -> Any:
     """The configuration of a bundle with its own files, which are read and compared when they are needed."""
     if not any(_vocabularies(feature_config)):

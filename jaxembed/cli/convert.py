@@ -13,7 +13,7 @@ import tempfile
 import numpy as np
 
 from jaxembed.checkpoint import convert_to_bundle
-from jaxembed.checkpoint.bundle import BundleReport, check_version, plan_tables
+from jaxembed.checkpoint.bundle import BundleReport, check_version, plan_tables, refuse_bundle
 from jaxembed.checkpoint.files import read_regular
 from jaxembed.checkpoint.reading import open_checkpoint
 from jaxembed.checkpoint.stored import StoredArray
@@ -22,7 +22,7 @@ from jaxembed.convert import FORMATS, ConversionReport, convert
 from jaxembed.convert.conversion import DTYPES, report_json, report_lines
 from jaxembed.convert.formats import guess_source, guess_target
 from jaxembed.convert.interface import path_of
-from jaxembed.convert.keys import keys_from_json
+from jaxembed.convert.keys import keys_in_file
 from jaxembed.convert.progress import progress_bar
 from jaxembed.features import feature_tables
 from jaxembed.serialization import feature_config_from_json, strict_json
@@ -97,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
                 raise ValueError(f"--{name.replace('_', '-')} is for --to serving, not --to {target_format}.")
         return _convert(options, source_format, target_format, options.out)
     foreign = ("feature_config", "keys", "dtype", "combiner", "combiner_weights", "layout")
+    refuse_bundle(path_of(options.source))
     if source_format == "jaxembed" and not any(getattr(options, name) for name in foreign):
         return _to_serving(options, options.source)
     if options.dry_run:
@@ -116,7 +117,7 @@ def _convert(options: argparse.Namespace, source_format: str, target_format: str
 def _converted(
     options: argparse.Namespace, source_format: str, target_format: str, out: str
 ) -> ConversionReport:
-    config, keys = options.feature_config, options.keys
+    config = options.feature_config
     return convert(
         options.source,
         out,
@@ -124,7 +125,7 @@ def _converted(
         target_format=target_format,
         step=options.step,
         feature_config=config and feature_config_from_json(_read(config).decode(errors="replace")),
-        keys=keys and keys_from_json(_read(keys)),
+        keys=options.keys and keys_in_file(options.keys),
         dtype=options.dtype,
         combiner=options.combiner,
         combiner_weights=options.combiner_weights and _weights(options.combiner_weights),

@@ -19,7 +19,9 @@ def run(options: argparse.Namespace) -> int:
     """Prints a line a table."""
     found = difference(options.a, options.b, progress=False if options.no_progress else None)
     for name, table in found.items():
-        detail = f": {table.num_rows:,} rows, by up to {table.max_difference:.3g}" if table.num_rows else ""
+        detail = (
+            f"{table.num_rows:,} rows, by up to {table.max_difference:.3g}" if table.num_rows else table.detail
+        )
         slots = f"; slots {', '.join(table.slots)}" if table.slots else ""
-        print(f"{name}: {table.change}{detail}{slots}")
+        print(f"{name}: {table.change}{f': {detail}' if detail else ''}{slots}")
     return 1 if any(table.change != "same" or table.slots for table in found.values()) else 0

@@ -2,11 +2,13 @@
 
 jaxembed inspect runs/movielens/checkpoints --stats
 jaxembed inspect bundles --html report.html
+jaxembed inspect dlrm.safetensors --keys keys.json
 """
 
 import argparse
 import pathlib
 
+from jaxembed.convert.keys import keys_in_file
 from jaxembed.inspection import describe, html_report
 
 
@@ -19,17 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read and verify the tables: norms, odd rows, errors of quantization",
     )
+    parser.add_argument(
+        "--keys",
+        metavar="FILE",
+        help='of another framework: JSON {"name in the file": "table" or ["table", "slot"]}, as convert takes; else guessed',
+    )
     parser.add_argument("--html", metavar="FILE", help="write a page of that, with plots and similar rows")
     parser.add_argument("--no-progress", action="store_true", help="no bar, even on a terminal")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints it, or writes the page."""
-    progress = False if options.no_progress else None
+    progress, keys = False if options.no_progress else None, options.keys and keys_in_file(options.keys)
     if options.html is None:
-        print(describe(options.path, step=options.step, stats=options.stats, progress=progress))
+        print(describe(options.path, step=options.step, stats=options.stats, progress=progress, keys=keys))
         return 0
-    page = html_report(options.path, step=options.step, progress=progress)
+    page = html_report(options.path, step=options.step, progress=progress, keys=keys)
     pathlib.Path(options.html).expanduser().write_text(page, encoding="utf-8")
     print(f"wrote {options.html}")
     return 0

@@ -16,10 +16,14 @@ def bits(dtype: np.dtype) -> np.dtype:
 
 
 def refuse_types(contents: Contents, form: str, names: tuple[str, ...]) -> None:
-    """Raises ValueError if an array is of one of the types `names`, which `form` cannot hold."""
+    """Raises ValueError if an array is of none of the types `names`, which are all that `form` can hold."""
     for stream in contents.streams:
-        if stream.dtype.name in names:
+        if stream.dtype.name not in names:
+            slot = "" if stream.slot is None else f"slot {stream.slot!r} of "
+            how = (
+                "convert it with --dtype float32, or to safetensors" if stream.slot is None else "leave it out"
+            )
             raise ValueError(
-                f"{form} cannot hold {stream.dtype.name}, the type of table {stream.table!r}; convert it with "
-                "--dtype float32, or to safetensors."
+                f"{form} cannot hold {stream.dtype.name}, the type of {slot}table {stream.table!r}; {how}. "
+                f"It holds {', '.join(names)}."
             )

@@ -6,8 +6,13 @@ from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.bundle_reading import is_bundle, open_bundle
 from jaxembed.checkpoint.reading import open_checkpoint
 from jaxembed.checkpoint.writing import write_step
+from jaxembed.convert.arrays import refuse_types
 from jaxembed.convert.interface import Contents, Options, Source
+from jaxembed.convert.sidecar import sidecar_of
 from jaxembed.serialization import feature_config_to_json
+
+#: Of the names of a table and slot; the store takes 65,535, with what is appended.
+MAX_NAME = 65_000
 
 
 def matches(path: pathlib.Path) -> bool:
@@ -40,6 +45,19 @@ def read(path: pathlib.Path, options: Options) -> Source:
         layout.optimizers(manifest),
         notes,
     )
+
+
+def check(out: pathlib.Path, contents: Contents) -> None:
+    """Of types, those that Orbax reads back; of names, those that its store takes."""
+    del out
+    refuse_types(contents, "a canonical checkpoint", ("float32", "float16", "bfloat16", "float64"))
+    sidecar_of(contents)
+    for stream in contents.streams:
+        length = sum(len(layout.encode_name(name)) + 1 for name in (stream.table, stream.slot or ""))
+        if length > MAX_NAME:
+            raise ValueError(
+                f"table {stream.table[:40]!r}... has too long a name for a checkpoint: {length} characters of at most {MAX_NAME}."
+            )
 
 
 def write(out: pathlib.Path, contents: Contents) -> list[str]:

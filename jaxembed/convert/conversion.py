@@ -75,7 +75,8 @@ def convert(
       combiner_weights: by table, the [num_weights] of its CustomCombiner; where given, in place of the source's.
       layout: see `Options`; of what is written, if that takes one, else of what is read.
       progress: whether to draw a bar; None on a terminal.
-      dry_run: write nothing, and report what would be written, without digests.
+      dry_run: write nothing and read no rows, and report what would be written, without digests; what cannot be
+        written is refused as without it.
 
     Raises:
       FileNotFoundError: if there is nothing at `source`.
@@ -125,17 +126,18 @@ def convert(
             Stream(name, slot, array, tables[name].dtype if slot is None else array.dtype, advance)
             for name, slot, array in arrays
         ]
+        contents = Contents(
+            tuple(streams[: len(tables)]),
+            tuple(streams[len(tables) :]),
+            found.step,
+            config,
+            found.metadata,
+            weights,
+            {name: optimizer for name, optimizer in found.optimizers.items() if name in tables},
+            options,
+        )
+        writer.check(place, contents)
         if not dry_run:
-            contents = Contents(
-                tuple(streams[: len(tables)]),
-                tuple(streams[len(tables) :]),
-                found.step,
-                config,
-                found.metadata,
-                weights,
-                {name: optimizer for name, optimizer in found.optimizers.items() if name in tables},
-                options,
-            )
             with published(place) as scratch:
                 notes += writer.write(scratch, contents)
     reports = tuple(stream.report() for stream in streams)
@@ -153,10 +155,7 @@ def open_source(
     """
     path = path_of(path)
     name = source_format or formats.guess_source(path)
-    reader = formats.load(name)
-    if not hasattr(reader, "read"):
-        raise ValueError(f"jaxembed writes {name}, and does not read it.")
-    return reader.read(path, options or Options())
+    return formats.load(name).read(path, options or Options())
 
 
 def plain_feature_config(source: Source, combiner: str) -> dict[str, FeatureConfig]:

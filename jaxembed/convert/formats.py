@@ -35,7 +35,7 @@ FORMATS = {
     ),
     "saved-model": Format(
         "saved_model",
-        "a SavedModel for TensorFlow Serving that looks features up (written only)",
+        "a SavedModel for TensorFlow Serving that looks features up",
         (),
         "tensorflow",
     ),

@@ -4,7 +4,8 @@ A format is a module of this package with
 
     matches(path) -> bool                  whether `path` looks like one, from names and first bytes alone
     read(path, options) -> Source          opens it; nothing is read but what says which arrays there are
-    write(out, contents) -> list[str]      writes a new file or folder `out`; what there is to say of it
+    check(out, contents)                   raises the ValueError of what the format cannot hold there; writes and reads nothing
+    write(out, contents) -> list[str]      writes a new file or folder `out`, checked; what there is to say of it
 
 and may have COMBINER, what its tables are combined by where no feature configuration says so (default "mean"),
 COMBINER_WEIGHTS, whether it writes the weights of custom combiners (default True), LAYOUT, which of "read" and "write" take

@@ -20,7 +20,7 @@ from jaxembed.checkpoint.stored import StoredArray, open_array
 from jaxembed.checkpoint.writing import write_arrays
 from jaxembed.convert.arrays import refuse_types
 from jaxembed.convert.formats import needed
-from jaxembed.convert.interface import Contents, Options, Place, Source, stored
+from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import place_arrays
 from jaxembed.convert.mapped import new_mapped
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
@@ -73,13 +73,38 @@ def read(path: pathlib.Path, options: Options) -> Source:
     return Source(tables, slots, notes=notes, **known)
 
 
+def check(out: pathlib.Path, contents: Contents) -> None:
+    """Of types, float32; of names, shapes and slots, those of the layout."""
+    del out
+    refuse_types(contents, "jax-tpu-embedding", ("float32",))
+    sidecar_of(contents)
+    _placed(contents)
+
+
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
     """Writes stacks as the layout says; padding is zeros. They are put together in a file, not in memory."""
-    refuse_types(contents, "jax-tpu-embedding", ("bfloat16", "float16"))
-    stacks = _stacks(None, contents.options)
-    members = {member.name: member for stack in stacks.values() for member in stack}
-    theirs = {ours: name for name, ours in SLOTS_OF_TENSORFLOW.items()}
+    placed = _placed(contents)
     wholes: dict[tuple[str, ...], Any] = {}
+    for stream, member, path in placed:
+        if path not in wholes:
+            file = out.parent / f"stack-{len(wholes)}"
+            wholes[path] = new_mapped(file, np.float32, member.stack_shape)
+        for start, rows in stream.blocks():
+            member.write_rows(wholes[path], start, rows)
+    out.mkdir()
+    arrays = {path: (whole.shape, whole.dtype, [(0, whole)]) for path, whole in wholes.items()}
+    write_arrays(out / VARIABLES, arrays)
+    assert contents.options.layout is not None
+    write_file(out / SPEC, [read_regular(contents.options.layout, MAX_JSON)])
+    write_file(out / SIDECAR, [sidecar_of(contents)])
+    return [f"table {m.name!r} -> stack {m.stack!r}" for stream, m, _ in placed if stream.slot is None]
+
+
+def _placed(contents: Contents) -> list[tuple[Stream, StackedTable, tuple[str, ...]]]:
+    """Each array with its place in a stack, and the path of that one among the variables."""
+    members = {member.name: member for stack in _stacks(None, contents.options).values() for member in stack}
+    theirs = {ours: name for name, ours in SLOTS_OF_TENSORFLOW.items()}
+    placed = []
     for stream in contents.streams:
         member = members.get(stream.table)
         if member is None:
@@ -93,21 +118,11 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
             raise ValueError(
                 f"table {stream.table!r} must be {list(member.shape)} by the layout, got {list(stream.shape)}."
             )
-        if path not in wholes:
-            file = out.parent / f"stack-{len(wholes)}"
-            wholes[path] = new_mapped(file, np.float32, member.stack_shape)
-        for start, rows in stream.blocks():
-            member.write_rows(wholes[path], start, rows)
+        placed.append((stream, member, path))
     missing = members.keys() - {stream.table for stream in contents.tables}
     if missing:
         raise ValueError(f"the layout has the tables {sorted(missing)}, which are not to be written.")
-    out.mkdir()
-    arrays = {path: (whole.shape, whole.dtype, [(0, whole)]) for path, whole in wholes.items()}
-    write_arrays(out / VARIABLES, arrays)
-    assert contents.options.layout is not None
-    write_file(out / SPEC, [read_regular(contents.options.layout, MAX_JSON)])
-    write_file(out / SIDECAR, [sidecar_of(contents)])
-    return [f"table {name!r} -> stack {member.stack!r}" for name, member in members.items()]
+    return placed
 
 
 class _Stack:

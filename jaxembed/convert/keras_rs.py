@@ -16,7 +16,7 @@ from jaxembed.checkpoint.files import open_regular, read_regular
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import native, refuse_types
 from jaxembed.convert.formats import needed
-from jaxembed.convert.interface import Contents, Options, Place, Source, stored
+from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import key_for, place_arrays
 
 #: What takes `Options.layout`.
@@ -63,37 +63,54 @@ def without_slots(out: pathlib.Path) -> str:
     return "which keras-rs has no place for"
 
 
-def write(out: pathlib.Path, contents: Contents) -> list[str]:
-    """Writes a copy of the given weights file with these tables, for `model.load_weights`."""
-    refuse_types(contents, "a weights file of Keras", ("bfloat16",))
+def check(out: pathlib.Path, contents: Contents) -> None:
+    """Of types, names and shapes, those of the weights file that it is written into a copy of."""
+    del out
+    refuse_types(contents, "a weights file of Keras", ("float32", "float16", "float64"))
     template = contents.options.layout
     if template is None:
         raise ValueError(
             "a weights file of Keras is written into a copy of one of the model; save one with "
             "model.save_weights and pass it as layout (--layout)."
         )
+    with _open(template, "r") as file:
+        _places(template, file, contents)
+
+
+def write(out: pathlib.Path, contents: Contents) -> list[str]:
+    """Writes a copy of the given weights file with these tables, for `model.load_weights`."""
+    template = contents.options.layout
+    assert template is not None  # as `check` found
     descriptor, _ = open_regular(template)
     with open(descriptor, "rb") as source, open(out, "xb") as target:
         shutil.copyfileobj(source, target, 16 << 20)
     notes = []
     with _open(out, "r+") as file:
-        arrays, names = _datasets(file)
-        for stream in contents.tables:
-            key = key_for(contents.options, (stream.table, None))
-            keys = [key] if key is not None else [k for k, name in names.items() if name == stream.table]
-            if len(keys) != 1 or keys[0] not in arrays:
-                raise ValueError(f"{template} has no table {stream.table!r}; it has {sorted(names.values())}.")
-            dataset = arrays[keys[0]]
-            if (dataset.shape, dataset.dtype) != (stream.shape, stream.dtype):
-                raise ValueError(
-                    f"{template}: {keys[0]} must be {stream.dtype.name}{list(stream.shape)}, got "
-                    f"{dataset.dtype.name}{list(dataset.shape)}."
-                )
+        for stream, key in _places(template, file, contents):
             for start, rows in stream.blocks():
-                dataset[start : start + rows.shape[0]] = rows
-            notes.append(f"table {stream.table!r} -> {keys[0]}")
-        kept = sorted(set(names.values()) - {stream.table for stream in contents.tables})
+                file[key][start : start + rows.shape[0]] = rows
+            notes.append(f"table {stream.table!r} -> {key}")
+        kept = sorted(set(_datasets(file)[1].values()) - {stream.table for stream in contents.tables})
     return notes + ([f"as they were in {template}: tables {', '.join(kept)}"] if kept else [])
+
+
+def _places(template: pathlib.Path, file: Any, contents: Contents) -> list[tuple[Stream, str]]:
+    """Each table with the name of its array in the file."""
+    arrays, names = _datasets(file)
+    found = []
+    for stream in contents.tables:
+        key = key_for(contents.options, (stream.table, None))
+        keys = [key] if key is not None else [k for k, name in names.items() if name == stream.table]
+        if len(keys) != 1 or keys[0] not in arrays:
+            raise ValueError(f"{template} has no table {stream.table!r}; it has {sorted(names.values())}.")
+        dataset = arrays[keys[0]]
+        if (dataset.shape, dataset.dtype) != (stream.shape, stream.dtype):
+            raise ValueError(
+                f"{template}: {keys[0]} must be {stream.dtype.name}{list(stream.shape)}, got "
+                f"{dataset.dtype.name}{list(dataset.shape)}."
+            )
+        found.append((stream, keys[0]))
+    return found
 
 
 def _open(path: pathlib.Path, mode: str) -> Any:

@@ -1,18 +1,21 @@
 """Which array of a file is which table or slot: as the user says, else guessed, and shown."""
 
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxembed.checkpoint.files import read_regular
 from jaxembed.checkpoint.layout import decode_name, encode_name
 from jaxembed.checkpoint.stored import StoredArray
-from jaxembed.convert.interface import Options, Place
+from jaxembed.convert.interface import Options, Place, path_of
 from jaxembed.serialization import strict_json
 
 TABLES, SLOTS = "tables", "slots"
 SHOWN = 40
+MAX_KEYS = 64 << 20
 
 
 def keys_from_json(text: str | bytes) -> dict[str, Place]:
@@ -33,6 +36,19 @@ def keys_from_json(text: str | bytes) -> dict[str, Place]:
             raise ValueError(f"keys has {_show(place)} twice.")
         keys[key] = place
     return keys
+
+
+def keys_in_file(file: str | pathlib.Path) -> dict[str, Place]:
+    """As `keys_from_json`, of a file.
+
+    Raises:
+      ValueError: as `keys_from_json`, naming the file, or if it cannot be read.
+    """
+    content = read_regular(path_of(file), MAX_KEYS)
+    try:
+        return keys_from_json(content)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from e
 
 
 def own_key(place: Place) -> str:

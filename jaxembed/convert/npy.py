@@ -17,6 +17,9 @@ from jaxembed.convert.keys import is_table, own_key, own_place, place_arrays
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
 
 MAX_FILES = 100_000
+#: Of the name of a file.
+MAX_NAME = 255
+TYPES = ("float16", "float32", "float64")
 
 
 def matches(path: pathlib.Path) -> bool:
@@ -41,9 +44,22 @@ def read(path: pathlib.Path, options: Options) -> Source:
     return Source(tables, slots, notes=notes, **known)
 
 
+def check(out: pathlib.Path, contents: Contents) -> None:
+    """Of types, those that numpy has itself; of names, those that file systems take."""
+    del out
+    refuse_types(contents, ".npy", TYPES)
+    sidecar_of(contents)
+    for stream in contents.streams:
+        longest = max(f"{own_key((stream.table, stream.slot))}.npy".split("/"), key=len)
+        if len(longest) > MAX_NAME:
+            raise ValueError(
+                f"table {stream.table[:40]!r}... has too long a name for a file: {len(longest)} characters of at most "
+                f"{MAX_NAME}; convert it to .npz or safetensors."
+            )
+
+
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
     """Writes a file an array."""
-    refuse_types(contents, ".npy", ("bfloat16",))
     out.mkdir()
     for stream in contents.streams:
         file = out / f"{own_key((stream.table, stream.slot))}.npy"

@@ -17,8 +17,11 @@ from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import native, refuse_types
 from jaxembed.convert.interface import Contents, Options, Source, stored
 from jaxembed.convert.keys import own_key, place_arrays
-from jaxembed.convert.npy import guess_place, header
+from jaxembed.convert.npy import TYPES, guess_place, header
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
+
+#: Of the name of a member.
+MAX_NAME = 65_535
 
 #: What zipfile and numpy raise besides, of a damaged file.
 OTHERS = (
@@ -73,9 +76,22 @@ def read(path: pathlib.Path, options: Options) -> Source:
     return Source(tables, slots, notes=notes, **known)
 
 
+def check(out: pathlib.Path, contents: Contents) -> None:
+    """Of types, those that numpy has itself; of names, those that a zip archive takes."""
+    del out
+    refuse_types(contents, ".npz", TYPES)
+    sidecar_of(contents)
+    for stream in contents.streams:
+        length = len(own_key((stream.table, stream.slot))) + len(".npy")
+        if length > MAX_NAME:
+            raise ValueError(
+                f"table {stream.table[:40]!r}... has too long a name for a zip archive: {length} characters of at most "
+                f"{MAX_NAME}; convert it to safetensors."
+            )
+
+
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
     """Writes them uncompressed, so that others can map them."""
-    refuse_types(contents, ".npz", ("bfloat16",))
     with zipfile.ZipFile(out, "x", zipfile.ZIP_STORED) as archive:
         for stream in contents.streams:
             name = f"{own_key((stream.table, stream.slot))}.npy"

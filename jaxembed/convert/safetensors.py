@@ -27,15 +27,25 @@ def read(path: pathlib.Path, options: Options) -> Source:
     return Source(tables, slots, notes=notes, **known)
 
 
+def check(out: pathlib.Path, contents: Contents) -> None:
+    """Of types, those that the format has."""
+    del out
+    _header(contents)
+
+
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
     """Writes tables, then slots."""
 
     def parts():
-        tensors = {own_key((s.table, s.slot)): (s.dtype, s.shape) for s in contents.streams}
-        yield header_of(tensors, {METADATA: sidecar_of(contents).decode()})
+        yield _header(contents)
         for stream in contents.streams:
             for _, rows in stream.blocks():
                 yield rows.reshape(-1).view("u1").data
 
     write_file(out, parts())
     return []
+
+
+def _header(contents: Contents) -> bytes:
+    tensors = {own_key((s.table, s.slot)): (s.dtype, s.shape) for s in contents.streams}
+    return header_of(tensors, {METADATA: sidecar_of(contents).decode()})

@@ -14,6 +14,9 @@ the features. `lookup`, for callers in Python, takes a dict of RaggedTensors ins
 are inputs of their names, and its outputs are those of the signature. The tables and the model's parameters are variables,
 once on disk, and the lookup is the StableHLO of `serving_embedding_lookup` in plain JAX, exported by orbax-export.
 
+The feature configuration is beside them, `assets.extra/feature_config.json`, where TensorFlow leaves files alone: with it
+the tables are read back, as they are looked up. Of other SavedModels, the variables that `Options.keys` names.
+
 References:
   `orbax.export.ExportManager`, `orbax.export.JaxModule`; `tf.saved_model.save`.
 """
@@ -30,32 +33,74 @@ import numpy as np
 
 from jaxembed import structure
 from jaxembed.backends import use_backend
+from jaxembed.checkpoint.files import read_regular, write_file
 from jaxembed.config import TableConfig
-from jaxembed.convert.arrays import bits
+from jaxembed.convert.arrays import bits, refuse_types
 from jaxembed.convert.formats import needed
-from jaxembed.convert.interface import Contents, path_of
+from jaxembed.convert.interface import Contents, Options, Source, path_of
+from jaxembed.convert.keys import SHOWN, is_table, own_key, own_place, place_arrays
 from jaxembed.convert.mapped import mapped_rows
 from jaxembed.convert.publishing import published
 from jaxembed.convert.saved_model_inputs import SPLITS, Inputs, feature_names, kinds_of, plain
-from jaxembed.features import feature_tables, table_of
+from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, make_sidecar, read_sidecar
+from jaxembed.convert.tensorflow import Tensors
+from jaxembed.features import feature_tables, flat_features, table_of
+from jaxembed.id_mapping import VocabularyFile
 from jaxembed.lookup import serving_embedding_lookup
 from jaxembed.quantization import simulate_on_host
+from jaxembed.serialization import strict_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 #: The programs run on any of these.
 PLATFORMS = ("cpu", "tpu", "cuda")
+EXTRA, VARIABLE = "assets.extra", "tf_var_leaves/{}/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 def matches(path: pathlib.Path) -> bool:
-    """Never: it is written only."""
-    del path
-    return False
+    """Whether it is a SavedModel's folder."""
+    return (path / "saved_model.pb").is_file()
+
+
+def read(path: pathlib.Path, options: Options) -> Source:
+    """Opens its variables, mapped and verified when the first of their rows is asked for; keys go before what it says itself."""
+    tensors, sidecar = Tensors(path / "variables" / "variables"), path / EXTRA / SIDECAR
+    arrays = {key: tensors.stored(key) for key in tensors.shapes if tensors.is_number(key)}
+    known: dict[str, Any] = {}
+    if sidecar.exists() and options.keys is None:
+        content = read_regular(sidecar, MAX_SIDECAR)
+        known = read_sidecar(sidecar, content)
+        for table, key in _keys(sidecar, content).items():
+            if key in arrays:
+                arrays[own_key((table, None))] = arrays.pop(key)
+    elif options.keys is None:
+        found = [
+            f"{key} {array.dtype.name}{list(array.shape)}" for key, array in arrays.items() if is_table(array)
+        ]
+        raise ValueError(
+            f"{path} is a SavedModel without {EXTRA}/{SIDECAR}, which jaxembed puts into its own and which says what the tables "
+            "are. Its variables can be read if keys (--keys) say which table each of them is; those that may be one: "
+            f"{', '.join(found[:SHOWN]) or 'none'}{f' and {len(found) - SHOWN} more' if found[SHOWN:] else ''}."
+        )
+    tables, slots, notes = place_arrays(path, arrays, options, lambda key, _: own_place(key))
+    return Source(tables, slots, notes=notes, **known)
 
 
 def without_slots(out: pathlib.Path) -> str:
     """A SavedModel looks features up."""
     del out
     return "which saved-model has no place for"
+
+
+def check(out: pathlib.Path, contents: Contents) -> None:
+    """Of types, those that TensorFlow shares with JAX; of features, those whose names and ids a signature can have."""
+    del out
+    needed("tensorflow", "saved-model")
+    needed("orbax.export", "saved-model")
+    refuse_types(contents, "a SavedModel", DTYPES)
+    feature_names(contents.feature_config)
+    for feature in flat_features(contents.feature_config).values():
+        if isinstance(feature.preprocessing, VocabularyFile):
+            feature.preprocessing.load()
 
 
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
@@ -66,8 +111,9 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
     for i, stream in enumerate(contents.tables):
         rows, file = stream.blocks(_as_trained(configs[stream.table])), out.parent / f"rows-{i}"
         tables[stream.table] = mapped_rows(file, stream, rows, bits(stream.dtype)).view(stream.dtype)
-    _save(out, config, tables, contents.combiner_weights, None, None, {})
-    notes = [
+    more = {"step": contents.step, "metadata": contents.metadata, "optimizers": contents.optimizers}
+    notes = _save(out, config, tables, contents.combiner_weights, None, None, {}, more)
+    notes += [
         f"table {name!r} as training looked it up, quantized to {table.quantization_config.num_buckets} buckets"
         for name, table in configs.items()
         if table.quantization_config is not None
@@ -123,7 +169,7 @@ def export_saved_model(
                 f"table {name!r} must be one of {DTYPES} in a SavedModel, got {arrays[name].dtype.name}."
             )
     with published(place) as scratch:
-        _save(scratch, feature_config, arrays, combiner_weights or {}, model, params, dense)
+        _save(scratch, feature_config, arrays, combiner_weights or {}, model, params, dense, {})
     return place
 
 
@@ -135,7 +181,9 @@ def _save(
     model: Callable[..., Any] | None,
     params: Any,
     dense: Mapping[str, tuple[int, ...]],
-) -> None:
+    more: Mapping[str, Any],
+) -> list[str]:
+    """Writes it, with a sidecar that has `more`; notes."""
     tf: Any = needed("tensorflow", "saved-model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -193,6 +241,23 @@ def _save(
                 autograph=False,
             )
             manager.save(str(out))
+    # orbax.export numbers the leaves of the variables.
+    places = jax.tree.unflatten(jax.tree.structure(variables), range(len(jax.tree.leaves(variables))))["tables"]
+    keys = {name: VARIABLE.format(place) for name, place in zip(tables, places, strict=True)}
+    try:
+        content = make_sidecar(feature_config, combiner_weights, **more, keys=keys)
+    except ValueError as e:
+        return [f"without {EXTRA}/{SIDECAR}, by which jaxembed reads tables back: {e}"]
+    (out / EXTRA).mkdir()
+    write_file(out / EXTRA / SIDECAR, [content])
+    return []
+
+
+def _keys(where: pathlib.Path, content: bytes) -> dict[str, str]:
+    keys = strict_json(content).get("keys")
+    if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys.values()):
+        raise ValueError(f"{where} does not say which variable is which table: its keys are {keys!r:.80}.")
+    return keys
 
 
 def _tensor(tf: Any, rows: np.ndarray) -> Any:

@@ -62,6 +62,11 @@ def feature_names(feature_config: Any) -> dict[str, str]:
         if feature.preprocessing is not None:
             check_mapping(path, feature.preprocessing)
         name = plain(path) or "ids"
+        if name.startswith("_"):
+            raise ValueError(
+                f"feature {path!r} would be the input {name!r} in a signature, where names start with a letter or digit; "
+                "rename it."
+            )
         for used in (name, *(f"{name}_{end}" for end in (SPLITS, WEIGHTS, INDICES, SHAPE))):
             if used in taken:
                 raise ValueError(

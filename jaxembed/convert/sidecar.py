@@ -1,6 +1,7 @@
 """The feature configuration, weights of custom combiners, step and metadata beside arrays of a format that has no place for them."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from jaxembed.checkpoint import layout
@@ -13,15 +14,31 @@ FORMAT = "jaxembed-arrays"
 
 
 def sidecar_of(contents: Contents) -> bytes:
-    """What `read_sidecar` reads."""
+    """What `read_sidecar` reads.
+
+    Raises:
+      ValueError: if the feature configuration holds what cannot be serialized.
+    """
+    return make_sidecar(
+        contents.feature_config,
+        contents.combiner_weights,
+        step=contents.step,
+        metadata=contents.metadata,
+        optimizers=contents.optimizers,
+    )
+
+
+def make_sidecar(feature_config: Any, combiner_weights: Mapping[str, Any], **more: Any) -> bytes:
+    """As `sidecar_of`, of these alone and whatever JSON is to be beside them."""
     return json.dumps(
         {
             "format": FORMAT,
-            "step": contents.step,
-            "metadata": contents.metadata,
-            "feature_config": feature_config_to_json(contents.feature_config),
-            "combiner_weights": layout.combiner_weights_to_json(contents.combiner_weights),
-            "optimizers": contents.optimizers,
+            "step": 0,
+            "metadata": {},
+            "feature_config": feature_config_to_json(feature_config),
+            "combiner_weights": layout.combiner_weights_to_json(combiner_weights),
+            "optimizers": {},
+            **more,
         }
     ).encode()
 

@@ -53,7 +53,7 @@ def matches(path: pathlib.Path) -> bool:
 
 def read(path: pathlib.Path, options: Options) -> Source:
     """Opens it; tensors are mapped and verified when the first of their rows is asked for."""
-    tensors = _Tensors(_prefix(path))
+    tensors = Tensors(_prefix(path))
     by_key = {key: tensors.stored(key) for key in tensors.shapes if tensors.is_number(key)}
     places = _places(tensors)
     layouts = _layouts(tensors)
@@ -80,10 +80,26 @@ def read(path: pathlib.Path, options: Options) -> Source:
     return Source(tables, slots, notes=notes, **known)
 
 
+def check(out: pathlib.Path, contents: Contents) -> None:
+    """Of types, that of a TPUEmbedding; of names, those that are of one variable; and that the layout fits."""
+    del out
+    needed("tensorflow", "tensorflow")
+    refuse_types(contents, "a TPUEmbedding of TensorFlow", ("float32",))
+    sidecar_of(contents)
+    given = _given_layouts(contents.options.layout)
+    found: dict[str, Variable] = {}
+    for variable in variables_of(contents, given and given[1]):
+        other = found.setdefault(_name(variable), variable)
+        if other is not variable:
+            raise ValueError(
+                f"{_shown(other)} and {_shown(variable)} would be one variable of TensorFlow, {_name(variable)!r}; rename "
+                "the table."
+            )
+
+
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
     """Writes a folder with a checkpoint that `tf.train.Checkpoint(embedding=...)` restores, by stacks if a layout is given."""
     tf: Any = needed("tensorflow", "tensorflow")
-    refuse_types(contents, "a TPUEmbedding of TensorFlow", ("bfloat16", "float16"))
     given = _given_layouts(contents.options.layout)
     variables = variables_of(contents, given and given[1])
     out.mkdir()
@@ -120,8 +136,15 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
     return [*stacks, f"restore it with tf.train.Checkpoint(embedding=...).restore({NAME!r} in that folder)"]
 
 
-class _Tensors:
-    """The tensors of a checkpoint, by rows."""
+class Tensors:
+    """The tensors of a checkpoint, by rows.
+
+    Args:
+      prefix: of the checkpoint.
+
+    Raises:
+      ValueError: if there is none, or it is damaged.
+    """
 
     def __init__(self, prefix: pathlib.Path):
         self.prefix = prefix
@@ -135,9 +158,11 @@ class _Tensors:
         self._bundle = TensorBundle(prefix)
 
     def is_number(self, key: str) -> bool:
+        """Whether it is of floats or integers."""
         return self._dtypes[key].is_floating or self._dtypes[key].is_integer
 
     def stored(self, key: str) -> StoredArray:
+        """A tensor of numbers, mapped and verified when the first of its rows is asked for."""
         shape, dtype = tuple(self.shapes[key]), np.dtype(self._dtypes[key].as_numpy_dtype)
 
         def read_rows(start: int, stop: int) -> np.ndarray:
@@ -184,7 +209,7 @@ def _prefix(path: pathlib.Path) -> pathlib.Path:
     raise ValueError(f"{path} has the checkpoints {names}; name one of them, such as {path / names[-1]}.")
 
 
-def _places(tensors: _Tensors) -> dict[str, Place]:
+def _places(tensors: Tensors) -> dict[str, Place]:
     """The table, or stack, and slot of each key, by the graph of objects."""
     if GRAPH not in tensors.shapes:
         return {}
@@ -215,7 +240,7 @@ def _places(tensors: _Tensors) -> dict[str, Place]:
     return places
 
 
-def _layouts(tensors: _Tensors) -> Layouts:
+def _layouts(tensors: Tensors) -> Layouts:
     """The tables of each stack of SparseCore."""
     return {
         stack: tables
@@ -231,7 +256,7 @@ def _given_layouts(path: pathlib.Path | None) -> tuple[bytes, Layouts] | None:
         return None
     if not matches(path):
         return layouts_in_file(path)
-    tensors = _Tensors(_prefix(path))
+    tensors = Tensors(_prefix(path))
     for key in tensors.shapes:
         if LAYOUTS in key and (layouts := parse_layouts(f"{tensors.prefix}: {key}", tensors.string(key))):
             return tensors.string(key), layouts
@@ -242,6 +267,11 @@ def _given_layouts(path: pathlib.Path | None) -> tuple[bytes, Layouts] | None:
 
 def _name(variable: Variable) -> str:
     return variable.owner if variable.slot is None else f"{variable.owner}/{variable.slot}"
+
+
+def _shown(variable: Variable) -> str:
+    slot = "" if variable.slot is None else f"slot {variable.slot!r} of "
+    return f"{slot}{'stack' if variable.members else 'table'} {variable.owner!r}"
 
 
 def _key(name: str) -> str:

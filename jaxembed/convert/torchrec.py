@@ -32,7 +32,7 @@ import numpy as np
 from jaxembed.checkpoint.files import open_regular, refuse_pointer, write_file
 from jaxembed.checkpoint.safetensors_file import header_of, map_file
 from jaxembed.checkpoint.stored import StoredArray
-from jaxembed.convert.arrays import bits
+from jaxembed.convert.arrays import bits, refuse_types
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import key_for, place_arrays
@@ -118,14 +118,19 @@ def read(path: pathlib.Path, options: Options) -> Source:
     return Source(tables, slots, notes=notes)
 
 
+def check(out: pathlib.Path, contents: Contents) -> None:
+    """Of types, those that torch shares with numpy and bfloat16; of names, those of modules; of slots, those of its optimizers."""
+    refuse_types(contents, "torch", ("float32", "float16", "bfloat16", "float64"))
+    _names(contents)
+    if out.suffix != ".safetensors":
+        needed("torch", "torchrec")
+    if not _is_file(out):
+        _slots(contents)
+
+
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
     """Writes a state dict that `load_state_dict` of the collection takes; without a suffix a sharded checkpoint, with slots."""
-    names = {}
-    for stream in contents.tables:
-        key = key_for(contents.options, (stream.table, None))
-        if key is None and "." in stream.table:
-            raise ValueError(f"table {stream.table!r} cannot be a module of torch, for its '.'; give it a key.")
-        names[key or f"embedding_bags.{stream.table}.weight"] = stream
+    names = _names(contents)
     notes = [f"table {stream.table!r} -> {name}" for name, stream in names.items()]
     if out.suffix == ".safetensors":
         write_file(out, _safetensors(names))
@@ -137,9 +142,24 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
     return notes
 
 
-def _save_sharded(out: pathlib.Path, contents: Contents, names: Mapping[str, Stream]) -> list[str]:
-    needed("torch", "torchrec")
-    checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
+def _names(contents: Contents) -> dict[str, Stream]:
+    """The tables by their names in a state dict."""
+    names: dict[str, Stream] = {}
+    for stream in contents.tables:
+        key = key_for(contents.options, (stream.table, None))
+        if key is None and "." in stream.table:
+            raise ValueError(f"table {stream.table!r} cannot be a module of torch, for its '.'; give it a key.")
+        name = key or f"embedding_bags.{stream.table}.weight"
+        if name in names:
+            raise ValueError(
+                f"tables {names[name].table!r} and {stream.table!r} would both be {name}; give one a key."
+            )
+        names[name] = stream
+    return names
+
+
+def _slots(contents: Contents) -> dict[str, dict[str, Stream]]:
+    """The slots by table and name, each table with those of an optimizer that TorchRec has."""
     slots: dict[str, dict[str, Stream]] = {}
     for stream in contents.slots:
         slots.setdefault(stream.table, {})[str(stream.slot)] = stream
@@ -149,6 +169,12 @@ def _save_sharded(out: pathlib.Path, contents: Contents, names: Mapping[str, Str
                 f"table {table!r} has the slots {sorted(of_table)}, which no fused optimizer of TorchRec has (Adagrad and "
                 "Adam do); write a .pt or .safetensors file, which has the tables alone."
             )
+    return slots
+
+
+def _save_sharded(out: pathlib.Path, contents: Contents, names: Mapping[str, Stream]) -> list[str]:
+    checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
+    slots = _slots(contents)
     count = itertools.count()
     state: dict[str, Any] = {MODEL: {name: _tensor(out, next(count), stream) for name, stream in names.items()}}
     notes = []

@@ -1,11 +1,12 @@
 """The configuration, tables and slots of what was opened, as text."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxembed import structure
 from jaxembed.config import FeatureConfig, TableConfig
+from jaxembed.convert.interface import Place
 from jaxembed.convert.progress import progress_bar
 from jaxembed.features import flat_features
 from jaxembed.inspection.opening import Inspected, open_any
@@ -13,7 +14,12 @@ from jaxembed.inspection.statistics import TableStats, table_stats
 
 
 def describe(
-    path: str | pathlib.Path, *, step: int | None = None, stats: bool = False, progress: bool | None = False
+    path: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    stats: bool = False,
+    progress: bool | None = False,
+    keys: Mapping[str, Place] | None = None,
 ) -> str:
     """What is in it, as text.
 
@@ -22,12 +28,13 @@ def describe(
       step: default: the latest.
       stats: also read the tables, and give figures of their rows.
       progress: whether to draw a bar; None on a terminal.
+      keys: as `open_any`.
 
     Raises:
       FileNotFoundError: if there is none.
       ValueError: if it is damaged.
     """
-    opened = open_any(path, step)
+    opened = open_any(path, step, keys)
     lines = [headline(opened)]
     if opened.digest is not None:
         lines.append(f"digest {opened.digest}")

@@ -15,16 +15,18 @@ class TableDifference:
     """How a table differs.
 
     Attributes:
-      change: "same", "values", "shape", "added" or "removed".
+      change: "same", "values", "shape", "dtype", "added" or "removed".
       num_rows: rows whose bytes differ; 0 unless `change` is "values".
       max_difference: largest absolute difference of two values.
-      slots: slots whose values, shape or presence differ, where both sides have slots.
+      slots: slots whose values, shape, type or presence differ, where both sides have slots.
+      detail: of another shape or type, both of them.
     """
 
     change: str
     num_rows: int = 0
     max_difference: float = 0.0
     slots: tuple[str, ...] = ()
+    detail: str = ""
 
 
 def difference(
@@ -62,8 +64,10 @@ def difference(
 def _compare(first: StoredArray | None, second: StoredArray | None, advance) -> TableDifference:
     if first is None or second is None:
         return TableDifference("added" if first is None else "removed")
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return TableDifference("shape")
+    if first.shape != second.shape:
+        return TableDifference("shape", detail=f"{list(first.shape)} to {list(second.shape)}")
+    if first.dtype != second.dtype:
+        return TableDifference("dtype", detail=f"{first.dtype.name} to {second.dtype.name}")
     num_rows, largest = 0, 0.0
     # Both by the borders of the first, since a block may be cut in two in one of them.
     for start, rows in first.blocks():

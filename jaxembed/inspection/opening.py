@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from jaxembed.checkpoint import layout
@@ -10,7 +11,7 @@ from jaxembed.checkpoint.reading import open_checkpoint
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.config import TableConfig
 from jaxembed.convert import formats, open_source
-from jaxembed.convert.interface import Options, path_of
+from jaxembed.convert.interface import Options, Place, path_of
 from jaxembed.features import feature_tables
 
 
@@ -68,18 +69,24 @@ class Inspected:
         return sum(array.num_bytes for array in self.tables.values())
 
 
-def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
+def open_any(
+    path: str | pathlib.Path, step: int | None = None, keys: Mapping[str, Place] | None = None
+) -> Inspected:
     """Opens it; what is read later is verified where the format has digests.
 
     Args:
       path: a checkpoint or one step of it, a bundle or the folder of its versions, or what `jaxembed.convert` reads.
       step: default: the latest whole one. Of a bundle: the version.
+      keys: of a file of another framework, as `convert` takes them; None guesses, and says so.
 
     Raises:
       FileNotFoundError: if there is none.
       ValueError: if it is damaged, or of no known format.
     """
     path = path_of(path)
+    name = "jaxembed" if is_bundle(path) else formats.guess_source(path)
+    if keys is not None and name == "jaxembed":
+        raise ValueError(f"{path} is of jaxembed and says itself what its tables are; leave keys (--keys) out.")
     if is_bundle(path):
         bundle = open_bundle(path, step)
         return Inspected(
@@ -94,7 +101,6 @@ def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
             table_digests=bundle.table_digests,
             notes=() if bundle.base_version is None else (f"a delta of version {bundle.base_version}",),
         )
-    name = formats.guess_source(path)
     if name == "jaxembed":
         opened = open_checkpoint(path, step)
         digests = opened.manifest["digests"]
@@ -113,7 +119,7 @@ def open_any(path: str | pathlib.Path, step: int | None = None) -> Inspected:
             },
             optimizers=layout.optimizers(opened.manifest),
         )
-    found = open_source(path, name, Options(step=step))
+    found = open_source(path, name, Options(step, keys))
     return Inspected(
         path,
         name,

@@ -3,13 +3,14 @@
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
 from jaxembed import structure
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.config import FeatureConfig, TableConfig
+from jaxembed.convert.interface import Place
 from jaxembed.convert.progress import progress_bar
 from jaxembed.inspection.describing import feature_facts, headline
 from jaxembed.inspection.opening import Inspected, open_any
@@ -21,19 +22,26 @@ NUM_SAMPLES = 6
 FREQUENCY = "id_frequency"
 
 
-def html_report(path: str | pathlib.Path, *, step: int | None = None, progress: bool | None = False) -> str:
+def html_report(
+    path: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    progress: bool | None = False,
+    keys: Mapping[str, Place] | None = None,
+) -> str:
     """The page: configuration, tables with figures and plots of their rows, and how often ids were looked up.
 
     Args:
       path: whatever `open_any` opens; its tables are read by blocks and verified.
       step: default: the latest.
       progress: whether to draw a bar; None on a terminal.
+      keys: as `open_any`.
 
     Raises:
       FileNotFoundError: if there is none.
       ValueError: if it is damaged.
     """
-    opened = open_any(path, step)
+    opened = open_any(path, step, keys)
     configs, cards = opened.configs, []
     frequencies = opened.metadata.get(FREQUENCY)
     with progress_bar(opened.num_bytes, progress) as advance:

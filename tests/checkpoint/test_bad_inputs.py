@@ -16,7 +16,7 @@ import pytest
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import (
     CheckpointError,
-    bundle_reading,
+    bundle_table_reading,
     convert_to_bundle,
     layout,
     open_bundle,
@@ -147,7 +147,7 @@ def test_empty_folder(tmp_path, capsys):
 def test_bundle_replaced_before_it_is_mapped(checkpoint, tmp_path, monkeypatch):
     """Between the manifest and the tables: what is loaded is never a mixture without an error."""
     old, new = (convert_to_bundle(checkpoint, tmp_path / name, step=s).path for name, s in (("a", 0), ("b", 1)))
-    real = bundle_reading.map_tensors
+    real = bundle_table_reading.map_tensors
 
     def replaced(file):
         if new.exists():
@@ -155,7 +155,7 @@ def test_bundle_replaced_before_it_is_mapped(checkpoint, tmp_path, monkeypatch):
             new.rename(old)
         return real(file)
 
-    monkeypatch.setattr(bundle_reading, "map_tensors", replaced)
+    monkeypatch.setattr(bundle_table_reading, "map_tensors", replaced)
     with pytest.raises(CheckpointError, match="table 'a' is damaged: rows 0 to 59999 of 60000"):
         open_bundle(old).verify()
 

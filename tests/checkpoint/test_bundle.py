@@ -129,6 +129,20 @@ def test_versions_are_never_overwritten(checkpoint, bundles, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bundle_is_no_checkpoint_to_make_one_of(bundles, tmp_path, capsys):
+    told = (
+        "is a serving bundle, and --to serving makes one of a checkpoint: pass the checkpoint that it was made from, "
+        "or copy the folder"
+    )
+    for path in (bundles, bundles / "0"):
+        for more in ([], ["--dry-run"]):
+            assert main(["convert", str(path), "--to", "serving", str(tmp_path / "out"), *more]) == 2
+            assert f"jaxembed: {path} {told}" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=told):
+            convert_to_bundle(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_checkpoint_leaves_no_bundle(checkpoint, tmp_path):
     copy = pathlib.Path(shutil.copytree(checkpoint / "0", tmp_path / "0"))
     shutil.rmtree(copy / "tables")
@@ -224,9 +238,18 @@ ATTACKS = {
     "link": (link_out, "must be a regular file"),
     "linked folder": (link_folder, "is a symbolic link"),
     "pipe": (replace_by_pipe, "must be a regular file"),
-    "missing": (lambda copy: first(copy).unlink(), "cannot be opened: No such file"),
-    "empty": (lambda copy: first(copy).write_bytes(b""), "or is truncated: 0 bytes"),
-    "truncated": (lambda copy: os.truncate(first(copy), 9000), "does not lie where its shape says"),
+    "missing": (
+        lambda copy: first(copy).unlink(),
+        "table '../items': .*00000.safetensors cannot be opened: No such file",
+    ),
+    "empty": (
+        lambda copy: first(copy).write_bytes(b""),
+        "00000.safetensors: table '../items': .* or is truncated: 0 bytes",
+    ),
+    "truncated": (
+        lambda copy: os.truncate(first(copy), 9000),
+        r"bundle .*/00000\.safetensors: table '\.\./items': .* 'rows' does not lie where its shape says",
+    ),
     "lfs": (
         lambda copy: first(copy).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
         "git lfs pull",
@@ -258,8 +281,14 @@ ATTACKS = {
     "no object": (write_manifest("[1]"), "must be a JSON object, got list"),
     "other program": (write_manifest('{"manifest_version": 3, "name": "an app"}'), "is not a jaxembed-bundle"),
     "linked model": (link_model, "model.safetensors .*must be a regular file"),
-    "no model": (lambda copy: (copy / "model.safetensors").unlink(), "cannot be opened: No such file"),
-    "negative shape": (reshape([-100, 4]), "not the digests of an array"),
+    "no model": (
+        lambda copy: (copy / "model.safetensors").unlink(),
+        ": model: .*cannot be opened: No such file",
+    ),
+    "negative shape": (
+        reshape([-100, 4]),
+        r"bundle /.*/0: table 'b': not the digests of an array: ValueError: the shape is \[-100, 4\]",
+    ),
     "overflowing shape": (reshape([2**62, 2**62]), "not the digests of an array"),
     "shape of floats": (reshape([100.0, 4]), "not the digests of an array"),
     "negative vocabulary": (resize(-5), "must be ints below 2"),
@@ -268,7 +297,7 @@ ATTACKS = {
     "tables list": (lambda copy: reseal(copy, lambda m: m.update(tables=[])), "is incomplete: TypeError"),
     "swapped": (
         lambda copy: reseal(copy, lambda m: m["tables"]["b"].update(file="tables/00000.safetensors")),
-        "the file has float32",
+        "00000.safetensors: table 'b' is damaged: saved as bfloat16.*, the file has float32",
     ),
 }
 

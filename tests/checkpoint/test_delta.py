@@ -1,6 +1,7 @@
 """Deltas of bundles: only the changed rows, a chain of them the same bytes as the whole."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -93,10 +94,32 @@ def test_damage_in_the_chain_is_found(checkpoint, chain, tmp_path):
     with pytest.raises(CheckpointError, match="its ids are not rows of the table in order"):
         open_bundle(out)
     shutil.rmtree(out / "0")
-    with pytest.raises(FileNotFoundError, match="no version 0 of a bundle"):
+    with pytest.raises(
+        FileNotFoundError, match="out/1 is a delta of version 0, which is gone: no version 0 of a"
+    ):
         open_bundle(out)
     convert_to_bundle(checkpoint, out, step=1, version=0)
     with pytest.raises(CheckpointError, match="is a delta of another version 0 than the one beside it"):
+        open_bundle(out)
+
+
+@pytest.mark.parametrize("name", ["a", "still"])
+def test_damage_below_is_said_of_the_folder_that_has_it(chain, name):
+    """Not of the version that was opened, whose files are as they should be."""
+    out, _ = chain
+    i = list(open_bundle(out).tables).index(name)
+    file = out / "0" / "tables" / f"{i:05d}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[4096 + 100] ^= 1
+    file.unlink()  # what is mapped must not change
+    file.write_bytes(data)
+    told = rf"bundle {re.escape(str(file))}: table '{name}' is damaged: rows 0 to"
+    with pytest.raises(CheckpointError, match=told):
+        open_bundle(out).verify()
+    with pytest.raises(CheckpointError, match=told):
+        open_bundle(out).verify(rest=0)
+    file.write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=rf"bundle {file}: table '{name}': .* is truncated: 5 bytes"):
         open_bundle(out)
 
 
@@ -126,9 +149,13 @@ def test_command(checkpoint, tmp_path, capsys):
 
 
 def test_bad_requests(checkpoint, chain):
-    with pytest.raises(ValueError, match="delta_from must be a version below 3, and without quantize, got 3"):
+    with pytest.raises(ValueError, match="delta_from must be a version below 3, got 3"):
         convert_to_bundle(checkpoint, chain[0], version=3, delta_from=3)
-    with pytest.raises(ValueError, match="without quantize, got 1, 'bfloat16'"):
+    told = (
+        "version 1 holds table 'a' as float32, and a delta of it cannot hold it as bfloat16: leave quantize "
+        r"\(--quantize\) out to keep float32, or delta_from \(--delta-from\) to write a whole version"
+    )
+    with pytest.raises(ValueError, match=told):
         convert_to_bundle(checkpoint, chain[0], version=3, delta_from=1, quantize="bfloat16")
     with pytest.raises(FileNotFoundError, match="no version 5"):
         convert_to_bundle(checkpoint, chain[0], version=9, delta_from=5)

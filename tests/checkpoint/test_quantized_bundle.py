@@ -20,6 +20,7 @@ from jaxembed.checkpoint import (
     open_bundle,
     read_checkpoint,
 )
+from jaxembed.checkpoint.delta import arrays_of
 from jaxembed.cli import main
 from jaxembed.inspection import describe, difference
 from jaxembed.optimizers import SGD
@@ -171,7 +172,7 @@ ATTACKS = {
         "incomplete: KeyError: 'scale_bias'",
     ),
     "unknown kind": (lambda t: t["byte"]["quantized"].update(kind="int2"), "incomplete: KeyError"),
-    "no kind": (lambda t: t["byte"].update(quantized={}), "incomplete: KeyError: 'kind'"),
+    "no kind": (lambda t: t["byte"].update(quantized={}), "incomplete: KeyError: 'arrays'"),
     "list": (lambda t: t["byte"]["quantized"].update(kind=[]), "incomplete: TypeError"),
     "half the codes": (
         lambda t: t["byte"]["quantized"].update(kind="codes4"),
@@ -179,7 +180,10 @@ ATTACKS = {
     ),
     "not quantized": (lambda t: t["byte"].pop("quantized"), "the file has nothing"),
     "traversal": (lambda t: t["byte"].update(file="../../secret"), "is not a file of a bundle"),
-    "no file": (lambda t: t["byte"].update(file=None), "incomplete: TypeError"),
+    "no file": (
+        lambda t: t["byte"].update(file=None),
+        "table 'byte' has no file, and the bundle is not a delta",
+    ),
     "other scale": (
         lambda t: t["plain"]["quantized"]["arrays"].update(
             scale_bias=t["byte"]["quantized"]["arrays"]["codebook"]
@@ -197,17 +201,104 @@ def test_every_attack_is_named(copy, attack):
         open_bundle(copy)
 
 
-def test_delta_on_codes_writes_quantized_tables_whole(trained, bundles, how):
-    report = convert_to_bundle(trained[0], bundles[0], step=1, delta_from=0)
-    changed = {t.name: t.num_changed for t in report.tables}
-    # Rows that were rounded cannot stand for those of a table that is not.
-    assert changed == {"byte": None, "half": None, "many": None, "plain": None if how else 1}
-    opened, whole = read_checkpoint(bundles[0], 1), read_checkpoint(trained[0], 1)
-    assert opened.tables["plain"].tobytes() == whole.tables["plain"].tobytes()
-    assert opened.tables["byte"].kind == "codes8"
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """A checkpoint of three steps; from one to the next some rows of every table change, one by less than a code."""
+    directory = tmp_path_factory.mktemp("steps")
+    own = ShardedEmbedding(CONFIG, SGD(0.1), jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]))
+    tables, slots, _ = own.to_canonical(own.init(jax.random.key(0)))
+    with Checkpointer(directory, own) as checkpointer:
+        for step in range(3):
+            checkpointer.save(own.from_canonical(tables, slots, step))
+            tables = {
+                "byte": tables["byte"].at[jnp.array([2 + step, 29_990])].add(0.2).at[9].set(1e-9 * step),
+                "half": tables["half"].at[7].set(-0.5 + step),
+                "many": tables["many"].at[jnp.array([1, 49])].set(step / 7),
+                "plain": tables["plain"].at[jnp.array([0, 300 + step, 332])].multiply(-0.5),
+            }
+    return directory
 
 
-def test_a_delta_cannot_build_on_codes(copy):
+def test_a_chain_of_deltas_of_codes_is_the_whole(steps, how, tmp_path):
+    """Each version has only the rows that changed, stored as the first one does, to the bytes of a whole bundle."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    convert_to_bundle(steps, out, step=0, quantize=how)
+    for step in (1, 2):
+        planned = convert_to_bundle(steps, out, step=step, delta_from=step - 1, dry_run=True)
+        # Naming the form is allowed, and changes nothing.
+        report = convert_to_bundle(
+            steps, out, step=step, delta_from=step - 1, quantize=how if step == 2 else None
+        )
+        full = convert_to_bundle(steps, whole, step=step, quantize=how)
+        assert [(t.name, t.dtype, t.num_bytes, t.num_changed) for t in planned.tables] == [
+            (t.name, t.dtype, t.num_bytes, t.num_changed) for t in report.tables
+        ]
+        changed = {t.name: t.num_changed for t in report.tables}
+        assert changed == {"byte": 2 + (step == 1), "half": 1, "many": 2, "plain": 3}
+        for table, other in zip(report.tables, full.tables, strict=True):
+            assert (table.digest, table.max_error, table.mean_error) == (
+                other.digest,
+                other.max_error,
+                other.mean_error,
+            )
+            assert table.num_bytes == (out / str(step) / "tables" / file_of(out, table.name)).stat().st_size
+    opened, expected = open_bundle(out), open_bundle(whole)
+    assert opened.table_digests == expected.table_digests
+    opened.verify()
+    for name, table in expected.tables.items():
+        ours = opened.tables[name]
+        assert type(ours) is type(table)
+        for part, array in arrays_of(table).items():
+            assert arrays_of(ours)[part].tobytes() == array.tobytes()
+            assert arrays_of(ours)[part].dtype == array.dtype
+            assert arrays_of(ours)[part].ctypes.data % 64 == 0
+        np.testing.assert_array_equal(opened.stored()[name].read(), expected.stored()[name].read())
+    size = sum(file.stat().st_size for file in (out / "2" / "tables").iterdir())
+    assert size < 5 * 4096
+
+
+def file_of(out, name):
+    return f"{list(open_bundle(out).tables).index(name):05d}.safetensors"
+
+
+def test_a_delta_of_another_form_is_refused(steps, tmp_path, capsys):
+    convert_to_bundle(steps, tmp_path, step=0, quantize="int8")
+    line = ["convert", str(steps), "--to", "serving", str(tmp_path), "--step", "1", "--delta-from", "0"]
+    for more in ([], ["--dry-run"]):
+        assert main([*line, "--quantize", "int4", *more]) == 2
+        assert (
+            "version 0 holds table 'plain' as int8, and a delta of it cannot hold it as int4: leave quantize (--quantize) "
+            "out to keep int8, or delta_from (--delta-from) to write a whole version"
+        ) in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["0"]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"plain: 333 rows, \[333, 5\] int8, [\d,]+ bytes, max error 0\.\d+, .*, 3 rows changed", out
+    )
+    assert re.search(r"byte: 30,001 rows, \[30001, 9\] codes8, [\d,]+ bytes, .*, 3 rows changed", out)
+
+
+def test_a_table_that_changed_its_form_or_is_new_is_written_whole(steps, tmp_path):
+    """As the others are that were quantized after training; trained codes that changed are no rows of a delta."""
+    convert_to_bundle(steps, tmp_path / "out", step=0, quantize="int8")
+    changed = {
+        **CONFIG,
+        "byte": je.FeatureConfig(table("byte", 30_001, 9, (256, -0.7, 0.8))),
+        "new": je.FeatureConfig(table("new", 60, 4)),
+    }
+    own = ShardedEmbedding(changed, SGD(0.1), jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]))
+    with Checkpointer(tmp_path / "changed", own) as checkpointer:
+        checkpointer.save(own.init(jax.random.key(0)))
+    report = convert_to_bundle(tmp_path / "changed", tmp_path / "out", version=1, delta_from=0)
+    found = {t.name: (t.dtype, t.num_changed) for t in report.tables}
+    assert (found["byte"], found["new"]) == (("codes8", None), ("int8", None))
+    bundle = open_bundle(tmp_path / "out")
+    bundle.verify()
+    assert bundle.tables["new"].kind == "int8"
+
+
+def test_a_delta_of_rows_cannot_build_on_codes(copy):
     newer = copy.parent / "1"
     shutil.copytree(copy, newer)
     manifest = layout.read_manifest(newer, "manifest.json", "jaxembed-bundle")
@@ -216,7 +307,8 @@ def test_a_delta_cannot_build_on_codes(copy):
     rows = open_bundle(copy).tables["plain"].host_rows(0, 333)
     manifest["tables"]["plain"].update(file=None, rows=digest_arrays([rows])[0].to_json())
     (newer / "manifest.json").write_text(json.dumps(layout.seal(manifest)))
-    with pytest.raises(CheckpointError, match="table 'plain' has no file, and the version below stores codes"):
+    told = "table 'plain' has no file with all of it, and the version below stores int8 codes"
+    with pytest.raises(CheckpointError, match=told):
         open_bundle(newer)
 
 

@@ -135,7 +135,7 @@ def test_bundles_and_other_formats(checkpoint, tmp_path):
     Page(html_report(tmp_path / "other.npz"))
 
 
-def test_differences(checkpoint, tmp_path):
+def test_differences(checkpoint, tmp_path, capsys):
     found = difference(checkpoint / "0", checkpoint / "1")
     assert {name: table.change for name, table in found.items()} == {
         "<users>": "same",
@@ -144,10 +144,19 @@ def test_differences(checkpoint, tmp_path):
     }
     assert found["movies"].num_rows == 2
     assert (found["country"].slots, found["movies"].slots) == (("accumulators",), ())
-    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2), np.float32), y=np.zeros((3, 2), np.float32))
-    np.savez(tmp_path / "b.npz", x=np.zeros((4, 2), np.float32), z=np.zeros((3, 2), np.float32))
+    rows = np.zeros((3, 2), np.float32)
+    np.savez(tmp_path / "a.npz", w=rows, x=rows, y=rows)
+    np.savez(tmp_path / "b.npz", w=rows.astype(np.float16), x=np.zeros((4, 2), np.float16), z=rows)
     found = difference(tmp_path / "a.npz", tmp_path / "b.npz")
-    assert {name: table.change for name, table in found.items()} == {"x": "shape", "y": "removed", "z": "added"}
+    assert {name: (table.change, table.detail) for name, table in found.items()} == {
+        "w": ("dtype", "float32 to float16"),
+        "x": ("shape", "[3, 2] to [4, 2]"),
+        "y": ("removed", ""),
+        "z": ("added", ""),
+    }
+    assert main(["diff", str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["w: dtype: float32 to float16", "x: shape: [3, 2] to [4, 2]", "y: removed", "z: added"]
 
 
 def test_commands(checkpoint, tmp_path, capsys):
