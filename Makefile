@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 
 # A test that hangs ends its process and fails.
 test: $(VENV)/.test
-	$(PYTEST) -n auto -m "not slow and not tpu" --timeout 300 --timeout-method thread
+	$(PYTEST) -n auto -m "not slow and not tpu" --timeout 900 --timeout-method thread
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -n auto -m "not tpu"
