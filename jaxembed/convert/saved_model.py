@@ -63,6 +63,8 @@ def matches(path: pathlib.Path) -> bool:
 
 def read(path: pathlib.Path, options: Options) -> Source:
     """Opens its variables, mapped and verified when the first of their rows is asked for; keys go before what it says itself."""
+    if not matches(path):
+        raise ValueError(f"{path} is no SavedModel: it has no saved_model.pb.")
     tensors, sidecar = Tensors(path / "variables" / "variables"), path / EXTRA / SIDECAR
     arrays = {key: tensors.stored(key) for key in tensors.shapes if tensors.is_number(key)}
     known: dict[str, Any] = {}

@@ -245,7 +245,7 @@ def test_what_it_has_no_place_for_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             convert(tmp_path / "a.npz", tmp_path / "out", target_format="saved-model", feature_config=features)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="jaxembed writes saved-model, and does not read it"):
+    with pytest.raises(ValueError, match=r"a\.npz is no SavedModel: it has no saved_model\.pb"):
         convert(tmp_path / "a.npz", tmp_path / "out", source_format="saved-model")
 
 
