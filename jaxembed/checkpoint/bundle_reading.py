@@ -1,6 +1,7 @@
 """Opens a serving bundle: tables are mapped, at no cost in time or memory, and verified when asked."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -127,9 +128,10 @@ class Bundle:
         except CheckpointError:
             if table is not None and self.base_version is not None:
                 # The rows may be those of the version below: then its folder is the one to replace.
-                base = open_bundle(self.directory.parent, self.base_version)
-                if table in base.tables:
-                    base.verify_table(table)
+                with contextlib.suppress(FileNotFoundError):  # it may be gone by now
+                    base = open_bundle(self.directory.parent, self.base_version)
+                    if table in base.tables:
+                        base.verify_table(table)
             raise
 
 

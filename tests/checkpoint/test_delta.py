@@ -118,6 +118,12 @@ def test_damage_below_is_said_of_the_folder_that_has_it(chain, name):
         open_bundle(out).verify()
     with pytest.raises(CheckpointError, match=told):
         open_bundle(out).verify(rest=0)
+    opened = open_bundle(out)
+    (out / "0").rename(out / "gone")
+    with pytest.raises(CheckpointError, match=rf"table '{name}' is damaged: rows 0 to"):
+        opened.verify()
+    (out / "gone").rename(out / "0")
+    file.unlink()
     file.write_bytes(b"short")
     with pytest.raises(CheckpointError, match=rf"bundle {file}: table '{name}': .* is truncated: 5 bytes"):
         open_bundle(out)
