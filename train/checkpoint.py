@@ -17,7 +17,8 @@ from jaxembed.serialization import feature_config_to_json
 
 from .embedding import ShardedEmbedding
 from .engines.custom import checked_weights
-from .restoring import check_slots, check_tables, restore_data, restore_model, restore_stacks
+from .restoring import check_slots, check_tables, restore_data, restore_model
+from .stack_reading import read_stacks
 from .state import EmbeddingState
 
 #: Small enough to be read a few at a time, large enough to be read fast.
@@ -219,7 +220,9 @@ class Checkpointer:
         grows = check_tables(self._embedding, opened, bool(vocabulary_growth), partial)
         check_slots(self._embedding, opened, partial)
         fresh = self._embedding.init(key) if grows and key is not None else None
-        tables, slots = restore_stacks(self._embedding, opened.tables, opened.slots, fresh)
+        tables, slots = read_stacks(
+            self._embedding.stacks, self._embedding.abstract_state(), opened.tables, opened.slots, fresh
+        )
         found: int = opened.manifest["step"]
         weights = checked_weights(self._embedding.tables, layout.combiner_weights(opened.manifest))
         return Restored(

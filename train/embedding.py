@@ -27,6 +27,7 @@ from .engines.planner import ShardingPlan
 from .engines.sparsecore_stacks import refused_tables, sparse_cores, stack_on_sparsecores
 from .engines.step import StepProgram
 from .sharded_inputs import ShardedInputs
+from .stack_reading import arrays_on_host, read_stacks
 from .state import EmbeddingState
 
 EXCHANGES = ("auto", "all_gather", "all_to_all")
@@ -278,10 +279,18 @@ class ShardedEmbedding(ShardedInputs):
     ) -> EmbeddingState:
         """The state that `to_canonical` of any mesh gave, and its `combiner_weights`.
 
+        Arrays that all lie in the host's memory, as of numpy or `canonical_on_host`, are put onto the devices by
+        windows: a device takes the memory of its own rows and little more. Others are laid out anew on the devices.
+
         Raises:
           ValueError: if a table, slot or weight is missing or not of its shape.
         """
-        new_tables, new_slots = self._canonical.to_stacks(tables, slots)
+        tables, slots = self._canonical.checked(tables, slots)
+        if (found := arrays_on_host((tables, slots))) is not None:
+            with jax.ensure_compile_time_eval():
+                new_tables, new_slots = read_stacks(self.stacks, self.abstract_state(), *found)
+        else:
+            new_tables, new_slots = self._canonical.to_stacks(tables, slots)
         weights = custom.checked_weights(self.tables, combiner_weights)
         small = jax.device_put((jnp.asarray(step, jnp.int32), weights), self.replicated)
         return EmbeddingState(new_tables, new_slots, *small)
@@ -312,7 +321,7 @@ class ShardedEmbedding(ShardedInputs):
             if stack.optimizer.slot_variable_creation_fn is not None:
                 for p in stack.placements:
                     slots[p.table.name] = stack.optimizer.init_slots((p.table.vocabulary_size, p.table.dim))
-        return self._canonical.to_stacks(tables, slots)
+        return self._canonical.to_stacks(*self._canonical.checked(tables, slots))
 
 
 def _shardings(

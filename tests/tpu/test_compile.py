@@ -64,6 +64,24 @@ scalars = [jax.ShapeDtypeStruct((), "int32", sharding=own.replicated)] * 3
 memory = program.lower(table, *scalars).compile().memory_analysis()
 json.dump(memory.temp_size_in_bytes + memory.output_size_in_bytes, sys.stdout)
 """
+#: Bytes that a device needs to take a shard of ten million rows from the host, beside the shard.
+RESTORING = """
+import json, sys, jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from jaxembed.train import shard_writer, stack_reading
+
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices[0]
+of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+# Of a host of one device, the largest.
+shard, window = of((625_000, 128), "float32"), of((stack_reading.WINDOW_BYTES // 512, 128), "float32")
+memory = shard_writer._update.lower(shard, window, of((), "int32")).compile().memory_analysis()
+json.dump(
+    memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes - 625_000 * 512,
+    sys.stdout,
+)
+"""
 #: MB that making the canonical tables of ten million rows takes beside state and result.
 CANONICAL = """
 import json, sys, tpu_compile, jax, numpy as np
@@ -135,3 +153,7 @@ def test_canonical_tables_take_a_few_windows_of_memory():
 
 def test_saving_takes_a_few_windows_of_memory():
     assert answer(start(SAVING)) < 64e6
+
+
+def test_restoring_takes_a_window_of_memory():
+    assert answer(start(RESTORING)) < 64e6

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.optimizers import Adagrad
-from jaxembed.train import Checkpointer, ShardedEmbedding, restoring
+from jaxembed.train import Checkpointer, ShardedEmbedding, stack_reading
+from jaxembed.train.engines import windows
 from jaxembed.train.engines.placement import stack_tables
 from jaxembed.train.shard_writer import ShardWriter
 
@@ -46,7 +47,7 @@ def embedding(num_devices, rows=1003, plan=None):
 @pytest.mark.parametrize("window", [32 << 20, 8 * 32 * 8, 8 * 32 * 7])
 @pytest.mark.parametrize(("saved_on", "restored_on"), [(8, 1), (1, 8), (4, 8)])
 def test_every_sharding_comes_back(tmp_path, monkeypatch, window, saved_on, restored_on):
-    monkeypatch.setattr(restoring, "WINDOW_BYTES", window)
+    monkeypatch.setattr(stack_reading, "WINDOW_BYTES", window)
     before, after = embedding(saved_on), embedding(restored_on)
     state = at_step(before, 7)
     with Checkpointer(tmp_path, before) as checkpointer:
@@ -62,7 +63,7 @@ def test_every_sharding_comes_back(tmp_path, monkeypatch, window, saved_on, rest
 
 @pytest.mark.parametrize("window", [32 << 20, 8 * 32 * 7])
 def test_growth_by_windows(tmp_path, monkeypatch, window):
-    monkeypatch.setattr(restoring, "WINDOW_BYTES", window)
+    monkeypatch.setattr(stack_reading, "WINDOW_BYTES", window)
     small, large = embedding(2), embedding(8, rows=1500)
     state = at_step(small, 4)
     with Checkpointer(tmp_path, small) as checkpointer:
@@ -78,6 +79,34 @@ def test_growth_by_windows(tmp_path, monkeypatch, window):
             num_old = old[0][name].shape[0]
             np.testing.assert_array_equal(get(new, name)[:num_old], get(old, name))
             np.testing.assert_array_equal(get(new, name)[num_old:], get(fresh, name)[num_old:])
+
+
+@pytest.mark.parametrize("window", [32 << 20, 8 * 32 * 7])
+def test_arrays_of_the_host_go_onto_devices_as_those_of_devices_do(monkeypatch, window):
+    monkeypatch.setattr(stack_reading, "WINDOW_BYTES", window)
+    own = embedding(8)
+    # Made by numpy, and thus of the host.
+    state = at_step(own, 7)
+    tables, slots, step = own.to_canonical(state)
+    on_devices = own.from_canonical(tables, slots, step)
+    jax.tree.map(np.testing.assert_array_equal, state, on_devices)
+    arrays = jax.tree.map(np.asarray, (tables, slots))
+    traced = jax.jit(lambda: own.from_canonical(*arrays, 7))()
+    jax.tree.map(np.testing.assert_array_equal, state, traced)
+    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(own.abstract_state()), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (expected.shape, expected.dtype, expected.sharding)
+
+
+def test_a_state_comes_back_from_the_hosts_memory(monkeypatch):
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 1)
+    config = {name: FeatureConfig(TableConfig(size, 8, name=name)) for name, size in (("a", 1000), ("b", 48))}
+    own = ShardedEmbedding(config, Adagrad(0.1), jax.make_mesh((8,), ("d",)))
+    state = at_step(own, 7)
+    canonical = own.canonical_on_host(state)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(canonical[:2])} == {"pinned_host"}
+    # On devices they would be laid out anew.
+    monkeypatch.setattr(own._canonical, "to_stacks", None)
+    jax.tree.map(np.testing.assert_array_equal, state, own.from_canonical(*canonical))
 
 
 @given(st.sampled_from(["mod", "div", "table"]), st.integers(1, 9), st.integers(1, 70), st.integers(1, 70))

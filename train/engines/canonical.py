@@ -116,26 +116,36 @@ class CanonicalTables:
                 found |= jax.device_put(self._program((key,))(tables, slots), {key: on_host(leaf.sharding)})
         return self._by_table(found | self._program(tuple(rest))(tables, slots))
 
-    def to_stacks(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
-        """Tables and slots by stack.
+    def checked(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
+        """The tables and slots of this configuration, where they lie.
 
         Raises:
           ValueError: if one is missing or not of its shape and type.
         """
         expected_tables, expected_slots = self.abstract()
-        tables = {
-            name: _fit(f"table {name!r}", tables.get(name), leaf) for name, leaf in expected_tables.items()
-        }
-        slots = {
-            name: {
-                slot: _fit(f"slot {slot!r} of table {name!r}", slots.get(name, {}).get(slot), leaf)
-                for slot, leaf in expected.items()
-            }
-            for name, expected in expected_slots.items()
-        }
+        return (
+            {name: _fit(f"table {name!r}", tables.get(name), leaf) for name, leaf in expected_tables.items()},
+            {
+                name: {
+                    slot: _fit(f"slot {slot!r} of table {name!r}", slots.get(name, {}).get(slot), leaf)
+                    for slot, leaf in expected.items()
+                }
+                for name, expected in expected_slots.items()
+            },
+        )
+
+    def to_stacks(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
+        """Tables and slots by stack, from those that `checked` returned: on the devices, where they take as much again."""
+        arrays = jax.tree.map(
+            lambda array, leaf: (
+                array if isinstance(array, jax.core.Tracer) else jax.device_put(array, leaf.sharding)
+            ),
+            (tables, slots),
+            self.abstract(),
+        )
         if not self._is_reordered:
-            return self._to_stacks_jit(tables, slots)
-        inner = jax.device_put((tables, slots), self._inner_shardings)
+            return self._to_stacks_jit(*arrays)
+        inner = jax.device_put(arrays, self._inner_shardings)
         return jax.device_put(self._to_stacks_jit(*inner), self._stack_shardings)
 
     def _program(self, keys: tuple[tuple[str, str], ...]) -> Callable[..., dict[tuple[str, str], jax.Array]]:
@@ -191,7 +201,7 @@ def _fit(what: str, array: Any, leaf: jax.ShapeDtypeStruct) -> Any:
     if shape != leaf.shape or dtype != leaf.dtype:
         found = "nothing" if shape is None else f"{dtype}{list(shape)}"
         raise ValueError(f"{what} must be {leaf.dtype}{list(leaf.shape)}, got {found}.")
-    return array if isinstance(array, jax.core.Tracer) else jax.device_put(array, leaf.sharding)
+    return array
 
 
 def canonical_sharding(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
