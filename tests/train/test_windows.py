@@ -67,3 +67,16 @@ def test_what_is_saved_from_the_hosts_memory_comes_back(monkeypatch, tmp_path, p
         restored = checkpointer.restore().state
     assert same(own, restored, *own.to_canonical(state)[:2])
     assert same(own, state, *own.to_canonical(restored)[:2])
+
+
+@pytest.mark.parametrize("sharding", ["mod", "div", "table"])
+def test_the_compiler_warns_of_no_copies(sharding, capfd):
+    """Neither rows nor columns are split over all devices."""
+    config = {f"t{rows}": FeatureConfig(TableConfig(rows, 4, name=f"t{rows}")) for rows in (37, 11, 5)}
+    own = ShardedEmbedding(
+        config, Adagrad(0.1), jax.make_mesh((8,), ("d",)), plan=dict.fromkeys(config, sharding)
+    )
+    state = at_step(own, 3)
+    canonical = own.to_canonical(state)
+    jax.tree.map(np.testing.assert_array_equal, state, own.from_canonical(*canonical))
+    assert "rematerialization" not in capfd.readouterr().err

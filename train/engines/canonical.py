@@ -163,7 +163,22 @@ class CanonicalTables:
         (stack, p), leaf = self._places[key[0]], self._inner[key]
         array = _array_of(stack, key, tables, slots)
         windows = windows_of(stack, p, leaf.sharding, leaf.shape[1:])
-        return canonical_by_windows(windows, p, array) if windows else table_of_stack(stack, p, array)
+        if windows:
+            return canonical_by_windows(windows, p, array)
+        return self._gathered(stack, key, table_of_stack(stack, p, array))
+
+    def _gathered(self, stack: Stack, key: tuple[str, str], array: jax.Array) -> jax.Array:
+        """A canonical array, whole on every device where it is split by columns over some of them.
+
+        XLA finds no better way between such a sharding and a stack's, unless by "mod", and would warn of taking
+        this one.
+        """
+        sharding = self._inner[key].sharding
+        rows, columns, _ = sharding.mesh.axis_sizes
+        is_split = columns == 1 or rows * columns == stack.num_shards
+        if is_split or (self._places[key[0]][1].sharding == "mod" and is_large(array)):
+            return array
+        return lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec()))
 
     def _by_table(self, arrays: Mapping[tuple[str, str], Any]) -> tuple[dict, dict]:
         slots = {name: self._places[name][0].optimizer.slot_names for name in self._places}
@@ -176,11 +191,13 @@ class CanonicalTables:
         by_stack, slots_by_stack = {}, {}
         for name, stack in self._stacks.items():
             members = [p.table.name for p in stack.placements]
-            by_stack[name] = stack_of_tables(stack, {member: tables[member] for member in members})
+            by_stack[name] = stack_of_tables(
+                stack, {member: self._gathered(stack, (member, ""), tables[member]) for member in members}
+            )
             slots_by_stack[name] = {
                 slot: stack_of_tables(
                     stack,
-                    {member: slots[member][slot] for member in members},
+                    {member: self._gathered(stack, (member, slot), slots[member][slot]) for member in members},
                     stack.optimizer.slot_initial_values[slot],
                 )
                 for slot in stack.optimizer.slot_names
