@@ -67,26 +67,31 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV) || { echo "install Python's venv module (Debian: apt install python3-venv)"; exit 1; }
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.python $(SOURCES)
-	$(BIN)/python -m pip install -q -e '.[demo]'
+# The kernel is compiled once: what is installed already satisfies `jaxembed[...]`, which then adds its extra alone.
+$(VENV)/.installed: $(VENV)/.python $(SOURCES)
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed
+	$(BIN)/python -m pip install -q 'jaxembed[demo]'
 	@touch $@
 
 # TensorFlow is the oracle of the parity tests; they are skipped where it cannot be installed.
-$(VENV)/.test: $(VENV)/.python $(SOURCES)
-	$(BIN)/python -m pip install -q -e '.[test]'
-	$(BIN)/python -m pip install -q -e '.[test,parity]' || echo "TensorFlow cannot be installed: no parity tests"
+$(VENV)/.test: $(VENV)/.installed
+	$(BIN)/python -m pip install -q 'jaxembed[test]'
+	$(BIN)/python -m pip install -q 'jaxembed[test,parity]' || echo "TensorFlow cannot be installed: no parity tests"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(BIN)/python -m pip install -q -e '.[lint]'
+	$(BIN)/python -m pip install -q 'jaxembed[lint]'
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.python pyproject.toml
-	$(BIN)/python -m pip install -q -e '.[docs]'
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q 'jaxembed[docs]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo
-	$(BIN)/python -m pip install -q -e '.[bench]' || echo "some peers cannot be installed: they are left out"
+	$(BIN)/python -m pip install -q 'jaxembed[bench]' || echo "some peers cannot be installed: they are left out"
 	@touch $@
 
 clean:
