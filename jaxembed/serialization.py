@@ -82,8 +82,10 @@ def strict_json(text: str | bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+            counts = collections.Counter(key for key, _ in pairs)
+            raise ValueError(
+                f"key {next(key for key, count in counts.items() if count > 1)!r:.80} is there twice"
+            )
         return result
 
     def refuse(constant: str) -> Any:

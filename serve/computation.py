@@ -41,14 +41,22 @@ class Computation:
     layout: Layout
     path: str
 
-    def structured(self, tables, params, inputs, weights=None, dense=None, combiner_weights=None):
+    def structured(
+        self,
+        tables: Any,
+        params: Any,
+        inputs: Any,
+        weights: Any = None,
+        dense: Any = None,
+        combiner_weights: Any = None,
+    ) -> Any:
         """Of inputs, weights and dense inputs as `serving_embedding_lookup` and the model take them."""
         activations = serving_embedding_lookup(
             inputs, weights, tables, self.feature_config, combiner_weights=combiner_weights
         )
         return self._apply(params, activations, dense or {})
 
-    def packed(self, rung: Rung, constants, ids, splits, weights, dense):
+    def packed(self, rung: Rung, constants: Any, ids: Any, splits: Any, weights: Any, dense: Any) -> Any:
         """Of the buffers of a rung; the other arguments are those of `arguments`."""
         tables, combiner_weights, params = constants
         tables = dict(zip(self.tables, tables, strict=True))

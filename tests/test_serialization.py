@@ -248,3 +248,10 @@ def test_restored_initializer_draws_the_same_values():
     config = feature_config_from_json(feature_config_to_json(FeatureConfig(table(initializer=Staircase(2.0)))))
     values = config.table.initializer(jax.random.key(0), (3, 2), jnp.float32)
     assert values.tolist() == [[0, 0], [2, 2], [4, 4]]
+
+
+def test_a_key_among_many_that_is_there_twice():
+    """Found without looking at every pair."""
+    text = "{" + ",".join(f'"k{i}":1' for i in range(200_000)) + ',"k199999":1}'
+    with pytest.raises(ValueError, match="key 'k199999' is there twice"):
+        strict_json(text)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -79,6 +80,7 @@ def restore_model(opened: OpenedCheckpoint, abstract: Any) -> Any:
     stored = opened.manifest["digests"].get(layout.MODEL)
     if stored is None:
         raise ValueError(f"checkpoint {opened.directory} has no model; it was not saved at this step.")
+    abstract = jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf, abstract)
     wanted = flat_arrays(abstract)
     if wanted.keys() != stored.keys():
         raise ValueError(

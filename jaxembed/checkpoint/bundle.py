@@ -47,6 +47,9 @@ from jaxembed.checkpoint.vocabularies import copy_vocabularies, read_vocabularie
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 
+#: In a chain: each is opened with the ones that follow.
+MAX_DELTAS = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class BundleReport:
@@ -147,7 +150,13 @@ def check_version(
     target = pathlib.Path(out).expanduser().absolute() / str(number)
     if target.exists():
         raise ValueError(f"{target} exists, and may be in use; pass another version or remove it.")
-    return target, None if delta_from is None else open_bundle(target.parent, delta_from)
+    base = None if delta_from is None else open_bundle(target.parent, delta_from)
+    if base is not None and base.deltas >= MAX_DELTAS:
+        raise ValueError(
+            f"version {delta_from} ends a chain of {base.deltas} deltas, and all are opened with the last; leave "
+            "delta_from out to write all rows again."
+        )
+    return target, base
 
 
 def plan_tables(
@@ -200,6 +209,8 @@ def _selected_model(opened: OpenedCheckpoint, select_model: Callable[[Any], Any]
 
 def _write_model(file: pathlib.Path, model: Any) -> dict[str, Any]:
     leaves = {key: np.asarray(leaf) for key, leaf in flat_arrays(model).items()}
+    if "__metadata__" in leaves:
+        raise ValueError("the model has a leaf '__metadata__', which safetensors keeps for itself; rename it.")
     header = header_of({key: (leaf.dtype, leaf.shape) for key, leaf in leaves.items()})
     write_file(file, [header, *(np.ascontiguousarray(leaf).tobytes() for leaf in leaves.values())])
     digests = digest_arrays(list(leaves.values()))

@@ -44,6 +44,7 @@ class Bundle:
       table_digests: by name, of the whole table: those of a chain of deltas are those of a full bundle.
       combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
       base_version: of which this is a delta, or None.
+      deltas: how long the chain of deltas is that ends here.
     """
 
     directory: pathlib.Path
@@ -59,6 +60,7 @@ class Bundle:
     _exported: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
     combiner_weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     base_version: int | None = None
+    deltas: int = 0
 
     @functools.cached_property
     def exported(self) -> bytes | None:
@@ -202,6 +204,7 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
             _exported_entry(manifest.get("exported")),
             layout.combiner_weights(manifest),
             None if base is None else int(base.directory.name),
+            0 if base is None else base.deltas + 1,
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e

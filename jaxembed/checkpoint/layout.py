@@ -35,6 +35,8 @@ MANIFEST, TABLES, SLOTS, MODEL, DATA = "manifest", "tables", "slots", "model", "
 DELETING, UNFINISHED = ".deleting", ".orbax-checkpoint-tmp"
 #: In bytes: digests of 2 TB of tables.
 MAX_JSON = 64 << 20
+#: In bytes: what Orbax says about a step.
+MAX_ORBAX = 1 << 20
 #: In commas and brackets. Without their digests, tables take few; a second goes by while a million are read.
 MAX_VALUES = 1 << 20
 
@@ -44,7 +46,7 @@ def whole_steps(directory: str | pathlib.Path) -> list[int]:
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and _is_whole(p))
+    return sorted(int(p.name) for p in directory.iterdir() if _is_number(p.name) and _is_whole(p))
 
 
 def latest_step(directory: str | pathlib.Path) -> int | None:
@@ -160,7 +162,7 @@ def read_data(directory: pathlib.Path, saved: str) -> Any:
       CheckpointError: if it cannot be read, or is not what was saved with this step.
     """
     content = _read_json(directory, f"{DATA}/metadata")
-    if digest(content) != saved:
+    if digest(content) != saved or "state" not in content:
         raise CheckpointError(
             f"{directory / DATA}/metadata is damaged, or of another step: it does not have the digest it was saved with; "
             "restore another step."
@@ -257,10 +259,14 @@ def optimizers(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return stored
 
 
+def _is_number(name: str) -> bool:
+    return name.isdecimal() and name == str(int(name))
+
+
 def _is_whole(step: pathlib.Path) -> bool:
     """Whether all parts that Orbax names are there; what is in their files shows when they are read."""
     try:
-        parts = strict_json(read_regular(step / "_CHECKPOINT_METADATA", MAX_JSON))["item_handlers"].keys()
+        parts = strict_json(read_regular(step / "_CHECKPOINT_METADATA", MAX_ORBAX))["item_handlers"].keys()
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return parts >= {MANIFEST, TABLES} and all(
@@ -275,7 +281,11 @@ def _is_part(part: pathlib.Path, is_json: bool) -> bool:
         return (part / "metadata").is_file()
     if not (part / "_METADATA").is_file() or not (part / "manifest.ocdbt").is_file():
         return False
-    # Rows lie with the process that wrote them where there are several, or Orbax alone knows.
-    folders = [part / "d", *(process / "d" for process in part.glob("ocdbt.process_*"))]
-    needed = 2 if (part / "array_metadatas").is_dir() else 1
-    return sum(folder.is_dir() and any(folder.iterdir()) for folder in folders) >= needed
+    # Where Orbax wrote it, rows lie in the folders of processes, and in its own the tree over them.
+    is_orbax = any((part / name).exists() for name in ("array_metadatas", "_sharding", "commit_success.txt"))
+    rows = [process / "d" for process in part.glob("ocdbt.process_*")] if is_orbax else [part / "d"]
+    return _is_filled(part / "d") and any(map(_is_filled, rows))
+
+
+def _is_filled(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())

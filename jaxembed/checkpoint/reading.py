@@ -134,6 +134,10 @@ def open_checkpoint(
     try:
         feature_config = layout.read_feature_config(manifest, directory)
         table_digests, slot_digests = manifest["digests"]["tables"], manifest["digests"]["slots"]
+        if type(manifest["step"]) is not int or not isinstance(manifest["metadata"], dict):
+            raise TypeError("step must be an int and metadata an object")
+        if not isinstance(manifest["digests"].get(layout.MODEL, {}), dict):
+            raise TypeError("the digests of the model must be an object")
         tables, slots, cache = {}, {}, shared_cache()
         for name, config in feature_tables(feature_config).items():
             what = f"checkpoint {directory}: table {name!r}"
@@ -178,10 +182,20 @@ def read_arrays(directory: pathlib.Path) -> Any:
 
 
 def flat_arrays(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by the names that Orbax stores them under."""
+    """The leaves of a pytree by the names that Orbax stores them under.
+
+    Raises:
+      ValueError: if two leaves have one name.
+    """
     import orbax.checkpoint as ocp
 
-    return {key: leaf for key, leaf in ocp.tree.to_flat_dict(tree, sep=".").items() if leaf is not None}
+    leaves: dict[str, Any] = {}
+    for path, leaf in ocp.tree.to_flat_dict(tree).items():
+        name = ".".join(map(str, path))
+        if name in leaves:
+            raise ValueError(f"model has two leaves that are stored as {name!r}; give one another name.")
+        leaves[name] = leaf
+    return {name: leaf for name, leaf in leaves.items() if leaf is not None}
 
 
 def check_model(directory: pathlib.Path, model: Any, stored: Mapping[str, Any]) -> None:

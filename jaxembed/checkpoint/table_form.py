@@ -24,7 +24,8 @@ class Errors:
     """Of values that are written, summed up by blocks."""
 
     def __init__(self):
-        self.largest, self._total, self._count = 0.0, 0.0, 0
+        self.largest: float = 0.0
+        self._total, self._count = 0.0, 0
 
     def add(self, rows: np.ndarray, written: np.ndarray) -> None:
         """Takes the next rows, and what became of them."""

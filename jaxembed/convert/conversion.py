@@ -101,6 +101,8 @@ def convert(
     found = open_source(
         path, source_format, dataclasses.replace(options, layout=None) if is_written else options
     )
+    if step is not None and not 0 <= step < 2**31:
+        raise ValueError(f"step must be in [0, 2**31), got {step}.")
     if source_format != "jaxembed" and step is not None:
         found = dataclasses.replace(found, step=step)
     config, notes = _fit(found, source_format, feature_config, combiner, dtype)

@@ -151,7 +151,7 @@ class Tensors:
         self._tf: Any = needed("tensorflow", "tensorflow")
         try:
             self._reader = self._tf.train.load_checkpoint(str(prefix))
-            self.shapes = dict(sorted(self._reader.get_variable_to_shape_map().items()))
+            self.shapes: dict[str, list[int]] = dict(sorted(self._reader.get_variable_to_shape_map().items()))
             self._dtypes = self._reader.get_variable_to_dtype_map()
         except (self._tf.errors.OpError, ValueError, RuntimeError, TypeError, LookupError) as e:
             raise ValueError(f"{prefix} is no TensorFlow checkpoint, or is damaged: {str(e)[:300]}") from e

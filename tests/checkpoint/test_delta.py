@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxembed import FeatureConfig, TableConfig
-from jaxembed.checkpoint import CheckpointError, convert_to_bundle, open_bundle
+from jaxembed.checkpoint import CheckpointError, bundle, convert_to_bundle, open_bundle
 from jaxembed.cli import main
 from jaxembed.inspection import describe
 from jaxembed.optimizers import SGD
@@ -152,6 +152,17 @@ def test_command(checkpoint, tmp_path, capsys):
     assert "note: a delta of version 0" in capsys.readouterr().out
     assert main([*line, "--version", "7", "--delta-from", "5"]) == 2
     assert "no version 5 of a bundle" in capsys.readouterr().err
+
+
+def test_chains_do_not_grow_for_ever(checkpoint, chain, monkeypatch):
+    out, _ = chain
+    last = open_bundle(out)
+    monkeypatch.setattr(bundle, "MAX_DELTAS", last.deltas)
+    number = int(last.directory.name)
+    with pytest.raises(
+        ValueError, match=rf"version {number} ends a chain of {last.deltas} deltas.*leave delta_from out"
+    ):
+        convert_to_bundle(checkpoint, out, version=number + 1, delta_from=number)
 
 
 def test_bad_requests(checkpoint, chain):

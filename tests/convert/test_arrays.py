@@ -407,3 +407,13 @@ def test_a_disk_without_room_for_a_mapped_array(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"No space left on device for 24 bytes: '.*second'"):
         new_mapped(tmp_path / "second", np.float32, (3, 2))
+
+
+@pytest.mark.parametrize("step", ["-1", str(2**31)])
+def test_steps_that_nothing_reads_are_refused(tmp_path, capsys, step):
+    np.savez(tmp_path / "a.npz", films=np.ones((3, 2), np.float32))
+    assert (
+        main(["convert", str(tmp_path / "a.npz"), str(tmp_path / "out"), "--to", "jaxembed", "--step", step])
+        == 2
+    )
+    assert f"step must be in [0, 2**31), got {step}" in capsys.readouterr().err

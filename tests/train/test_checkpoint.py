@@ -1,5 +1,6 @@
 """Checkpoints: any mesh resumes bit by bit, only whole steps are listed, and what does not fit is refused."""
 
+import json
 import os
 import pathlib
 import resource
@@ -151,6 +152,8 @@ def test_unfinished_steps_are_not_listed(tmp_path):
         (tmp_path / str(step) / missing).unlink()
     shutil.copytree(whole, tmp_path / "5.orbax-checkpoint-tmp-1")
     (tmp_path / "6").write_text("a file")
+    for name in ("007", "\u0663"):
+        shutil.copytree(whole, tmp_path / name)
     assert whole_steps(tmp_path) == [1]
 
 
@@ -250,6 +253,51 @@ def test_what_does_not_fit_is_refused(tmp_path, changes, message):
         pytest.raises(ValueError, match=message),
     ):
         checkpointer.restore()
+
+
+@pytest.mark.parametrize(
+    "model", [{"a": {"b": jnp.zeros(2)}, "a.b": jnp.ones(2)}, {"x": [jnp.ones(1)], "x.0": jnp.zeros(1)}]
+)
+def test_leaves_of_one_name_are_refused(tmp_path, model):
+    """Orbax would keep one of them."""
+    own = embedding(1)
+    with (
+        Checkpointer(tmp_path, own) as checkpointer,
+        pytest.raises(ValueError, match=r"two leaves that are stored as '(a.b|x.0)'; give one another name"),
+    ):
+        checkpointer.save(at_step(own, 1), model=model)
+    assert whole_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("model", [{"n": np.int64(5)}, {"a": None, "b": [jnp.zeros(2)]}])
+def test_models_of_few_leaves_come_back(tmp_path, model):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1), model=model)
+        restored = checkpointer.restore(model=model).model
+    jax.tree.map(np.testing.assert_array_equal, restored, model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metadata": None},
+        {"metadata": [1]},
+        {"step": 1.0},
+        {"digests": {"tables": {}, "slots": {}, "model": 5}},
+    ],
+)
+def test_odd_manifests_are_refused(tmp_path, change):
+    """Sealed, but by another program."""
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+        checkpointer.wait()
+        manifest = layout.read_manifest(tmp_path / "1")
+        (tmp_path / "1" / "manifest" / "metadata").write_text(json.dumps(layout.seal({**manifest, **change})))
+        for read in (checkpointer.restore, lambda: read_checkpoint(tmp_path)):
+            with pytest.raises(CheckpointError, match=r"manifest of .* is incomplete|is missing, though"):
+                read()
 
 
 def test_model_that_does_not_fit_is_refused(tmp_path):

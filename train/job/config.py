@@ -185,7 +185,7 @@ class Tables:
     engine: str = "auto"
     capacity: PositiveInt | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.overrides and self.plan != "auto":
             raise ValueError(
                 f'overrides are of plan = "auto", got plan {self.plan!r}; name the tables in one of the two'
