@@ -89,22 +89,7 @@ def convert(
     target_format = target_format or formats.guess_target(target)
     writer = formats.load(target_format)
     options = Options(step, keys, None if layout is None else path_of(layout))
-    is_written = "write" in getattr(writer, "LAYOUT", ())
-    if (
-        layout is not None
-        and not is_written
-        and "read" not in getattr(formats.load(source_format), "LAYOUT", ())
-    ):
-        raise ValueError(
-            f"layout is neither for reading {source_format} nor for writing {target_format}; leave it out."
-        )
-    found = open_source(
-        path, source_format, dataclasses.replace(options, layout=None) if is_written else options
-    )
-    if step is not None and not 0 <= step < 2**31:
-        raise ValueError(f"step must be in [0, 2**31), got {step}.")
-    if source_format != "jaxembed" and step is not None:
-        found = dataclasses.replace(found, step=step)
+    found = _open_for(path, source_format, target_format, options)
     config, notes = _fit(found, source_format, feature_config, combiner, dtype)
     place = target / str(found.step) if target_format == "jaxembed" else target
     if os.path.lexists(place):
@@ -158,6 +143,21 @@ def open_source(
     path = path_of(path)
     name = source_format or formats.guess_source(path)
     return formats.load(name).read(path, options or Options())
+
+
+def _open_for(path: pathlib.Path, source_format: str, target_format: str, options: Options) -> Source:
+    """The source, with the layout if it is for reading, and at the step that it becomes."""
+    step, layout = options.step, options.layout
+    if step is not None and not 0 <= step < 2**31:
+        raise ValueError(f"step must be in [0, 2**31), got {step}.")
+    if "write" in getattr(formats.load(target_format), "LAYOUT", ()):
+        options = dataclasses.replace(options, layout=None)
+    elif layout is not None and "read" not in getattr(formats.load(source_format), "LAYOUT", ()):
+        raise ValueError(
+            f"layout is neither for reading {source_format} nor for writing {target_format}; leave it out."
+        )
+    found = open_source(path, source_format, options)
+    return found if source_format == "jaxembed" or step is None else dataclasses.replace(found, step=step)
 
 
 def plain_feature_config(source: Source, combiner: str) -> dict[str, FeatureConfig]:

@@ -139,11 +139,7 @@ def plan_tables(
             if sharding == "mod" or table.name in overrides:
                 raise
             return None  # that sharding does not suit the table
-        entries, bags = counts[table.name]
-        exchange = cheaper_exchange(stack, bags, entries)
-        moved = exchanged_bytes(stack, exchange, bags, entries)
-        why = f"{why}, by {exchange}" if stack.kind == "row" else why
-        return TablePlan(table.name, sharding, _stored_bytes(stack), moved, why)
+        return _plan_of(table.name, sharding, stack, counts[table.name], why)
 
     chosen: dict[str, Any] = {}
     replicas: list[TablePlan] = []
@@ -173,6 +169,15 @@ def plan_tables(
             f"fewer slots, or drop overrides to 'replicated' and 'table'. The plan was:\n{plan}"
         )
     return plan
+
+
+def _plan_of(name: str, sharding: str, stack: Stack, counts: tuple[int, int], why: str) -> TablePlan:
+    """That of the only table in a stack, of which a device looks up `counts` (entries, bags)."""
+    entries, bags = counts
+    exchange = cheaper_exchange(stack, bags, entries)
+    moved = exchanged_bytes(stack, exchange, bags, entries)
+    why = f"{why}, by {exchange}" if stack.kind == "row" else why
+    return TablePlan(name, sharding, _stored_bytes(stack), moved, why)
 
 
 def _replicate(chosen: dict[str, TablePlan], replicas: list[TablePlan], memory: int) -> None:
