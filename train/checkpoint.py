@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxembed.checkpoint import digest_arrays, layout
+from jaxembed.checkpoint import digest_arrays, layout, steps
 from jaxembed.checkpoint.reading import flat_arrays, open_checkpoint
 from jaxembed.serialization import feature_config_to_json
 
@@ -136,18 +136,24 @@ class Checkpointer:
 
         Returns:
           Whether the step was one to save.
+
+        Raises:
+          ValueError: if `model` has no arrays, or two of one name, or if `metadata` or `data` is too large to be read
+            back.
         """
         step = int(state.step)
         if not force and not self._manager.should_save(step):
             return False
         if not self._is_swept and jax.process_index() == 0:
-            layout.remove_unfinished(self.directory)
+            steps.remove_unfinished(self.directory)
         self._is_swept = True
         tables, slots, _ = self._embedding.canonical_on_host(state)
         slots = {name: value for name, value in slots.items() if value}
         leaves = (
             {} if model is None else {key: _as_array(key, leaf) for key, leaf in flat_arrays(model).items()}
         )
+        if model is not None and not leaves:
+            raise ValueError(f"model has no arrays, got {model!r:.80}; leave it out.")
         digests = iter(
             [d.to_json() for d in digest_arrays([*jax.tree.leaves((tables, slots)), *leaves.values()])]
         )
@@ -172,16 +178,16 @@ class Checkpointer:
             items[layout.MODEL] = ocp.args.PyTreeSave(model)
         if data is not None:
             items[layout.DATA] = ocp.args.JsonSave({"state": data})
-            manifest["digests"][layout.DATA] = layout.digest({"state": data})
+            manifest["digests"][layout.DATA] = layout.readable_digest({"state": data}, "data")
         items[layout.MANIFEST] = ocp.args.JsonSave(layout.seal(manifest))
         if jax.process_index() == 0:
-            self._removals.submit(layout.remove_deleted, self.directory)
+            self._removals.submit(steps.remove_deleted, self.directory)
         with self._afresh_after_errors():
             return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
     def latest_step(self) -> int | None:
         """The last whole step, or None."""
-        return layout.latest_step(self.directory)
+        return steps.latest_step(self.directory)
 
     def restore(
         self,
@@ -244,7 +250,7 @@ class Checkpointer:
         """Waits, then releases the threads."""
         self._manager.close()
         if jax.process_index() == 0:
-            self._removals.submit(layout.remove_deleted, self.directory)
+            self._removals.submit(steps.remove_deleted, self.directory)
         self._removals.shutdown()
 
     def __enter__(self) -> "Checkpointer":

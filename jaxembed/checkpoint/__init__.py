@@ -3,8 +3,8 @@
 from jaxembed.checkpoint.bundle import convert_to_bundle
 from jaxembed.checkpoint.bundle_reading import Bundle, is_bundle, open_bundle
 from jaxembed.checkpoint.digests import CheckpointError, Digests, digest_arrays
-from jaxembed.checkpoint.layout import latest_step, whole_steps
 from jaxembed.checkpoint.reading import Checkpoint, open_checkpoint, read_checkpoint
+from jaxembed.checkpoint.steps import latest_step, whole_steps
 
 __all__ = [
     "Bundle",

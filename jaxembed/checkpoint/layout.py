@@ -1,24 +1,19 @@
-"""Where the parts of a checkpoint lie, and which steps are whole.
+"""Where the parts of a checkpoint lie, and what its manifest says.
 
-    DIRECTORY/
-      STEP/
-        manifest/   JSON: format, version, step, feature configuration, metadata, digests, optimizers,
-                    weights of custom combiners
-        tables/     Orbax arrays {table: [V, D]}
-        slots/      Orbax arrays {table: {slot: [V, D]}}; absent where no optimizer has slots
-        model/      Orbax arrays, any structure: dense parameters, optimizer state; may be absent
-        data/       JSON: state of the input pipeline; may be absent
-      .deleting/    steps on their way out
-
-Orbax writes a step beside its place and renames it, and a step that is to be deleted is renamed away
-first, so a directory named by a number is whole.
+DIRECTORY/
+  STEP/
+    manifest/   JSON: format, version, step, feature configuration, metadata, digests, optimizers,
+                weights of custom combiners
+    tables/     Orbax arrays {table: [V, D]}
+    slots/      Orbax arrays {table: {slot: [V, D]}}; absent where no optimizer has slots
+    model/      Orbax arrays, any structure: dense parameters, optimizer state; may be absent
+    data/       JSON: state of the input pipeline; may be absent
+  .deleting/    steps on their way out
 """
 
 import json
 import pathlib
-import shutil
 import stat
-import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, unquote
@@ -35,69 +30,9 @@ MANIFEST, TABLES, SLOTS, MODEL, DATA = "manifest", "tables", "slots", "model", "
 DELETING, UNFINISHED = ".deleting", ".orbax-checkpoint-tmp"
 #: In bytes: digests of 2 TB of tables.
 MAX_JSON = 64 << 20
-#: In bytes: what Orbax says about a step.
-MAX_ORBAX = 1 << 20
 #: In commas and brackets. Without their digests, tables take few; a second goes by while a million are read.
 MAX_VALUES = 1 << 20
-
-
-def whole_steps(directory: str | pathlib.Path) -> list[int]:
-    """The steps below `directory` that can be restored, in order."""
-    directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if _is_number(p.name) and _is_whole(p))
-
-
-def latest_step(directory: str | pathlib.Path) -> int | None:
-    """The last of `whole_steps`, or None."""
-    return max(whole_steps(directory), default=None)
-
-
-def remove_unfinished(directory: pathlib.Path, seconds: float = 10.0) -> None:
-    """Removes what is left of steps that were being written or deleted; for the only writer.
-
-    Files may still come from the threads of a save that failed: it is tried again for some seconds.
-    """
-    until = time.monotonic() + seconds
-    remove_deleted(directory)
-    for path in directory.glob(f"*{UNFINISHED}*"):
-        if path.is_dir() and path.name.split(".")[0].isdecimal():
-            shutil.rmtree(path, ignore_errors=True)
-            while path.exists() and time.monotonic() < until:
-                time.sleep(0.1)
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def remove_deleted(directory: pathlib.Path) -> None:
-    """Removes the steps that Orbax has renamed away, which it never does itself; for the only writer."""
-    for path in (directory / DELETING).glob("*"):
-        if path.is_dir() and path.name.isdecimal():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
-    """The directory of one step: `path` itself if it is one, else below it (default: the latest).
-
-    Raises:
-      FileNotFoundError: if there is no such whole step.
-    """
-    path = pathlib.Path(path).expanduser().absolute()
-    if not path.is_dir():
-        raise FileNotFoundError(f"no checkpoint at {path}: it is not a directory.")
-    if step is None and _is_whole(path):
-        return path
-    steps = whole_steps(path)
-    if not steps:
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: it holds no finished step; pass the directory given to "
-            "jaxembed.train.Checkpointer, or one step in it."
-        )
-    if step is None:
-        step = steps[-1]
-    if step not in steps:
-        raise FileNotFoundError(f"no step {step} at {path}; whole steps are {steps}.")
-    return path / str(step)
+_SEAL = 100
 
 
 def check_files(directory: pathlib.Path) -> None:
@@ -116,8 +51,28 @@ def check_files(directory: pathlib.Path) -> None:
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with a digest of itself."""
-    return {**manifest, "digest": digest(manifest)}
+    """The manifest with a digest of itself.
+
+    Raises:
+      ValueError: as `readable_digest`.
+    """
+    return {**manifest, "digest": readable_digest(manifest, "the manifest, with its metadata,")}
+
+
+def readable_digest(content: Any, what: str) -> str:
+    """`digest` of what is to be written.
+
+    Raises:
+      ValueError: naming `what`, if it is more than readers take.
+    """
+    text = json.dumps(content, sort_keys=True).encode()
+    values = _num_values(text)
+    if len(text) > MAX_JSON - _SEAL or values > MAX_VALUES - _SEAL:
+        raise ValueError(
+            f"{what} has {len(text):,} bytes and {values:,} values; at most {MAX_JSON:,} and {MAX_VALUES:,} can be read "
+            "back. Keep what is large in the model."
+        )
+    return digest_bytes(text)
 
 
 def read_manifest(
@@ -173,7 +128,7 @@ def read_data(directory: pathlib.Path, saved: str) -> Any:
 def _read_json(directory: pathlib.Path, file: str) -> dict[str, Any]:
     try:
         text = read_regular(directory / file, MAX_JSON)
-        values = sum(map(text.count, (b",", b"[", b"{")))
+        values = _num_values(text)
         if values > MAX_VALUES:
             raise ValueError(f"it has {values:,} values, of at most {MAX_VALUES:,}")
         content = strict_json(text)
@@ -182,6 +137,10 @@ def _read_json(directory: pathlib.Path, file: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{directory / file} must be a JSON object, got {type(content).__name__}.")
     return content
+
+
+def _num_values(text: bytes) -> int:
+    return sum(map(text.count, (b",", b"[", b"{")))
 
 
 def digest(content: Any) -> str:
@@ -257,35 +216,3 @@ def optimizers(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     ):
         raise CheckpointError("the optimizers of a manifest must have names; restore another step.")
     return stored
-
-
-def _is_number(name: str) -> bool:
-    return name.isdecimal() and name == str(int(name))
-
-
-def _is_whole(step: pathlib.Path) -> bool:
-    """Whether all parts that Orbax names are there; what is in their files shows when they are read."""
-    try:
-        parts = strict_json(read_regular(step / "_CHECKPOINT_METADATA", MAX_ORBAX))["item_handlers"].keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return parts >= {MANIFEST, TABLES} and all(
-        _is_part(step / part, part in (MANIFEST, DATA))
-        for part in (MANIFEST, TABLES, SLOTS, MODEL, DATA)
-        if part in parts
-    )
-
-
-def _is_part(part: pathlib.Path, is_json: bool) -> bool:
-    if is_json:
-        return (part / "metadata").is_file()
-    if not (part / "_METADATA").is_file() or not (part / "manifest.ocdbt").is_file():
-        return False
-    # Where Orbax wrote it, rows lie in the folders of processes, and in its own the tree over them.
-    is_orbax = any((part / name).exists() for name in ("array_metadatas", "_sharding", "commit_success.txt"))
-    rows = [process / "d" for process in part.glob("ocdbt.process_*")] if is_orbax else [part / "d"]
-    return _is_filled(part / "d") and any(map(_is_filled, rows))
-
-
-def _is_filled(folder: pathlib.Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())

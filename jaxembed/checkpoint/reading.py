@@ -10,6 +10,7 @@ import numpy as np
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.bundle_reading import Bundle, is_bundle, open_bundle
 from jaxembed.checkpoint.digests import CheckpointError, Digests
+from jaxembed.checkpoint.steps import step_directory
 from jaxembed.checkpoint.stored import StoredArray, open_array, shared_cache
 from jaxembed.features import feature_tables
 
@@ -123,7 +124,7 @@ def open_checkpoint(
       FileNotFoundError: if there is no such whole step.
       ValueError: if what is stored does not fit its own feature configuration.
     """
-    directory = layout.step_directory(path, step)
+    directory = step_directory(path, step)
     layout.check_files(directory)
     manifest = layout.read_manifest(directory)
     if directory.name.isdecimal() and int(directory.name) != manifest.get("step"):

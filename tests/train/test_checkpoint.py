@@ -269,6 +269,31 @@ def test_leaves_of_one_name_are_refused(tmp_path, model):
     assert whole_steps(tmp_path) == []
 
 
+@pytest.mark.parametrize("model", [{}, {"a": None, "b": []}])
+def test_models_without_arrays_are_refused(tmp_path, model):
+    """Nothing would lie where their arrays are looked for."""
+    own = embedding(1)
+    with (
+        Checkpointer(tmp_path, own) as checkpointer,
+        pytest.raises(ValueError, match=r"model has no arrays, got .*; leave it out"),
+    ):
+        checkpointer.save(at_step(own, 1), model=model)
+    assert whole_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("argument", ["metadata", "data"])
+def test_what_could_not_be_read_back_is_not_saved(tmp_path, argument):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        with pytest.raises(
+            ValueError, match=r"has [\d,]+ bytes and 1,04\d,\d+ values; at most .* can be read back"
+        ):
+            checkpointer.save(at_step(own, 1), **{argument: {"seen": [0] * (1 << 20)}})
+        assert checkpointer.save(at_step(own, 1), **{argument: {"seen": [0] * 1_000_000}})
+        found = getattr(checkpointer.restore(), argument)
+    assert len(found["seen"]) == 1_000_000
+
+
 @pytest.mark.parametrize("model", [{"n": np.int64(5)}, {"a": None, "b": [jnp.zeros(2)]}])
 def test_models_of_few_leaves_come_back(tmp_path, model):
     own = embedding(1)
