@@ -14,16 +14,20 @@ import pathlib
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from .config import ServerConfig
 from .errors import RequestError, unavailable
 from .metrics import Metrics
+from .pace import Pace
 from .served import BundleModel, ServedModel
 
 Load = Callable[[ServerConfig, int, ServedModel | None], ServedModel]
 _MANIFEST, _PIN = "manifest.json", "pin.json"
+# After the last request: until then, loading leaves the interpreter to others.
+_BUSY_SECONDS = 1.0
 
 
 class Versions:
@@ -147,9 +151,8 @@ class Versions:
         loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         old = self._current
         try:
-            if old is not None:
-                await loop.run_in_executor(self._thread, _step_back)
-            model = await loop.run_in_executor(self._thread, self._load, self._config, version, old)
+            load = self._load if old is None else self._load_beside
+            model = await loop.run_in_executor(self._thread, load, self._config, version, old)
         except Exception as e:
             self._failed[version] = (identity, f"{type(e).__name__}: {e}")
             self._metrics.version_failed()
@@ -167,6 +170,15 @@ class Versions:
             },
         )
         return True
+
+    def _load_beside(self, config: ServerConfig, version: int, old: ServedModel) -> ServedModel:
+        _step_back()
+        with Pace(self._busy):
+            return self._load(config, version, old)
+
+    def _busy(self) -> bool:
+        recent = self._metrics.recent
+        return bool(recent) and time.time() - recent[-1][0] < _BUSY_SECONDS
 
     async def _watch(self) -> None:
         while True:

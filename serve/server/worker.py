@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -101,6 +102,9 @@ def main() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # What loads a version beside the one that serves lets go of the interpreter after so long, instead of 5 ms.
     sys.setswitchinterval(0.0005)
+    # The modules stay for good: without them a full collection, which stops all threads, is over in a moment.
+    gc.collect()
+    gc.freeze()
     listener = socket.socket(fileno=int(sys.argv[1]))
     port = int(sys.argv[2])
     try:

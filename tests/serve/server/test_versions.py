@@ -4,12 +4,14 @@ import asyncio
 import json
 import os
 import shutil
+import sys
 
 import httpx
 import pytest
 
 from jaxembed.serve.server.config import ServerConfig
 from jaxembed.serve.server.metrics import Metrics
+from jaxembed.serve.server.served import BundleModel
 from jaxembed.serve.server.versions import Versions
 from tests.serve.server import bundles
 from tests.serve.server.servers import client_of, run
@@ -122,6 +124,25 @@ def test_requests_during_a_switch_keep_their_version(folder, checkpoint):
             stop.set()
             await asyncio.gather(*tasks)
             assert set(seen) >= {0, 3}
+
+    run(check())
+
+
+def test_loading_beside_requests_is_paced_and_at_the_start_it_is_not(folder, checkpoint):
+    async def check():
+        paced = {}
+
+        def load(config, version, old):
+            paced[version] = sys.getprofile() is not None
+            return BundleModel(config, version, old)
+
+        versions = Versions(ServerConfig(str(folder), poll_seconds=60), Metrics(), load)
+        await versions.start()
+        bundles.add(checkpoint, folder, 1)
+        await versions.look()
+        assert versions.current.version == 1
+        await versions.stop()
+        assert paced == {0: False, 1: True}
 
     run(check())
 
