@@ -20,11 +20,12 @@ from collections.abc import Sequence
 import dlrm
 import numpy as np
 import psutil
-from load import Connection, http_request, run_load
+from load import Connection, Load, http_request, run_load
 
 from serve import INFER, prepare, server
 
 UNDER_WAY = 4
+PARTS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,32 +49,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def swaps(port: int, options: argparse.Namespace) -> None:
-    """Switches from one version to the other and back while requests run."""
+    """Switches from one version to the other and back while requests run, in parts, and between them does not."""
     worker, tables = _worker(port), dlrm.FEATURES * dlrm.VOCABULARY * dlrm.DIM * 4
+    steady: list[Load] = []
+    loads: list[Load] = []
+    numbers = np.array_split(np.arange(options.count), min(PARTS, options.count))
     async with _connections(port, UNDER_WAY) as sends:
-        await run_load(sends, 1)
-        steady = [await run_load(sends, 1) for _ in range(max(1, round(options.seconds)))]
-        before, highest, done = _private(worker), 0, asyncio.Event()
+        await run_load(sends, 2)
+        before = highest = _private(worker)
+        begin = time.perf_counter()
+        for part in numbers:
+            steady += [await run_load(sends, 1) for _ in range(max(1, round(options.seconds / PARTS)))]
 
-        async def switch() -> float:
-            nonlocal highest
-            begin = time.perf_counter()
-            for number in range(options.count):
-                await asyncio.to_thread(_post, port, f"/admin/versions/{number % 2}:activate")
-                highest = max(highest, _private(worker))
-            done.set()
-            return time.perf_counter() - begin
+            async def switch(part: np.ndarray = part) -> None:
+                nonlocal highest
+                for number in part:
+                    await asyncio.to_thread(_post, port, f"/admin/versions/{number % 2}:activate")
+                    highest = max(highest, _private(worker))
 
-        task = asyncio.create_task(switch())
-        loads = []
-        while not done.is_set():
-            loads.append(await run_load(sends, 1))
-        seconds = await task
+            task = asyncio.create_task(switch())
+            while not task.done():
+                loads.append(await run_load(sends, 1))
+            await task
+        seconds = time.perf_counter() - begin
     calm, p99 = (float(np.median([load.p99 for load in part])) for part in (steady, loads))
-    failed = sum(load.failed + load.refused for load in loads)
+    failed = sum(load.failed + load.refused for load in (*steady, *loads))
     good = sum(load.good for load in loads)
-    print(f"{options.count} swaps in {seconds:.1f} s, {good:,} requests, {failed} failed")
+    print(f"{options.count} swaps in {seconds:.1f} s, {good:,} requests beside them, {failed} failed")
     print(f"p99 of a second, steady {calm * 1e3:.2f} ms, during swaps {p99 * 1e3:.2f} ms: {p99 / calm:.2f}x")
+    rates = [float(np.median([load.rate for load in part])) for part in (steady, loads)]
+    print(f"requests a second, steady {rates[0]:,.0f}, during swaps {rates[1]:,.0f}")
     grown = highest - before
     print(f"private memory grew by at most {grown / 2**20:.0f} MiB, {grown / tables:.1%} of the tables")
 
