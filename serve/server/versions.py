@@ -171,7 +171,7 @@ class Versions:
         )
         return True
 
-    def _load_beside(self, config: ServerConfig, version: int, old: ServedModel) -> ServedModel:
+    def _load_beside(self, config: ServerConfig, version: int, old: ServedModel | None) -> ServedModel:
         _step_back()
         with Pace(self._busy):
             return self._load(config, version, old)
