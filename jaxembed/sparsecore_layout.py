@@ -62,28 +62,6 @@ class StackedTable:
         """[S * R, W], that of the whole stack."""
         return self.num_shards * self.shard_rows, self.width
 
-    def rows_in_stack(self, ids: Any) -> np.ndarray:
-        """The rows of the stack that hold the rows `ids` of the table.
-
-        Args:
-          ids: ints [N], each in [0, V).
-
-        Returns:
-          int64 [N].
-
-        Raises:
-          ValueError: if an id is not an int of [0, V).
-        """
-        ids = np.asarray(ids)
-        if ids.dtype.kind not in "iu" and ids.size:
-            raise ValueError(f"{self._what}: ids must be ints, got {ids.dtype}.")
-        bad = (ids < 0) | (ids >= self.shape[0])
-        if bad.any():
-            raise ValueError(f"{self._what}: id {ids[bad][0]} is outside of [0, {self.shape[0]}).")
-        ids = ids.astype(np.int64)
-        shard = (ids + self.rotation) % self.num_shards
-        return shard * self.shard_rows + self.row_offset + ids // self.num_shards
-
     def read_rows(self, stacked: Any, start: int, stop: int) -> np.ndarray:
         """The rows [start, stop) of the table, without padding.
 

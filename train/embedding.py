@@ -6,25 +6,23 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 from jaxembed.optimizers import Optimizer
-from jaxembed.preprocessing import preprocess
 from jaxembed.shapes import Scalar, Table
 
 from .engines import custom
-from .engines.auto_plan import plan_for_batch
+from .engines.auto_plan import chosen_plan
 from .engines.batch import ShardedBatch
+from .engines.called import called_now, called_values
 from .engines.canonical import CanonicalTables
-from .engines.initial import draws_by_row, initial_rows, table_key
-from .engines.placement import stack_tables
+from .engines.initial import initial_rows, whole_slots, whole_tables
 from .engines.planner import ShardingPlan
-from .engines.sparsecore_stacks import refused_tables, sparse_cores, stack_on_sparsecores
+from .engines.sparsecore_stacks import sparse_cores
+from .engines.stacking import mesh_axes, shardings_of, stacks_of
 from .engines.step import StepProgram
 from .sharded_inputs import ShardedInputs
 from .stack_reading import arrays_on_host, read_stacks
@@ -105,23 +103,15 @@ class ShardedEmbedding(ShardedInputs):
     ):
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}.")
-        mesh, axes = Mesh(mesh.devices, mesh.axis_names), _mesh_axes(mesh, axis)
+        mesh, axes = Mesh(mesh.devices, mesh.axis_names), mesh_axes(mesh, axis)
         num_shards = math.prod(mesh.shape[axis] for axis in axes)
         cores = sparse_cores(engine, mesh.devices.flat[0])
         self.tables: dict[str, TableConfig] = feature_tables(feature_config)
-        if (example_batch is not None or overrides is not None) and plan != "auto":
-            raise ValueError(f"example_batch and overrides are of plan='auto', got plan={plan!r}.")
-        if isinstance(plan, str):
-            if plan != "auto" or example_batch is None:
-                raise ValueError(
-                    f"plan must be 'auto' with an example_batch, a plan, or sharding by table, got {plan!r} and "
-                    f"example_batch {type(example_batch).__name__}."
-                )
-            batch = preprocess(example_batch, feature_config)
-            plan = plan_for_batch(feature_config, optimizer, mesh, num_shards, batch, overrides)
+        plan = chosen_plan(plan, feature_config, optimizer, mesh, num_shards, example_batch, overrides)
         self.plan: ShardingPlan | None = plan if isinstance(plan, ShardingPlan) else None
-        stacks = _stack(self.tables, optimizer, _shardings(plan, self.tables, num_shards), num_shards, cores)
-        super().__init__(feature_config, {stack.name: stack for stack in stacks}, mesh, axes, capacity)
+        shardings = shardings_of(plan, self.tables, num_shards)
+        stacks = stacks_of(self.tables, optimizer, shardings, num_shards, cores)
+        super().__init__(feature_config, stacks, mesh, axes, capacity)
         self._program = StepProgram(self.stacks, self.mesh, self.axes, exchange)
         self._canonical = CanonicalTables(
             self.stacks, list(self.tables), self.mesh, self.axes, self._program.shardings()
@@ -130,9 +120,11 @@ class ShardedEmbedding(ShardedInputs):
     def init(self, key: jax.Array) -> EmbeddingState:
         """A fresh state; the same tables from one key on every mesh."""
         tables, slots = self._program.init(key, initial_rows)
-        special = [table for table in self.tables.values() if not draws_by_row(table)]
-        if special or any(s.optimizer.slot_variable_creation_fn is not None for s in self.stacks.values()):
-            tables, slots = self._init_whole(key, EmbeddingState(tables, slots, jnp.int32(0)), special)
+        whole = whole_tables(self.tables, key, self.abstract_canonical()[0])
+        made = whole_slots(self.stacks.values())
+        if whole or made:
+            drawn, zeros = self._canonical.from_stacks(tables, slots)
+            tables, slots = self._canonical.to_stacks(*self._canonical.checked(drawn | whole, zeros | made))
         weights = custom.initial_weights(self.tables, key)
         return EmbeddingState(tables, slots, *jax.device_put((jnp.int32(0), weights), self.replicated))
 
@@ -224,7 +216,7 @@ class ShardedEmbedding(ShardedInputs):
             )
             combiner_weights = custom.updated_weights(self.tables, combiner_weights, found)
         if called_values is None:
-            called_values = self._called_now(state.step)
+            called_values = called_now(self.stacks, state.step)
         tables, slots = self._program.update(
             state.tables, state.slots, batch, values, gradients, state.step, called_values
         )
@@ -239,8 +231,7 @@ class ShardedEmbedding(ShardedInputs):
         Returns:
           float32 scalars by stack; empty where there are no such callables.
         """
-        called = {name: stack.optimizer.callables for name, stack in self.stacks.items()}
-        return {name: tuple(_scalar(f()) for f in functions) for name, functions in called.items() if functions}
+        return called_values(self.stacks)
 
     def predicted_bytes(self, batch: ShardedBatch) -> int:
         """Bytes that a device exchanges for a lookup and an update of a batch, as `engines.traffic` says."""
@@ -298,73 +289,3 @@ class ShardedEmbedding(ShardedInputs):
     def abstract_canonical(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Shapes, types and shardings of canonical tables and slots, without the values."""
         return self._canonical.abstract()
-
-    def _called_now(self, step: Any) -> dict[str, Any]:
-        values = self.called_values()
-        concrete = [v for v in jax.tree.leaves(values) if not isinstance(v, jax.core.Tracer)]
-        if concrete and isinstance(step, jax.core.Tracer):
-            raise ValueError(
-                "a learning rate is a callable without arguments, which a jitted step would call only once: pass "
-                "embedding.called_values() to the step as an argument, and from there to apply_gradients as "
-                "called_values; or use a schedule of the step."
-            )
-        return values
-
-    def _init_whole(self, key: jax.Array, state: EmbeddingState, special: list[TableConfig]) -> Any:
-        """Replaces tables and slots whose initial values must be made whole."""
-        tables, slots, _ = self.to_canonical(state)
-        for table in special:
-            initializer: Any = table.initializer
-            draw = jax.jit(initializer, static_argnums=(1, 2), out_shardings=tables[table.name].sharding)
-            tables[table.name] = draw(table_key(key, table), (table.vocabulary_size, table.dim), table.dtype)
-        for stack in self.stacks.values():
-            if stack.optimizer.slot_variable_creation_fn is not None:
-                for p in stack.placements:
-                    slots[p.table.name] = stack.optimizer.init_slots((p.table.vocabulary_size, p.table.dim))
-        return self._canonical.to_stacks(*self._canonical.checked(tables, slots))
-
-
-def _shardings(
-    plan: Mapping[str, str] | ShardingPlan | None, tables: Mapping[str, TableConfig], num_shards: int
-) -> dict[str, str]:
-    """The sharding of every table."""
-    if isinstance(plan, ShardingPlan):
-        if plan.num_shards != num_shards:
-            raise ValueError(
-                f"the plan is for {plan.num_shards} devices, got a mesh of {num_shards}; make it with "
-                f"plan_tables(..., num_shards={num_shards})."
-            )
-        plan = plan.shardings
-    plan = dict(plan or {})
-    unknown = sorted(set(plan) - set(tables))
-    if unknown:
-        raise ValueError(f"plan names no table of the configuration: {unknown}; it has {list(tables)}.")
-    return {name: plan.get(name, "mod") for name in tables}
-
-
-def _scalar(value: Any) -> Any:
-    return (
-        jnp.asarray(value, jnp.float32) if isinstance(value, jax.core.Tracer) else np.asarray(value, np.float32)
-    )
-
-
-def _stack(tables, optimizer: Optimizer | None, shardings: dict[str, str], num_shards: int, cores: int):
-    """The stacks of both engines."""
-    if not cores:
-        return stack_tables(tables, optimizer, shardings, num_shards)
-    refused = refused_tables(tables, optimizer, shardings, num_shards * cores)
-    left = {name: table for name, table in tables.items() if name in refused}
-    held = {name: table for name, table in tables.items() if name not in refused}
-    return (
-        *stack_on_sparsecores(held, optimizer, num_shards, cores),
-        *stack_tables(left, optimizer, shardings, num_shards),
-    )
-
-
-def _mesh_axes(mesh: Mesh, axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if axis is None:
-        return tuple(mesh.axis_names)
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
-    if not axes or len(set(axes)) != len(axes) or not set(axes) <= set(mesh.axis_names):
-        raise ValueError(f"axis must name axes of the mesh, {mesh.axis_names}, got {axis!r}.")
-    return axes

@@ -1,4 +1,4 @@
-"""Metrics of a binary classifier: AUC, log loss and calibration, exact or accumulated over batches."""
+"""Metrics of a binary classifier: AUC and log loss, exact, or with calibration accumulated over batches."""
 
 import numpy as np
 
@@ -31,24 +31,6 @@ def log_loss(labels: np.ndarray, logits: np.ndarray, weights: np.ndarray | None 
     """
     labels, logits, weights = _flat(labels, logits, weights)
     return float(np.sum(weights * _losses(labels, logits)) / np.sum(weights))
-
-
-def calibration(labels: np.ndarray, logits: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Sum of the predicted probabilities over the number of positives: 1 is right, above is too sure.
-
-    Args:
-      labels: [N] 0 or 1.
-      logits: [N].
-      weights: [N] at least 0; None for 1.
-
-    Raises:
-      ValueError: if there are no positives.
-    """
-    labels, logits, weights = _flat(labels, logits, weights)
-    positives = np.sum(weights * labels)
-    if positives == 0:
-        raise ValueError("calibration needs at least one positive label, got none.")
-    return float(np.sum(weights * _sigmoid(logits)) / positives)
 
 
 class StreamingMetrics:

@@ -14,8 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxembed.preprocessing import preprocess
 from jaxembed.validation import check_ids
 
-from .engines import custom, packing
+from .engines import custom
 from .engines.batch import PackedBatch, ShardedBatch, ShardedWeights
+from .engines.matching import Plan, is_traced, plan_batch
+from .engines.packing import pack_on_host, unpack_weights, widen
+from .engines.packing_traced import pack_in_trace
 from .engines.placement import Stack
 from .engines.sparsecore_packing import SparseCorePacking
 
@@ -121,7 +124,7 @@ class ShardedInputs:
         if agreed is not None:
             room = dict(zip(packed.room, np.asarray(agreed).tolist(), strict=True))
             self.reserve(room)
-            packed = packing.widen(packed, self.stacks, room)
+            packed = widen(packed, self.stacks, room)
         put = partial(jax.make_array_from_process_local_data, self.batch_sharding)
         placed = jax.tree.map(put, packed.batch)
         return placed, None if packed.weights is None else ShardedWeights(jax.tree.map(put, packed.weights))
@@ -166,29 +169,29 @@ class ShardedInputs:
         """
         plan = self._plan(batch, weights)
         values = jax.tree.map(np.asarray, gradients.values)
-        flat = packing.unpack_weights(plan, self.stacks, values, self.num_shards)
+        flat = unpack_weights(plan, self.stacks, values, self.num_shards)
         leaves = [
             item.weights if value is None else _with_values(item.weights, value)
             for item, value in zip(plan.items, flat, strict=True)
         ]
         return plan.layout.skeleton.pack(leaves)
 
-    def _pack(self, plan: packing.Plan) -> PackedBatch:
+    def _pack(self, plan: Plan) -> PackedBatch:
         num_shards = self._num_local_shards()
-        packed = packing.pack_on_host(plan, self.stacks, range(num_shards), self._room, self._sparsecore)
+        packed = pack_on_host(plan, self.stacks, range(num_shards), self._room, self._sparsecore)
         valencies = custom.valencies_on_host(plan.layout, plan.lookups, num_shards)
         return dataclasses.replace(packed, batch=dataclasses.replace(packed.batch, valencies=valencies))
 
     def _num_local_shards(self) -> int:
         return self.num_shards // jax.process_count()
 
-    def _plan(self, batch: Any, weights: Any) -> packing.Plan:
+    def _plan(self, batch: Any, weights: Any) -> Plan:
         batch = preprocess(batch, self.feature_config)
-        return packing.plan_batch(batch, weights, self.feature_config, self.stacks, jax.process_count())
+        return plan_batch(batch, weights, self.feature_config, self.stacks, jax.process_count())
 
-    def _shard(self, plan: packing.Plan) -> tuple[ShardedBatch, ShardedWeights | None]:
-        if packing.is_traced(plan):
-            return packing.pack_in_trace(plan, self.stacks, self.num_shards), None
+    def _shard(self, plan: Plan) -> tuple[ShardedBatch, ShardedWeights | None]:
+        if is_traced(plan):
+            return pack_in_trace(plan, self.stacks, self.num_shards), None
         packed = self._pack(plan)
         return self.place_batch(packed, self.agree(packed))
 

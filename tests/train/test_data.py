@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxembed.inputs import RaggedTensor
 from jaxembed.train.data import Batch, Examples, RaggedColumn, batches
 from jaxembed.train.data.shuffle import permute
 
@@ -17,10 +16,9 @@ from jaxembed.train.data.shuffle import permute
 def make_examples(count=50, seed=0):
     """Examples whose every column tells which example it belongs to."""
     rng = np.random.default_rng(seed)
-    bags = [[row] * int(n) for row, n in enumerate(rng.integers(0, 5, count))]
-    ragged = RaggedTensor.from_lists(bags, np.int32)
-    rows = np.arange(count)
-    column = RaggedColumn.from_ragged(ragged, ragged.values.astype(np.float32) / 2)
+    lengths, rows = rng.integers(0, 5, count), np.arange(count)
+    values = np.repeat(rows, lengths).astype(np.int32)
+    column = RaggedColumn(values, np.cumsum(lengths) - lengths, lengths, values.astype(np.float32) / 2)
     return Examples(
         {"id": rows, "bag": column, "plain": column.select(slice(None))}, rows[:, None] * 2.0, rows % 2
     )

@@ -17,8 +17,8 @@ from jaxembed.checkpoint import read_checkpoint, whole_steps
 from jaxembed.train import data
 from jaxembed.train.engines.auto_plan import ids_and_bags
 from jaxembed.train.job import TrainingDiverged, load_config, open_sources, train
+from jaxembed.train.job.evaluation import evaluate
 from jaxembed.train.job.feeding import feed
-from jaxembed.train.job.loop import evaluate
 from jaxembed.train.metrics import auc, log_loss
 
 from .jobs import BATCH, EXAMPLES, assert_same_bits, job, write_config, write_data

@@ -51,12 +51,6 @@ class RaggedColumn:
                     f"{self.starts.min()}, lengths from {self.lengths.min()} and an end at {last}."
                 )
 
-    @classmethod
-    def from_ragged(cls, ids: RaggedTensor, weights: np.ndarray | None = None) -> "RaggedColumn":
-        """From a host RaggedTensor, one bag a row, without a copy."""
-        splits = np.asarray(ids.row_splits)
-        return cls(np.asarray(ids.values), splits[:-1], np.diff(splits), weights)
-
     def __len__(self) -> int:
         return self.starts.shape[0]
 

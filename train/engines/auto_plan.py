@@ -14,6 +14,7 @@ from jaxembed.features import feature_tables, match
 from jaxembed.inputs import RaggedTensor
 from jaxembed.lookup import plan_lookup
 from jaxembed.optimizers import Optimizer
+from jaxembed.preprocessing import preprocess
 
 from .batch import inner_size
 from .planner import ShardingPlan, plan_tables
@@ -21,6 +22,42 @@ from .planner import ShardingPlan, plan_tables
 #: The rest is for activations, the dense model and what travels.
 _SHARE_OF_TABLES = 0.75
 _LOG = logging.getLogger("jaxembed")
+
+
+def chosen_plan(
+    plan: Mapping[str, str] | ShardingPlan | str | None,
+    feature_config: Any,
+    optimizer: Optimizer | None,
+    mesh: Mesh,
+    num_shards: int,
+    example_batch: Any,
+    overrides: Mapping[str, str] | None,
+) -> Mapping[str, str] | ShardingPlan | None:
+    """The plan as it was given, or for "auto" the one for `example_batch`.
+
+    Args:
+      plan: as of ShardedEmbedding.
+      feature_config: a structure of FeatureConfig.
+      optimizer: of the tables that have none of their own.
+      mesh: of the devices.
+      num_shards: n of them that tables are spread over.
+      example_batch: as of `ShardedEmbedding.shard_batch`, of this host's rows.
+      overrides: table name to sharding.
+
+    Raises:
+      ValueError: if "auto" comes without a batch, or what belongs to it without "auto".
+    """
+    if (example_batch is not None or overrides is not None) and plan != "auto":
+        raise ValueError(f"example_batch and overrides are of plan='auto', got plan={plan!r}.")
+    if not isinstance(plan, str):
+        return plan
+    if plan != "auto" or example_batch is None:
+        raise ValueError(
+            f"plan must be 'auto' with an example_batch, a plan, or sharding by table, got {plan!r} and "
+            f"example_batch {type(example_batch).__name__}."
+        )
+    batch = preprocess(example_batch, feature_config)
+    return plan_for_batch(feature_config, optimizer, mesh, num_shards, batch, overrides)
 
 
 def plan_for_batch(

@@ -1,6 +1,7 @@
 """Initial tables, shard by shard: no device ever holds a whole table, and no mesh changes the values."""
 
 import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,35 @@ def draws_by_row(table: TableConfig) -> bool:
 def table_key(key: jax.Array, table: TableConfig) -> jax.Array:
     """The key of one table, which other tables do not change."""
     return jax.random.fold_in(key, zlib.crc32(table.name.encode()))
+
+
+def whole_tables(
+    tables: Mapping[str, TableConfig], key: jax.Array, like: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """[V, D] of the tables that are not drawn by row, by name.
+
+    Args:
+      tables: all of them, by name.
+      key: of all tables.
+      like: their canonical arrays, by name: they take the sharding of these.
+    """
+    found = {}
+    for name, table in tables.items():
+        if not draws_by_row(table):
+            initializer: Any = table.initializer
+            draw = jax.jit(initializer, static_argnums=(1, 2), out_shardings=like[name].sharding)
+            found[name] = draw(table_key(key, table), (table.vocabulary_size, table.dim), table.dtype)
+    return found
+
+
+def whole_slots(stacks: Iterable[Stack]) -> dict[str, dict[str, jax.Array]]:
+    """Slots by table and slot name where the optimizer's `slot_variable_creation_fn` makes them."""
+    return {
+        p.table.name: stack.optimizer.init_slots((p.table.vocabulary_size, p.table.dim))
+        for stack in stacks
+        if stack.optimizer.slot_variable_creation_fn is not None
+        for p in stack.placements
+    }
 
 
 def initial_rows(stack: Stack, key: jax.Array, shard: Any) -> jax.Array:

@@ -127,37 +127,16 @@ def plan_tables(
     configs = feature_tables(feature_config)
     overrides = dict(overrides or {})
     _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides)
-    counts = {
-        name: (-(-ids_per_batch[name] // num_shards), -(-bags_per_batch[name] // num_shards))
-        for name in configs
-    }
-
-    def consider(table: TableConfig, sharding: str, why: str) -> TablePlan | None:
-        try:
-            (stack,) = stack_tables({table.name: table}, optimizer, {table.name: sharding}, num_shards)
-        except ValueError:
-            if sharding == "mod" or table.name in overrides:
-                raise
-            return None  # that sharding does not suit the table
-        return _plan_of(table.name, sharding, stack, counts[table.name], why)
-
-    chosen: dict[str, Any] = {}
+    choice = _Choice(optimizer, num_shards, ids_per_batch, bags_per_batch)
+    chosen: dict[str, TablePlan] = {}
     replicas: list[TablePlan] = []
     for name, table in configs.items():
         if name in overrides:
-            chosen[name] = consider(table, overrides[name], "as asked for")
+            chosen[name] = choice.plan(table, overrides[name], "as asked for")
             continue
-        if table.vocabulary_size < num_shards:
-            best: Any = consider(table, "table", "fewer rows than devices")
-        else:
-            best = consider(table, "mod", "rows spread over all devices")
-        if table.dim >= _LANES * num_shards:
-            column = consider(table, "column", "exchanges sums of its own columns only")
-            best = min(filter(None, (best, column)), key=lambda p: p.exchanged_bytes)
-        chosen[name] = best
-        whole = consider(
-            table, "replicated", f"small: moves less than {best.exchanged_bytes / 1e6:,.3f} MB of rows"
-        )
+        best = chosen[name] = choice.spread(table)
+        why = f"small: moves less than {best.exchanged_bytes / 1e6:,.3f} MB of rows"
+        whole = choice.plan_if_it_suits(table, "replicated", why)
         if whole is not None and whole.exchanged_bytes < best.exchanged_bytes:
             replicas.append(whole)
     _replicate(chosen, replicas, memory_per_device)
@@ -171,13 +150,49 @@ def plan_tables(
     return plan
 
 
-def _plan_of(name: str, sharding: str, stack: Stack, counts: tuple[int, int], why: str) -> TablePlan:
-    """That of the only table in a stack, of which a device looks up `counts` (entries, bags)."""
-    entries, bags = counts
-    exchange = cheaper_exchange(stack, bags, entries)
-    moved = exchanged_bytes(stack, exchange, bags, entries)
-    why = f"{why}, by {exchange}" if stack.kind == "row" else why
-    return TablePlan(name, sharding, _stored_bytes(stack), moved, why)
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What a sharding of a table would cost.
+
+    Attributes:
+      optimizer: of the tables that have none of their own.
+      num_shards: n devices.
+      ids_per_batch: by table.
+      bags_per_batch: by table.
+    """
+
+    optimizer: Optimizer | None
+    num_shards: int
+    ids_per_batch: Mapping[str, int]
+    bags_per_batch: Mapping[str, int]
+
+    def plan(self, table: TableConfig, sharding: str, why: str) -> TablePlan:
+        """The table with that sharding; `ValueError` if it does not suit the table."""
+        (stack,) = stack_tables({table.name: table}, self.optimizer, {table.name: sharding}, self.num_shards)
+        entries = -(-self.ids_per_batch[table.name] // self.num_shards)
+        bags = -(-self.bags_per_batch[table.name] // self.num_shards)
+        exchange = cheaper_exchange(stack, bags, entries)
+        moved = exchanged_bytes(stack, exchange, bags, entries)
+        why = f"{why}, by {exchange}" if stack.kind == "row" else why
+        return TablePlan(table.name, sharding, _stored_bytes(stack), moved, why)
+
+    def plan_if_it_suits(self, table: TableConfig, sharding: str, why: str) -> TablePlan | None:
+        """The same, or None if it does not suit the table."""
+        try:
+            return self.plan(table, sharding, why)
+        except ValueError:
+            return None
+
+    def spread(self, table: TableConfig) -> TablePlan:
+        """The table in parts, not copies: of what suits it, what exchanges the fewest bytes."""
+        sharding, why = "mod", "rows spread over all devices"
+        if table.vocabulary_size < self.num_shards:
+            sharding, why = "table", "fewer rows than devices"
+        best = self.plan(table, sharding, why)
+        if table.dim < _LANES * self.num_shards:
+            return best
+        column = self.plan_if_it_suits(table, "column", "exchanges sums of its own columns only")
+        return min(filter(None, (best, column)), key=lambda plan: plan.exchanged_bytes)
 
 
 def _replicate(chosen: dict[str, TablePlan], replicas: list[TablePlan], memory: int) -> None:

@@ -2,20 +2,17 @@
 
 from .config import (
     Checkpoints,
-    CriteoData,
     DenseOptimizer,
     Distributed,
     JobConfig,
     Logs,
     Model,
-    MovieLensData,
-    ParquetData,
-    SyntheticData,
     TableOptimizer,
     Tables,
     Training,
 )
 from .config_file import load_config
+from .data_config import CriteoData, MovieLensData, ParquetData, SyntheticData
 from .loop import Result, train
 from .sources import Sources, open_sources
 from .watch import TrainingDiverged

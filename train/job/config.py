@@ -1,119 +1,19 @@
 """The configuration of a training job: frozen dataclasses, their types and ranges checked by pydantic."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import optax
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from jaxembed.optimizers import Optimizer, optimizer_class
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from .data_config import STRICT, Count, Data
+
 Sharding = Literal["mod", "div", "table", "column", "replicated"]
-Sizes = PositiveInt | tuple[PositiveInt, ...]
 
 
-@dataclass(frozen=True, config=_STRICT)
-class MovieLensData:
-    """MovieLens: the oldest ratings train, the next evaluate.
-
-    Args:
-      path: its folder; None takes MovieLens-100K, fetched to data/ml-100k if it is not there.
-      max_history: the longest history of a user.
-      validation: fraction of the ratings to evaluate on.
-      test: fraction kept for a last test, which a job does not read.
-    """
-
-    kind: Literal["movielens"] = "movielens"
-    path: str | None = None
-    max_history: PositiveInt = 50
-    validation: Fraction = 0.1
-    test: Fraction = 0.1
-
-
-@dataclass(frozen=True, config=_STRICT)
-class CriteoData:
-    """Criteo's click logs, Kaggle's or the terabyte's: the first examples train, the last evaluate.
-
-    Args:
-      path: folder that `convert_criteo` wrote; made from `text` where it does not exist.
-      text: the tab-separated files, in order; may be empty where `path` exists.
-      vocabulary_sizes: V of every feature, or one for all, for the conversion.
-      validation: fraction of the examples to evaluate on.
-    """
-
-    path: str
-    kind: Literal["criteo"] = "criteo"
-    text: tuple[str, ...] = ()
-    vocabulary_sizes: Sizes = 1_000_000
-    validation: Fraction = 0.05
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ParquetFeature:
-    """One feature in Parquet files.
-
-    Args:
-      vocabulary_size: V of its table.
-      column: of ids, integers or lists of them; None takes the feature's name.
-      weights: column of weights, parallel to the ids; None for no weights.
-      table: name of its table, which features may share; None takes the feature's name.
-      combiner: of bags.
-    """
-
-    vocabulary_size: PositiveInt
-    column: str | None = None
-    weights: str | None = None
-    table: str | None = None
-    combiner: Literal["sum", "mean", "sqrtn"] = "mean"
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ParquetData:
-    """Parquet files, read row group by row group.
-
-    Args:
-      train: files, or patterns such as "train/*.parquet".
-      labels: name of the label column.
-      features: by name.
-      evaluation: like `train`; empty evaluates nothing.
-      dense: names of the dense columns.
-    """
-
-    train: tuple[str, ...]
-    labels: str
-    features: dict[str, ParquetFeature]
-    kind: Literal["parquet"] = "parquet"
-    evaluation: tuple[str, ...] = ()
-    dense: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, config=_STRICT)
-class SyntheticData:
-    """Made-up click logs of Criteo's shape (`synthetic_criteo`).
-
-    Args:
-      examples: to train on.
-      evaluation_examples: to evaluate on.
-      vocabulary_sizes: V of every feature, or one for all.
-      ids_per_feature: mean length of a bag; 1 gives one id an example.
-      exponent: of the Zipf law of ids.
-      seed: of the examples.
-    """
-
-    kind: Literal["synthetic"] = "synthetic"
-    examples: PositiveInt = 100_000
-    evaluation_examples: Count = 10_000
-    vocabulary_sizes: Sizes = 10_000
-    ids_per_feature: Annotated[float, Field(ge=1)] = 1.0
-    exponent: PositiveFloat = 1.05
-    seed: int = 0
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Model:
     """The DLRM: D, and the widths of the hidden layers of its two MLPs."""
 
@@ -123,7 +23,7 @@ class Model:
     concat_embeddings: bool = False
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TableOptimizer:
     """Optimizer of the tables.
 
@@ -153,7 +53,7 @@ class TableOptimizer:
             raise ValueError(f"arguments of {self.name} cannot be {self.arguments!r}: {e}") from e
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DenseOptimizer:
     """optax optimizer of the dense parameters."""
 
@@ -165,7 +65,7 @@ class DenseOptimizer:
         return getattr(optax, self.name)(self.learning_rate)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Tables:
     """How tables are trained and spread; arguments of `ShardedEmbedding`.
 
@@ -192,7 +92,7 @@ class Tables:
             )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Training:
     """How long, and on what batches.
 
@@ -215,7 +115,7 @@ class Training:
     prefetch: Count = 2
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Checkpoints:
     """When to save.
 
@@ -228,7 +128,7 @@ class Checkpoints:
     keep: PositiveInt | None = 3
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Logs:
     """What is shown: every how many steps, whether to TensorBoard (OUT/logs) and on a progress bar."""
 
@@ -237,7 +137,7 @@ class Logs:
     progress: bool = True
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Distributed:
     """Processes of one job; arguments of `jax.distributed.initialize`.
 
@@ -266,10 +166,7 @@ class Distributed:
             raise ValueError(f"enabled must be true where processes are named, got false and {given}")
 
 
-Data = Annotated[MovieLensData | CriteoData | ParquetData | SyntheticData, Field(discriminator="kind")]
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class JobConfig:
     """A training job.
 
@@ -304,12 +201,5 @@ class JobConfig:
 
     def batches_key(self) -> dict[str, Any]:
         """JSON-able: what decides which examples batch i holds. A run may only resume on the same."""
-        from pydantic import TypeAdapter
-
         data = TypeAdapter(Data).dump_python(self.data, mode="json")
         return {"data": data, "batch_size": self.training.batch_size, "seed": self.training.seed}
-
-
-def sizes_of(sizes: int | Sequence[int]) -> int | list[int]:
-    """Vocabulary sizes as the loaders take them."""
-    return sizes if isinstance(sizes, int) else list(sizes)

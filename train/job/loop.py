@@ -8,22 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 from pydantic import TypeAdapter
 
 from ..checkpoint import Checkpointer, Restored
-from ..dlrm import DLRM
-from ..embedding import ShardedEmbedding
-from ..metrics import StreamingMetrics
 from ..trainer import Trainer, TrainState
+from .building import build_trainer, start_processes
 from .config import JobConfig
-from .feeding import feed, first_batch
+from .evaluation import evaluate
+from .feeding import feed
 from .frequency import IdFrequency
 from .preemption import Preemption
 from .report import Report
 from .sources import Sources, open_sources
-from .watch import Watch, figures, gather
+from .watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,57 +63,6 @@ def train(config: JobConfig, sources: Sources | None = None) -> Result:
         return job.run()
     finally:
         job.close()
-
-
-def start_processes(config: JobConfig) -> None:
-    """Joins the processes of the job, once; before anything asks JAX for its devices."""
-    distributed = config.distributed
-    if distributed.cpu_devices is not None and not jax.distributed.is_initialized():
-        jax.config.update("jax_num_cpu_devices", distributed.cpu_devices)
-    if distributed.enabled and not jax.distributed.is_initialized():
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            distributed.coordinator_address, distributed.num_processes, distributed.process_id
-        )
-
-
-def build_trainer(config: JobConfig, sources: Sources) -> Trainer:
-    """The tables, the DLRM and their optimizers, over all devices of all processes."""
-    tables = config.tables
-    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
-    planned = {}
-    if tables.plan == "auto":
-        planned = {
-            "example_batch": first_batch(
-                sources.train, config.training.batch_size, config.training.seed
-            ).features,
-            "overrides": tables.overrides,
-        }
-    embedding = ShardedEmbedding(
-        sources.feature_config,
-        tables.optimizer.build(),
-        mesh,
-        plan=tables.plan,
-        exchange=tables.exchange,
-        engine=tables.engine,
-        capacity=tables.capacity,
-        **planned,
-    )
-    model = build_model(config, sources, nnx.Rngs(config.training.seed))
-    return Trainer(embedding, model, config.dense_optimizer.build())
-
-
-def build_model(config: JobConfig, sources: Sources, rngs: nnx.Rngs) -> DLRM:
-    """The dense model; the same code builds it for training and for serving."""
-    return DLRM(
-        sources.num_dense,
-        len(sources.feature_config),
-        config.model.dim,
-        bottom=config.model.bottom,
-        top=config.model.top,
-        concat_embeddings=config.model.concat_embeddings,
-        rngs=rngs,
-    )
 
 
 class Job:
@@ -277,36 +223,6 @@ class Job:
             self._out.mkdir(parents=True, exist_ok=True)
             text = TypeAdapter(JobConfig).dump_json(self._config, indent=2)
             (self._out / "config.json").write_bytes(text)
-
-
-def evaluate(
-    trainer: Trainer, state: TrainState, examples: Any, batch_size: int, max_batches: int | None = None
-) -> dict[str, float]:
-    """AUC, log loss and calibration of a state, but where labels are all alike, and how many ids were bad.
-
-    Args:
-      trainer: of the state.
-      state: to evaluate.
-      examples: to predict.
-      batch_size: B, over all hosts.
-      max_batches: how many at most; None for all.
-
-    Raises:
-      ValueError: if a logit is not finite.
-    """
-    metrics, bad_ids = StreamingMetrics(), 0
-    fed = feed(trainer, examples, batch_size, shuffle=False, num_epochs=1)
-    for batch, _ in itertools.islice(fed, max_batches):
-        logits = trainer.predict(state, batch)
-        arrays = (logits, batch.labels, batch.mask, batch.features.bad_ids)
-        logits, labels, mask, bad = map(np.asarray, gather(trainer, arrays))
-        bad_ids += int(bad.sum())
-        if not np.isfinite(logits[mask > 0]).all():
-            raise ValueError(
-                "evaluation gives NaN or infinity; look for bad dense features or weights in the evaluation data."
-            )
-        metrics.update(labels, logits, mask)
-    return figures(metrics) | {"bad_ids": bad_ids}
 
 
 def _json(value: Any) -> Any:

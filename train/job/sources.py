@@ -24,7 +24,7 @@ from ..data import (
 )
 from ..data.examples import Examples
 from ..data.pipeline import ExampleSource
-from .config import CriteoData, Data, MovieLensData, ParquetData, SyntheticData, sizes_of
+from .data_config import CriteoData, Data, MovieLensData, ParquetData, SyntheticData, sizes_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""Matches a batch to the stacks: what is static of it, before any of its ids is looked at."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxembed.features import FeatureInput, match
+from jaxembed.inputs.ids import is_concrete
+from jaxembed.lookup import Lookup, plan_lookup
+
+from .batch import BatchLayout, FeatureLayout, Skeleton, inner_size
+from .custom import as_sequence, is_custom
+from .placement import Stack
+
+
+class Plan(NamedTuple):
+    """A batch matched to its stacks: what is static of it, and the inputs."""
+
+    layout: BatchLayout
+    items: list[FeatureInput]
+    lookups: list[Lookup]
+
+
+def plan_batch(
+    inputs: Any, weights: Any, feature_config: Any, stacks: Mapping[str, Stack], num_hosts: int = 1
+) -> Plan:
+    """Matches inputs and weights to the stacks.
+
+    Args:
+      inputs: the rows of this host, out of `num_hosts` equal ones.
+      weights: like `inputs`.
+      feature_config: of the tables.
+      stacks: by name.
+      num_hosts: how many hosts share a batch.
+
+    Raises:
+      ValueError: as `serving_embedding_lookup`, or if the rows do not divide over a host's shards where
+        there are several hosts.
+    """
+    stack_of = {p.table.name: stack for stack in stacks.values() for p in stack.placements}
+    segments = dict.fromkeys(stacks, 0)
+    features, lookups = [], []
+    items = match(inputs, weights, feature_config)
+    for item in items:
+        lookup, combined = plan_lookup(item, None), None
+        stack = stack_of[item.feature.table.name]
+        num_rows = lookup.bag.num_bags if lookup.bag.layout == "ragged" else (item.ids.shape or (1,))[0]
+        inner = inner_size(lookup.bag, item.ids)
+        if is_custom(lookup):
+            combiner: Any = lookup.bag.combiner
+            inner *= combiner.max_valency
+            combined = (lookup.output_shape[0] * num_hosts, *lookup.output_shape[1:])
+            lookup = as_sequence(lookup)
+        num_shards, shape = stack.num_shards // num_hosts, lookup.output_shape
+        cores = max(stack.cores, 1)
+        # A batch without rows keeps one place a shard: collectives of nothing do not compile.
+        size = max(-(-num_rows // (num_shards * cores)) * inner, 1) * cores
+        if num_hosts > 1:
+            if num_rows % (num_shards * cores):
+                what = f"{num_shards * cores} {'SparseCores' if stack.cores else 'shards'}"
+                raise ValueError(
+                    f"Feature {item.path!r} has {num_rows} rows on this host; with several hosts they must be a "
+                    f"multiple of its {what}: drop or pad the last batch."
+                )
+            shape = (shape[0] * num_hosts, *shape[1:])
+        features.append(
+            FeatureLayout(
+                item.path,
+                item.feature,
+                lookup.bag,
+                num_rows * num_hosts,
+                inner,
+                shape,
+                stack.name,
+                segments[stack.name],
+                size,
+                combined,
+            )
+        )
+        segments[stack.name] += size
+        lookups.append(lookup)
+    return Plan(BatchLayout(Skeleton(inputs), tuple(features)), items, lookups)
+
+
+def is_traced(plan: Plan) -> bool:
+    """Whether an array of the batch is inside of a trace."""
+    return not all(
+        is_concrete(leaf) for item in plan.items for leaf in jax.tree.leaves((item.ids, item.weights))
+    )
