@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.initializers import initializer_class
+from jaxembed.shapes import Activations, CombinerWeights, Sequences, Valencies
 
 __all__ = ["CustomCombiner", "register_combiner"]
 
@@ -92,7 +93,9 @@ class CustomCombiner:
             "combiner_weights_learning_rate": self.combiner_weights_learning_rate,
         }
 
-    def __call__(self, valency: jax.Array, vectors: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, valency: Valencies, vectors: Sequences, weights: CombinerWeights | None = None
+    ) -> Activations:
         """Combines a batch: [B] valencies, [B, max_valency, D] float32 vectors, [num_weights] weights to [B, D]."""
         function, arguments = self.combiner_computation, ()
         if self.num_weights:

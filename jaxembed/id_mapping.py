@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from jaxembed.hashing import hash_ints, hash_strings
+from jaxembed.shapes import AnyValues, HostIds
 
 DTYPES = ("int64", "string")
 
@@ -61,7 +62,7 @@ class HashBuckets:
         """Rows lie in [0, num_rows)."""
         return self.num_buckets
 
-    def rows(self, ids: Any) -> np.ndarray:
+    def rows(self, ids: AnyValues) -> HostIds:
         """int32 [N] rows of [N] ids of type `dtype`."""
         hashed = hash_ints(ids, self.seed) if self.dtype == "int64" else hash_strings(ids, self.seed)
         return (hashed % np.uint64(self.num_buckets)).astype(np.int32)
@@ -121,7 +122,7 @@ class VocabularyFile:
         """Rows lie in [0, num_rows)."""
         return self.size + self.num_oov_buckets
 
-    def rows(self, ids: Any) -> np.ndarray:
+    def rows(self, ids: AnyValues) -> HostIds:
         """int32 [N] rows of [N] ids of type `dtype`.
 
         Raises:

@@ -17,6 +17,7 @@ from jaxembed.features import FeatureInput, match, table_of
 from jaxembed.inputs import RaggedTensor, SparseTensor
 from jaxembed.inputs.ids import is_concrete, is_host, is_on_device, narrow_ids, signed_ids
 from jaxembed.inputs.sparse import check_indices
+from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, Inputs, Weights
 from jaxembed.validation import check_ids
 
 
@@ -29,14 +30,14 @@ class Lookup(NamedTuple):
 
 
 def serving_embedding_lookup(
-    inputs: Any,
-    weights: Any,
-    tables: Mapping[Any, Any],
+    inputs: Inputs,
+    weights: Weights,
+    tables: Mapping[Any, AnyTable],
     feature_config: Any,
     *,
     count_bad_ids: bool = False,
-    combiner_weights: Mapping[str, Any] | None = None,
-) -> Any:
+    combiner_weights: Mapping[str, AnyCombinerWeights] | None = None,
+) -> ActivationTree:
     """Looks every input up in its table and combines it, as its FeatureConfig says.
 
     Works eagerly, inside `jax.jit` and `jax.grad` (with respect to tables and weights), and under

@@ -17,9 +17,10 @@ from jaxembed.features import flat_features
 from jaxembed.id_mapping import BadIdError
 from jaxembed.inputs import RaggedTensor, SparseTensor, as_input
 from jaxembed.inputs.ids import is_concrete
+from jaxembed.shapes import Inputs
 
 
-def preprocess(inputs: Any, feature_config: Any) -> Any:
+def preprocess(inputs: Inputs, feature_config: Any) -> Inputs:
     """The ids of every feature with `preprocessing` as rows of its table; others are left as they are.
 
     Args:

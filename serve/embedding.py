@@ -14,6 +14,7 @@ from jaxembed.features import feature_tables, table_of
 from jaxembed.lookup import serving_embedding_lookup
 from jaxembed.preprocessing import preprocess
 from jaxembed.quantization import quantize_as_trained
+from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, CombinerWeights, Inputs, Weights
 
 
 class EmbeddingForServing:
@@ -43,7 +44,10 @@ class EmbeddingForServing:
     """
 
     def __init__(
-        self, feature_config: Any, tables: Mapping[Any, Any], combiner_weights: Mapping[str, Any] | None = None
+        self,
+        feature_config: Any,
+        tables: Mapping[Any, AnyTable],
+        combiner_weights: Mapping[str, AnyCombinerWeights] | None = None,
     ):
         self._feature_config = feature_config
         self._tables = {
@@ -58,16 +62,16 @@ class EmbeddingForServing:
         return self._feature_config
 
     @property
-    def embedding_tables(self) -> dict[TableConfig, Any]:
+    def embedding_tables(self) -> dict[TableConfig, AnyTable]:
         """The [V, D] tables by TableConfig, on CPU; a pytree, to pass into a function of your own."""
         return dict(self._tables)
 
     @property
-    def combiner_weights(self) -> dict[str, jax.Array]:
+    def combiner_weights(self) -> dict[str, CombinerWeights]:
         """The weights of custom combiners, by table name."""
         return dict(self._combiner_weights)
 
-    def __call__(self, features: Any, weights: Any = None) -> Any:
+    def __call__(self, features: Inputs, weights: Weights = None) -> ActivationTree:
         """`serving_embedding_lookup` of `features`, preprocessed, with optional `weights`, in these tables."""
         features = preprocess(features, self._feature_config)
         return serving_embedding_lookup(

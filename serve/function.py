@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxembed.shapes import HostIds, HostLengths, Inputs, Weights
+
 from .computation import make_computation
 from .dense import DenseInputs, pad
 from .embedding import EmbeddingForServing, cpu_device
@@ -166,7 +168,7 @@ class ServingFunction:
             report(len(self._ladder), len(self._ladder))
         return self
 
-    def __call__(self, inputs: Any, weights: Any = None, dense: Mapping[str, Any] | None = None) -> Any:
+    def __call__(self, inputs: Inputs, weights: Weights = None, dense: Mapping[str, Any] | None = None) -> Any:
         """Serves one request of B rows.
 
         Args:
@@ -206,7 +208,7 @@ class ServingFunction:
         """Whether `pack_flat` may be used: no feature is a sequence or takes raw ids."""
         return self._packer.takes_flat
 
-    def pack_flat(self, ids: np.ndarray, lengths: np.ndarray, dense: Mapping[str, Any] | None = None) -> Rows:
+    def pack_flat(self, ids: HostIds, lengths: HostLengths, dense: Mapping[str, Any] | None = None) -> Rows:
         """`pack` for features that lie one after the other, which costs the same for any number of them.
 
         Args:

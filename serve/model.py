@@ -8,6 +8,7 @@ import jax
 
 from jaxembed.checkpoint import Bundle, open_bundle
 from jaxembed.checkpoint.vocabularies import load_vocabularies
+from jaxembed.shapes import ActivationTree, AnyDenseFeatures, Inputs, Weights
 
 from .compile_cache import compile_cache
 from .embedding import EmbeddingForServing
@@ -171,7 +172,9 @@ class ServingModel:
                 done += len(function.rungs)
         return self
 
-    def __call__(self, inputs: Any, weights: Any = None, dense: Mapping[str, Any] | None = None) -> Any:
+    def __call__(
+        self, inputs: Inputs, weights: Weights = None, dense: Mapping[str, AnyDenseFeatures] | None = None
+    ) -> Any:
         """Serves one request of B rows; arguments and errors are those of `ServingFunction`.
 
         Returns:
@@ -179,7 +182,7 @@ class ServingModel:
         """
         return self._open(self._function)(inputs, weights, dense)
 
-    def lookup(self, inputs: Any, weights: Any = None) -> Any:
+    def lookup(self, inputs: Inputs, weights: Weights = None) -> ActivationTree:
         """The activations alone, structured as the feature configuration: [B, D], or [B, L, D] for sequences."""
         return self._open(self._lookup)(inputs, weights)
 

@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
 from jaxembed.optimizers import Optimizer
-from jaxembed.shapes import Scalar, Table
+from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, Inputs, Scalar, Table, Weights
 
 from .engines import custom
 from .engines.auto_plan import chosen_plan
-from .engines.batch import ShardedBatch
+from .engines.batch import ShardedBatch, ShardedWeights
 from .engines.called import called_now, called_values
 from .engines.canonical import CanonicalTables
 from .engines.initial import initial_rows, whole_slots, whole_tables
@@ -138,12 +138,12 @@ class ShardedEmbedding(ShardedInputs):
     def lookup(
         self,
         state: EmbeddingState,
-        batch: Any,
-        weights: Any = None,
+        batch: ShardedBatch | Inputs,
+        weights: ShardedWeights | Weights = None,
         *,
         count_bad_ids: bool = False,
         count_rounds: bool = False,
-    ) -> Any:
+    ) -> ActivationTree:
         """Looks every input up, as `serving_embedding_lookup` does.
 
         Differentiable with respect to the weights and `state.combiner_weights` (and the tables, at the cost of
@@ -181,9 +181,9 @@ class ShardedEmbedding(ShardedInputs):
     def apply_gradients(
         self,
         state: EmbeddingState,
-        batch: Any,
-        activation_gradients: Any,
-        weights: Any = None,
+        batch: ShardedBatch | Inputs,
+        activation_gradients: ActivationTree,
+        weights: ShardedWeights | Weights = None,
         *,
         called_values: dict[str, Any] | None = None,
     ) -> EmbeddingState:
@@ -254,7 +254,7 @@ class ShardedEmbedding(ShardedInputs):
 
     def canonical_on_host(
         self, state: EmbeddingState
-    ) -> tuple[dict[str, jax.Array], dict[str, dict[str, jax.Array]], jax.Array]:
+    ) -> tuple[dict[str, Table], dict[str, dict[str, Table]], Scalar]:
         """`to_canonical`, for saving: large arrays lie in the memory of the hosts, and take next to none of the devices.
 
         Not for `jax.jit`.
@@ -263,10 +263,10 @@ class ShardedEmbedding(ShardedInputs):
 
     def from_canonical(
         self,
-        tables: Mapping[str, Any],
-        slots: Mapping[str, Mapping[str, Any]],
+        tables: Mapping[str, AnyTable],
+        slots: Mapping[str, Mapping[str, AnyTable]],
         step: Any,
-        combiner_weights: Mapping[str, Any] | None = None,
+        combiner_weights: Mapping[str, AnyCombinerWeights] | None = None,
     ) -> EmbeddingState:
         """The state that `to_canonical` of any mesh gave, and its `combiner_weights`.
 

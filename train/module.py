@@ -7,9 +7,10 @@ from jax.sharding import Mesh
 
 from jaxembed.config import TableConfig
 from jaxembed.optimizers import Optimizer
-from jaxembed.shapes import Table
+from jaxembed.shapes import ActivationTree, Inputs, Table, Weights
 
 from .embedding import ShardedEmbedding
+from .engines.batch import ShardedBatch, ShardedWeights
 from .state import EmbeddingState
 
 
@@ -63,11 +64,18 @@ class Embedding(nnx.Module):
         self.sharded: ShardedEmbedding = ShardedEmbedding(feature_config, optimizer, mesh, **options)
         self.state: EmbeddingVariable = EmbeddingVariable(self.sharded.init(rngs.params()))
 
-    def __call__(self, batch: Any, weights: Any = None) -> Any:
+    def __call__(
+        self, batch: ShardedBatch | Inputs, weights: ShardedWeights | Weights = None
+    ) -> ActivationTree:
         """Activations, as `ShardedEmbedding.lookup`."""
         return self.sharded.lookup(self.state.get_value(), batch, weights)
 
-    def apply_gradients(self, batch: Any, activation_gradients: Any, weights: Any = None) -> None:
+    def apply_gradients(
+        self,
+        batch: ShardedBatch | Inputs,
+        activation_gradients: ActivationTree,
+        weights: ShardedWeights | Weights = None,
+    ) -> None:
         """Updates tables and slots in place, as `ShardedEmbedding.apply_gradients`."""
         state = self.sharded.apply_gradients(self.state.get_value(), batch, activation_gradients, weights)
         self.state.set_value(state)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxembed.preprocessing import preprocess
+from jaxembed.shapes import Inputs, Weights
 from jaxembed.validation import check_ids
 
 from .engines import custom
@@ -62,7 +63,7 @@ class ShardedInputs:
         """The first dimension over all shards, as that of activations."""
         return NamedSharding(self.mesh, PartitionSpec(self.axes))
 
-    def shard_batch(self, batch: Any, weights: Any = None) -> tuple[ShardedBatch, ShardedWeights | None]:
+    def shard_batch(self, batch: Inputs, weights: Weights = None) -> tuple[ShardedBatch, ShardedWeights | None]:
         """Lays a batch out over the shards, on the host; call it outside of `jax.jit`.
 
         With several hosts, each passes its own rows, in turn, and all get the one global batch. They agree
@@ -81,7 +82,7 @@ class ShardedInputs:
         """
         return self._shard(self._plan(batch, weights))
 
-    def pack_batch(self, batch: Any, weights: Any = None) -> PackedBatch:
+    def pack_batch(self, batch: Inputs, weights: Weights = None) -> PackedBatch:
         """The host's half of `shard_batch`: for a thread of its own, while a step runs.
 
         Args:
@@ -140,7 +141,9 @@ class ShardedInputs:
             if not self._is_capacity_fixed:
                 self._capacity[stack] = max(self._capacity[stack], int(capacities.get(stack, 0)))
 
-    def abstract_batch(self, batch: Any, weights: Any = None) -> tuple[ShardedBatch, ShardedWeights | None]:
+    def abstract_batch(
+        self, batch: Inputs, weights: Weights = None
+    ) -> tuple[ShardedBatch, ShardedWeights | None]:
         """Shapes, types and shardings of what `shard_batch` returns for a batch, for compiling ahead of time.
 
         The devices of the mesh need not be there: `jax.experimental.topologies` describes them.
@@ -156,7 +159,7 @@ class ShardedInputs:
         weights = None if weights is None else ShardedWeights(jax.tree.map(abstract, weights))
         return jax.tree.map(abstract, packed.batch), weights
 
-    def unshard_weights(self, gradients: ShardedWeights, batch: Any, weights: Any) -> Any:
+    def unshard_weights(self, gradients: ShardedWeights, batch: Inputs, weights: Weights) -> Weights:
         """Gradients of sharded weights in the form of the weights that the caller gave, on the host.
 
         Args:

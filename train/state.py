@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from jaxembed.shapes import CombinerWeights, Scalar, Stacked
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class EmbeddingState:
       (0, [['accumulators']])
     """
 
-    tables: dict[str, jax.Array]
-    slots: dict[str, dict[str, jax.Array]]
-    step: jax.Array
-    combiner_weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict[str, jax.Array])
+    tables: dict[str, Stacked]
+    slots: dict[str, dict[str, Stacked]]
+    step: Scalar
+    combiner_weights: dict[str, CombinerWeights] = dataclasses.field(default_factory=dict[str, jax.Array])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxembed.shapes import DenseFeatures, PerExample, Scalar
+from jaxembed.shapes import ActivationTree, DenseFeatures, PerExample, Scalar
 
 from .data import Batch
 from .embedding import ShardedEmbedding
@@ -145,7 +145,7 @@ class Trainer:
         """The devices' half: a packed batch, and what `ShardedEmbedding.agree` returned for its features."""
         return self._with_rest(packed, *self.embedding.place_batch(packed.features, agreed))
 
-    def apply_model(self, params: Any, dense: DenseFeatures, activations: Any) -> PerExample:
+    def apply_model(self, params: Any, dense: DenseFeatures, activations: ActivationTree) -> PerExample:
         """The dense model as a pure function: [B] logits."""
         return nnx.merge(self.graphdef, nnx.State(params))(dense, activations)
 
@@ -176,6 +176,6 @@ class Trainer:
         found = {"loss": loss, "logits": logits, "rounds": rounds}
         return TrainState(embedding, params, opt_state), found
 
-    def _predict(self, state: TrainState, batch: Batch) -> jax.Array:
+    def _predict(self, state: TrainState, batch: Batch) -> PerExample:
         activations = self.embedding.lookup(state.embedding, batch.features, batch.weights)
         return self.apply_model(state.params, batch.dense, activations)

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
 from jaxembed.inputs.ids import is_host, narrow_ids
+from jaxembed.shapes import AnyIds, AnyPadded, AnyRowLengths, AnyRowSplits, AnyValues
 
 
 @jax.tree_util.register_pytree_node_class
@@ -35,8 +36,8 @@ class RaggedTensor:
       (3, None)
     """
 
-    values: Any
-    row_splits: Any
+    values: AnyValues
+    row_splits: AnyRowSplits
 
     def __post_init__(self) -> None:
         for field in ("values", "row_splits"):
@@ -120,7 +121,7 @@ class RaggedTensor:
         return cls.from_row_lengths(values, [array.size for array in arrays])
 
     @classmethod
-    def from_row_lengths(cls, values: ArrayLike, row_lengths: ArrayLike) -> "RaggedTensor":
+    def from_row_lengths(cls, values: AnyValues, row_lengths: AnyRowLengths) -> "RaggedTensor":
         """From [N] values and the [B] length of each bag."""
         lengths = np.asarray(row_lengths)
         if lengths.ndim != 1 or (lengths.size and (lengths.dtype.kind not in "iu" or lengths.min() < 0)):
@@ -138,7 +139,7 @@ class RaggedTensor:
 
     @classmethod
     def from_value_rowids(
-        cls, values: ArrayLike, value_rowids: ArrayLike, nrows: int | None = None
+        cls, values: AnyValues, value_rowids: AnyIds, nrows: int | None = None
     ) -> "RaggedTensor":
         """From [N] values and the [N] row of each, not decreasing; `nrows` is B (default: last row + 1)."""
         rowids = np.asarray(value_rowids)
@@ -161,7 +162,7 @@ class RaggedTensor:
         return cls.from_row_lengths(values, np.bincount(rowids.astype(np.int64), minlength=nrows))
 
     @classmethod
-    def from_dense(cls, array: ArrayLike, padding: float = -1) -> "RaggedTensor":
+    def from_dense(cls, array: AnyPadded, padding: float = -1) -> "RaggedTensor":
         """From a [B, L] array in which every entry equal to `padding` is left out."""
         array = np.asarray(array)
         if array.ndim != 2:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.export
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
 from jaxembed.inputs.ids import is_host, narrow_ids
+from jaxembed.shapes import AnyIndices, AnyPadded, AnyValues
 
 
 @jax.tree_util.register_pytree_node_class
@@ -37,8 +38,8 @@ class SparseTensor:
       [5, 7]
     """
 
-    indices: Any
-    values: Any
+    indices: AnyIndices
+    values: AnyValues
     dense_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -109,7 +110,7 @@ class SparseTensor:
         return SparseTensor(indices, np.pad(np.asarray(self.values), (0, missing)), self.dense_shape)
 
     @classmethod
-    def from_dense(cls, array: ArrayLike, padding: float = -1) -> "SparseTensor":
+    def from_dense(cls, array: AnyPadded, padding: float = -1) -> "SparseTensor":
         """From a dense array of rank at least 2; entries equal to `padding` are left out."""
         array = np.asarray(array)
         indices = np.argwhere(array != padding)

@@ -17,7 +17,7 @@ from jaxembed.optimizers.learning_rate import (
     returning,
     value_at,
 )
-from jaxembed.shapes import Rows, Scalar
+from jaxembed.shapes import Rows, Scalar, Table
 
 Slots = Mapping[str, Rows]
 
@@ -124,7 +124,7 @@ class Optimizer:
         """Whether only rows with a gradient are updated; else every row is, at each step."""
         return True
 
-    def init_slots(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    def init_slots(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> dict[str, Table]:
         """The slots of a table of that shape, [V, D], at their initial values.
 
         Raises:
@@ -170,9 +170,9 @@ class Optimizer:
         """One update of some rows: pure, each row by itself.
 
         Args:
-          gradient: [R, D], for any R.
-          rows: [R, D]; computed on in float32, returned in their own type.
-          slots: by name, float32 [R, D].
+          gradient: [N, D], for any N.
+          rows: [N, D]; computed on in float32, returned in their own type.
+          slots: by name, float32 [N, D].
           learning_rate: float32 scalar, as of `learning_rate_at`.
           step: int scalar, 0 at the first update.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxembed.optimizers.base import Optimizer
+from jaxembed.shapes import Scalar
 
 if TYPE_CHECKING:
     import optax
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 class OptaxState(NamedTuple):
     """State of `as_optax`: the number of updates done, and the slots of each parameter."""
 
-    step: jax.Array
+    step: Scalar
     slots: Any
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
+
+from jaxembed.shapes import Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Schedule:
                 f"{self.decay_steps} and {self.warmup_steps}."
             )
 
-    def __call__(self, step: Any) -> jax.Array:
+    def __call__(self, step: Any) -> Scalar:
         step = jnp.asarray(step).astype(jnp.float32)
         left = self.left(jnp.clip((step - self.warmup_steps) / self.decay_steps, 0, 1))
         decayed = self.end_learning_rate + (self.learning_rate - self.end_learning_rate) * left
         warming = self.learning_rate * step / max(self.warmup_steps, 1)
         return jnp.where(step < self.warmup_steps, warming, decayed)
 
-    def left(self, done: jax.Array) -> jax.Array:
+    def left(self, done: Scalar) -> Scalar:
         """What is left of the way down, from 1 to 0, when `done` of the decay steps, from 0 to 1, are."""
         raise NotImplementedError
 
@@ -48,7 +49,7 @@ class PolynomialDecay(Schedule):
     name: ClassVar[str] = "polynomial_decay"
     power: float = 1.0
 
-    def left(self, done: jax.Array) -> jax.Array:
+    def left(self, done: Scalar) -> Scalar:
         return (1 - done) ** self.power
 
 
@@ -58,5 +59,5 @@ class CosineDecay(Schedule):
 
     name: ClassVar[str] = "cosine_decay"
 
-    def left(self, done: jax.Array) -> jax.Array:
+    def left(self, done: Scalar) -> Scalar:
         return 0.5 * (1 + jnp.cos(jnp.pi * done))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxembed.optimizers.base import Optimizer, Slots
+from jaxembed.shapes import Ids, Rows, Table
 
 #: Occurrences applied at a time where the gradients of an id are not summed.
 _CHUNK = 1024
@@ -14,14 +15,14 @@ _CHUNK = 1024
 
 def sparse_update(
     optimizer: Optimizer,
-    table: jax.Array,
+    table: Table,
     slots: Slots,
-    ids: jax.Array,
-    gradients: jax.Array,
+    ids: Ids,
+    gradients: Rows,
     step: Any,
     *,
     learning_rate: Any = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Table, dict[str, Table]]:
     """One step of the optimizer on one device's table.
 
     Rows that are not looked up stay as they are, bit by bit, unless the optimizer is not lazy. In a jit with
@@ -31,8 +32,8 @@ def sparse_update(
       optimizer: its rule and options.
       table: [V, D].
       slots: by name, as of `optimizer.init_slots`.
-      ids: [R] rows looked up, in any order, possibly repeated. Those outside [0, V) are padding.
-      gradients: [R, D], with respect to the row looked up.
+      ids: [N] rows looked up, in any order, possibly repeated. Those outside [0, V) are padding.
+      gradients: [N, D], with respect to the row looked up.
       step: int scalar, 0 at the first update.
       learning_rate: float32 scalar; None takes `optimizer.learning_rate_at(step)`.
 
@@ -57,39 +58,39 @@ def sparse_update(
 
 def update_unique(
     optimizer: Optimizer,
-    table: jax.Array,
+    table: Table,
     slots: Slots,
-    ids: jax.Array,
-    gradients: jax.Array,
+    ids: Ids,
+    gradients: Rows,
     learning_rate: Any,
     step: Any,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Updates the rows `ids`: [R], ascending, each once, then padding of V, as `dedupe` returns them."""
+) -> tuple[Table, dict[str, Table]]:
+    """Updates the rows `ids`: [N], ascending, each once, then padding of V, as `dedupe` returns them."""
     # Rows that are only added to need not be read: what the rule makes of zeros is added to them.
     is_added = _is_added(optimizer, table)
     rows = jnp.zeros(gradients.shape, table.dtype) if is_added else _take(table, ids)
     row_slots = {name: _take(slots[name], ids) for name in optimizer.slot_names}
     rows, row_slots = optimizer.update_rows(gradients, rows, row_slots, learning_rate, step)
     # Fused into its scatter, TPU's cost analysis counts the rule as reading all V rows. Apart, the count is flat
-    # in V, at the price of R new rows and slots in memory.
+    # in V, at the price of N new rows and slots in memory.
     rows, row_slots = lax.optimization_barrier((rows, row_slots))
     updated = {name: _put(slots[name], ids, row_slots[name]) for name in optimizer.slot_names}
     return _put(table, ids, rows, is_added), updated
 
 
-def dedupe(ids: jax.Array, gradients: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+def dedupe(ids: Ids, gradients: Rows, num_rows: int) -> tuple[Ids, Rows]:
     """Sums the gradients of each id.
 
     A sort and sums over neighbours, so that neither cost nor memory grow with `num_rows`.
 
     Args:
-      ids: [R] integers; those outside [0, num_rows) are dropped.
-      gradients: [R, D], summed in float32, in the order of their occurrence.
+      ids: [N] integers; those outside [0, num_rows) are dropped.
+      gradients: [N, D], summed in float32, in the order of their occurrence.
       num_rows: V.
 
     Returns:
-      unique_ids: [R] int32, the ids ascending, each once, then `num_rows` for the rest.
-      summed: float32 [R, D], zero where `unique_ids` is `num_rows`.
+      unique_ids: [N] int32, the ids ascending, each once, then `num_rows` for the rest.
+      summed: float32 [N, D], zero where `unique_ids` is `num_rows`.
     """
     unique_ids, order, segment = dedupe_ids(ids, num_rows)
     gradients = jnp.asarray(gradients).at[order].get(unique_indices=True, wrap_negative_indices=False)
@@ -98,17 +99,17 @@ def dedupe(ids: jax.Array, gradients: jax.Array, num_rows: int) -> tuple[jax.Arr
     return unique_ids, summed
 
 
-def dedupe_ids(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def dedupe_ids(ids: Ids, num_rows: int) -> tuple[Ids, Ids, Ids]:
     """The part of `dedupe` that looks at the ids, for gradients that are cheaper to gather in order.
 
     Args:
-      ids: [R] integers; those outside [0, num_rows) are dropped.
+      ids: [N] integers; those outside [0, num_rows) are dropped.
       num_rows: V.
 
     Returns:
-      unique_ids: [R] int32, as of `dedupe`.
-      order: [R] int32, the permutation that sorts the ids, stable, those to drop last.
-      segment: [R] int32 ascending, where in `unique_ids` each of the sorted ids is; R for those to drop.
+      unique_ids: [N] int32, as of `dedupe`.
+      order: [N] int32, the permutation that sorts the ids, stable, those to drop last.
+      segment: [N] int32 ascending, where in `unique_ids` each of the sorted ids is; N for those to drop.
     """
     size = ids.shape[0]
     ids, order = _sort(ids, num_rows)

@@ -1,9 +1,10 @@
 """Batch: what one training step reads, as a pytree of fixed shapes."""
 
 import dataclasses
-from typing import Any
 
 import jax
+
+from jaxembed.shapes import AnyDenseFeatures, AnyPerExample, Inputs, Weights
 
 
 @jax.tree_util.register_dataclass
@@ -20,8 +21,8 @@ class Batch:
       mask: [B] float32, 1 for an example and 0 for the padding that fills up a last batch.
     """
 
-    features: Any
-    weights: Any
-    dense: Any
-    labels: Any
-    mask: Any
+    features: Inputs
+    weights: Weights
+    dense: AnyDenseFeatures
+    labels: AnyPerExample
+    mask: AnyPerExample
