@@ -26,3 +26,5 @@ def test_tutorial_runs(page, tmp_path):
         [sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-4000:]
+    for printed in re.findall(r"^It prints:\n\n```\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        assert printed in result.stdout

@@ -40,6 +40,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     parse = {".toml": tomllib.loads, ".json": json.loads}.get(path.suffix)
     if parse is None:
         raise ValueError(f"a configuration must be a .toml or .json file, got {str(path)!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no configuration file at {path.absolute()}; examples/ in the source tree has some to start from."
+        )
     try:
         values = parse(path.read_text())
     except ValueError as e:
