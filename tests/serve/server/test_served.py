@@ -1,5 +1,7 @@
 """What a version is made of: the exported model, raw ids, and programs of the version before."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,7 @@ def test_models_that_cannot_be_found():
             find_model(name)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_tables_are_mapped_and_not_copied(shared_folder):
     model = BundleModel(ServerConfig(str(shared_folder), **bundles.OPTIONS, max_batch_rows=1), 0)
     tables = jax.tree.leaves(model._function._constants[0])
