@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare(folder, "TensorFlow" in options.only)
         for name in options.only:
             with server(name, folder) as ports:
-                for transport in ("json", "binary", *(["grpc"] if name == "ours" else [])):
+                for transport in ("json", "binary", "grpc"):
                     for rows in options.rows:
                         spent = asyncio.run(measure(ports, transport, rows, options.seconds))
                         print(f"{name}, {transport}, B = {rows}: {spent * 1e6:,.0f} us", flush=True)

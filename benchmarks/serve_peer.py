@@ -1,8 +1,8 @@
-"""A minimal server of the DLRM with TensorFlow or torch: starlette and uvicorn, and nothing that it can do without.
+"""A minimal server of the DLRM with TensorFlow or torch: starlette, uvicorn and grpc.aio, and nothing it can do without.
 
 It checks nothing and answers one request after another, as one would write it in an afternoon.
 
-    python benchmarks/serve_peer.py torch PORT [SAVED_MODEL]
+    python benchmarks/serve_peer.py torch PORT GRPC_PORT [SAVED_MODEL]
 """
 
 import asyncio
@@ -10,14 +10,19 @@ import concurrent.futures
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import dlrm
+import grpc
 import numpy as np
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+from jaxembed.serve.server.messages import METHODS, SERVICE
 
 Call = Callable[[dict[str, np.ndarray]], np.ndarray]
 _TYPES = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
@@ -106,9 +111,8 @@ def tensorflow_model(path: str) -> Call:
     return call
 
 
-def make_app(call: Call) -> Starlette:
+def make_app(call: Call, thread: concurrent.futures.Executor) -> Starlette:
     """The application: v2's infer, in JSON and with binary tensors."""
-    thread = concurrent.futures.ThreadPoolExecutor(1)
 
     async def infer(request: Request) -> Response:
         body = await request.body()
@@ -140,10 +144,41 @@ def make_app(call: Call) -> Starlette:
     )
 
 
-if __name__ == "__main__":
-    kind, port = sys.argv[1], int(sys.argv[2])
-    model = torch_model() if kind == "torch" else tensorflow_model(sys.argv[3])
-    model(dlrm.request(1, 0))
-    uvicorn.run(
-        make_app(model), port=port, access_log=False, log_level="error", http="httptools", loop="uvloop"
+async def start_grpc(call: Call, thread: concurrent.futures.Executor, port: int) -> grpc.aio.Server:
+    """Serves v2's ModelInfer, with raw contents."""
+    request_type, response_type = METHODS["ModelInfer"]
+
+    async def infer(request: Any, context: Any) -> Any:
+        tensors = {}
+        for entry, raw in zip(request.inputs, request.raw_input_contents, strict=True):
+            tensors[entry.name] = np.frombuffer(bytearray(raw), _TYPES[entry.datatype]).reshape(entry.shape)
+        score = await asyncio.get_running_loop().run_in_executor(thread, call, tensors)
+        response: Any = response_type(model_name="model", raw_output_contents=[score.tobytes()])
+        response.outputs.add(name="score", datatype="FP32", shape=score.shape)
+        return response
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        infer, request_type.FromString, lambda message: message.SerializeToString()
     )
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ModelInfer": handler}),))
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    return server
+
+
+async def main(kind: str, port: int, grpc_port: int, saved: str) -> None:
+    """Serves over both."""
+    call = torch_model() if kind == "torch" else tensorflow_model(saved)
+    call(dlrm.request(1, 0))
+    thread = concurrent.futures.ThreadPoolExecutor(1)
+    server = await start_grpc(call, thread, grpc_port)
+    config = uvicorn.Config(
+        make_app(call, thread), port=port, access_log=False, log_level="error", http="httptools"
+    )
+    await uvicorn.Server(config).serve()
+    await server.stop(0)
+
+
+if __name__ == "__main__":
+    uvloop.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))

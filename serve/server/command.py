@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--http-port", type=int, help="default: AIP_HTTP_PORT, or 8000")
     parser.add_argument("--grpc-port", type=int, default=8001, help="-1 for none")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes; one for each core that is to serve")
+    parser.add_argument("--threads", type=int, default=1, help="of a worker, for one batch")
     parser.add_argument(
         "--state", help="folder for the pinned version and compiled programs, to outlive a restart"
     )
@@ -112,6 +113,7 @@ def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         http_port=port,
         grpc_port=None if options.grpc_port < 0 else options.grpc_port,
         workers=options.workers,
+        threads=options.threads,
         admin_token=environment.get("JAXEMBED_ADMIN_TOKEN"),
         state=options.state,
         compile_cache=options.compile_cache,

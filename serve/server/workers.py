@@ -117,6 +117,8 @@ class Supervisor:
             **os.environ,
             "PROMETHEUS_MULTIPROC_DIR": str(self._metrics),
             CONFIG_VARIABLE: self._config.to_json(),
+            # What XLA sizes its threads by; there is no option for it.
+            "NPROC": str(self._config.threads),
         }
         process = subprocess.Popen(command, pass_fds=[descriptor], env=environment, start_new_session=True)
         self._workers[slot] = (process, time.monotonic())

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pathlib
 import signal
 import socket
 import time
@@ -283,6 +284,19 @@ def test_a_worker_that_is_killed_comes_back(shared_folder):
         assert survivor in server.workers()
         assert served > 10
         assert failed <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+def test_workers_have_as_many_threads_as_they_were_given(shared_folder):
+    def threads(*options):
+        with Process(shared_folder, *options) as server:
+            (worker,) = server.workers()
+            return sum(
+                "XLAEigen" in name.read_text() for name in pathlib.Path(f"/proc/{worker}/task").glob("*/comm")
+            )
+
+    assert threads("--threads", 5) == threads() + 4
 
 
 @pytest.mark.slow
