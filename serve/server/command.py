@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--http-port", type=int, help="default: AIP_HTTP_PORT, or 8000")
     parser.add_argument("--grpc-port", type=int, default=8001, help="-1 for none")
     parser.add_argument("--workers", type=int, default=1, help="processes; one for each core that is to serve")
-    parser.add_argument("--threads", type=int, default=1, help="of a worker, for one batch")
+    parser.add_argument(
+        "--threads", type=int, help="of a worker, for one batch; default: its share of the cores"
+    )
     parser.add_argument(
         "--state", help="folder for the pinned version and compiled programs, to outlive a restart"
     )

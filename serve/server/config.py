@@ -42,8 +42,8 @@ class ServerConfig:
       http_port: 0 takes a free one.
       grpc_port: 0 takes a free one; None serves no gRPC.
       workers: processes.
-      threads: of XLA in each of them, for one batch. They spin for work before they sleep: more than one is of use
-        for large models at low load, and costs every request otherwise.
+      threads: of XLA in each of them, for one batch; None divides the cores among the workers. They spin for work
+        before they sleep, so more of them than cores slow requests down.
       admin_token: what `Authorization: Bearer` must carry to switch versions; None allows this machine alone.
       state: folder that the workers share: the pinned version, their metrics and compiled programs.
       compile_cache: folder of compiled programs, so that the next start is fast; whoever can write it decides what
@@ -75,7 +75,7 @@ class ServerConfig:
     http_port: int = 8000
     grpc_port: int | None = 8001
     workers: int = 1
-    threads: int = 1
+    threads: int | None = None
     admin_token: str | None = None
     state: str | None = None
     compile_cache: str | None = None
@@ -102,7 +102,7 @@ class ServerConfig:
             "threads",
         ):
             value = getattr(self, field)
-            if value is None and field == "max_ids_per_row":
+            if value is None and field in ("max_ids_per_row", "threads"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} must be an int of at least 1, got {value!r}.")

@@ -118,7 +118,7 @@ class Supervisor:
             "PROMETHEUS_MULTIPROC_DIR": str(self._metrics),
             CONFIG_VARIABLE: self._config.to_json(),
             # What XLA sizes its threads by; there is no option for it.
-            "NPROC": str(self._config.threads),
+            "NPROC": str(self._config.threads or max(_cores() // self._config.workers, 1)),
         }
         process = subprocess.Popen(command, pass_fds=[descriptor], env=environment, start_new_session=True)
         self._workers[slot] = (process, time.monotonic())
@@ -160,6 +160,11 @@ class Supervisor:
                 process.wait()
                 late += 1
         return 1 if late else 0
+
+
+def _cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _reserve(config: ServerConfig, family: socket.AddressFamily) -> tuple[socket.socket | None, int | None]:
