@@ -88,6 +88,12 @@ def test_converted_files_load_as_one(tmp_path, chunk_bytes):
         convert_criteo(paths, directory, SIZES)
 
 
+def test_a_click_log_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no click log is at .*train\.txt; .* must be downloaded"):
+        convert_criteo([tmp_path / "train.txt"], tmp_path / "out", 10)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_conversion_leaves_nothing(tmp_path):
     lines, *_ = random_lines(3)
     (tmp_path / "in").mkdir()

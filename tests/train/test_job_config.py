@@ -94,6 +94,13 @@ def test_files_that_are_no_configuration(tmp_path, name, text, message):
         load_config(write(tmp_path, text, name))
 
 
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no configuration file at .*job\.toml; examples/ .* to start from"
+    ):
+        load_config(tmp_path / "job.toml")
+
+
 def test_checked_at_construction_and_frozen():
     with pytest.raises(ValidationError, match="batch_size"):
         Training(batch_size=-1)

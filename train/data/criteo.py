@@ -50,11 +50,18 @@ def convert_criteo(
     Raises:
       ValueError: if a line is not of the form above, or a size is below 2.
       FileExistsError: if `directory` exists.
+      FileNotFoundError: if one of the texts does not.
     """
     sizes = _sizes(vocabulary_sizes)
     directory = Path(directory)
     if directory.exists():
         raise FileExistsError(f"{directory} exists; remove it, or load it with load_criteo.")
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"no click log is at {Path(path).absolute()}; Criteo's train.txt (Kaggle) or day_0 to day_23 (terabyte) "
+                "must be downloaded first."
+            )
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
