@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
       that is not there, a value that does not fit.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="jaxembed", description="Embedding tables: train, convert, serve.")
+    parser = argparse.ArgumentParser(
+        prog="jaxembed",
+        description="Embedding tables: train, look inside, convert, serve.",
+        epilog="`jaxembed COMMAND --help` has an example of each; `jaxembed doctor` says what works here.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     modules: dict[str, Any] = {}
     try:
