@@ -1,6 +1,7 @@
 """The status page, in headless Chromium."""
 
 import shutil
+import time
 
 import httpx
 import pytest
@@ -65,6 +66,7 @@ def test_page(browser, folder, checkpoint, tmp_path):
         wait(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#plot circle")) >= 31)
 
         buttons = browser.find_elements(By.CSS_SELECTOR, "#versions button")
+        time.sleep(2.5)  # the page has asked for the state again, and a button is still the one that it was
         assert [button.text for button in buttons] == ["Serve this", "Serve this"]
         buttons[1].click()
         wait(lambda: text("version") == "0")
