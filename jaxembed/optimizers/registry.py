@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 
 from jaxembed.optimizers.base import Optimizer
 from jaxembed.optimizers.custom import CustomOptimizer
-from jaxembed.optimizers.rules import FTRL, SGD, Adagrad, AdagradMomentum, Adam
+from jaxembed.optimizers.rules import RULES
 from jaxembed.optimizers.schedules import CosineDecay, PolynomialDecay
 
 T = TypeVar("T")
 
-_OPTIMIZERS: dict[str, Any] = {c.name: c for c in (SGD, Adagrad, AdagradMomentum, FTRL, Adam, CustomOptimizer)}
+_OPTIMIZERS: dict[str, Any] = {c.name: c for c in (*RULES, CustomOptimizer)}
 _SCHEDULES: dict[str, Any] = {c.name: c for c in (PolynomialDecay, CosineDecay)}
 _FUNCTIONS: dict[str, Any] = {}
 

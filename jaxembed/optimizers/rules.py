@@ -287,6 +287,10 @@ class Adam(Optimizer):
         return rows - learning_rate * momenta / scale, {"momenta": momenta, "velocities": velocities}
 
 
+#: Those that are stored by their names.
+RULES = (SGD, Adagrad, AdagradMomentum, FTRL, Adam)
+
+
 def _power(values, exponent):
     return jnp.sqrt(values) if exponent == 0.5 else jnp.power(values, exponent)
 
