@@ -4,16 +4,19 @@ Orbax writes a step beside its place and renames it, and a step that is to be de
 delete one may leave some of its parts.
 """
 
+import itertools
 import pathlib
 import shutil
 import time
 
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.files import read_regular
+from jaxembed.checkpoint.stored_files import missing_file
 from jaxembed.serialization import strict_json
 
 #: In bytes: what Orbax says about a step.
 MAX_ORBAX = 1 << 20
+METADATA = "_CHECKPOINT_METADATA"
 
 
 def whole_steps(directory: str | pathlib.Path) -> list[int]:
@@ -21,7 +24,7 @@ def whole_steps(directory: str | pathlib.Path) -> list[int]:
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if _is_number(p.name) and _is_whole(p))
+    return sorted(int(p.name) for p in directory.iterdir() if _is_number(p.name) and _missing(p) is None)
 
 
 def latest_step(directory: str | pathlib.Path) -> int | None:
@@ -60,51 +63,41 @@ def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib
     path = pathlib.Path(path).expanduser().absolute()
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint at {path}: it is not a directory.")
-    if step is None and _is_whole(path):
+    if step is None and _missing(path) is None:
         return path
     steps = whole_steps(path)
+    if step is None and steps:
+        step = steps[-1]
+    if step in steps:
+        return path / str(step)
+    named = path if step is None else path / str(step)
+    if (named / METADATA).is_file():
+        raise FileNotFoundError(
+            f"checkpoint {named} is not whole, or of another program: {_missing(named)} is missing or cannot be read; "
+            "restore another step."
+        )
     if not steps:
         raise FileNotFoundError(
             f"no checkpoint at {path}: it holds no finished step; pass the directory given to "
             "jaxembed.train.Checkpointer, or one step in it."
         )
-    if step is None:
-        step = steps[-1]
-    if step not in steps:
-        raise FileNotFoundError(f"no step {step} at {path}; whole steps are {steps}.")
-    return path / str(step)
+    raise FileNotFoundError(f"no step {step} at {path}; whole steps are {steps}.")
 
 
 def _is_number(name: str) -> bool:
     return name.isdecimal() and name == str(int(name))
 
 
-def _is_whole(step: pathlib.Path) -> bool:
-    """Whether all parts that Orbax names are there; what is in their files shows when they are read."""
+def _missing(step: pathlib.Path) -> pathlib.Path | None:
+    """A file that a step needs and that is not there, or None; what is in them shows when they are read."""
     try:
-        parts = strict_json(read_regular(step / "_CHECKPOINT_METADATA", MAX_ORBAX))["item_handlers"].keys()
+        parts = strict_json(read_regular(step / METADATA, MAX_ORBAX))["item_handlers"].keys()
     except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return parts >= {layout.MANIFEST, layout.TABLES} and all(
-        _is_part(step / part, part in (layout.MANIFEST, layout.DATA))
-        for part in (layout.MANIFEST, layout.TABLES, layout.SLOTS, layout.MODEL, layout.DATA)
-        if part in parts
-    )
-
-
-def _is_part(part: pathlib.Path, is_json: bool) -> bool:
-    if is_json:
-        return (part / "metadata").is_file()
-    if not (part / "_METADATA").is_file() or not (part / "manifest.ocdbt").is_file():
-        return False
-    # Where Orbax wrote it, rows lie in the folders of processes, and in its own the tree over them.
-    is_orbax = any((part / name).exists() for name in ("array_metadatas", "_sharding", "commit_success.txt"))
-    rows = [process / "d" for process in part.glob("ocdbt.process_*")] if is_orbax else [part / "d"]
-    return _is_filled(part / "d") and any(map(_is_filled, rows))
-
-
-def _is_filled(folder: pathlib.Path) -> bool:
-    try:
-        return any(folder.iterdir())
-    except OSError:  # there is none, or no longer
-        return False
+        return step / METADATA
+    jsons, arrays = (layout.MANIFEST, layout.DATA), (layout.TABLES, layout.SLOTS, layout.MODEL)
+    wanted = {layout.MANIFEST, layout.TABLES, *parts}
+    files = [step / part / "metadata" for part in jsons if part in wanted]
+    files += [step / part / "_METADATA" for part in arrays if part in wanted]
+    missing = (file for file in files if not file.is_file())
+    missing_of_arrays = (missing_file(step / part) for part in arrays if part in wanted)
+    return next((file for file in itertools.chain(missing, missing_of_arrays) if file is not None), None)

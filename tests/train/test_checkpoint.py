@@ -19,6 +19,7 @@ import pytest
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, latest_step, layout, read_checkpoint, whole_steps
 from jaxembed.cli import main
+from jaxembed.convert import convert
 from jaxembed.optimizers import SGD, Adagrad, Adam, optimizer_from_dict
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
@@ -157,20 +158,84 @@ def test_unfinished_steps_are_not_listed(tmp_path):
     assert whole_steps(tmp_path) == [1]
 
 
-@pytest.mark.parametrize(
-    "missing",
-    ["slots", "tables/d", "tables/ocdbt.process_0", "slots/ocdbt.process_0/d", "model", "model/d", "data"],
-)
-def test_half_deleted_steps_are_not_listed(tmp_path, missing):
-    """Whoever removes a step by other means and is interrupted leaves some of its folders."""
-    own = embedding(1)
+def large_config():
+    """Of several chunks, and so of several files of data."""
+    return {name: FeatureConfig(TableConfig(60_000, 16, name=name)) for name in ("one", "two")}
+
+
+@pytest.mark.parametrize("writer", ["trainer", "conversion"])
+def test_half_deleted_steps_are_not_listed(tmp_path, writer):
+    """Whoever removes a step by other means and is interrupted leaves some of its files: without any one of them, or any
+    folder, the step is not listed, or it comes back bit by bit all the same."""
+    own = embedding(1, large_config())
+    model = {"w": jax.random.normal(jax.random.key(0), (512, 8))}
+    with Checkpointer(tmp_path / "0", own) as checkpointer:
+        checkpointer.save(at_step(own, 1), model=model, data={"at": 1})
+    step = tmp_path / "0" / "1"
+    if writer == "conversion":
+        step = convert(step, tmp_path / "1").path
+    expected = read_checkpoint(step, slots=True)
+    listed, files = {}, sorted(step.rglob("*"))
+    for file in files:
+        copy = shutil.copytree(step, tmp_path / "copy" / step.name) / file.relative_to(step)
+        copy.unlink() if copy.is_file() else shutil.rmtree(copy)
+        listed[str(file.relative_to(step))] = whole_steps(tmp_path / "copy") == [1]
+        if whole_steps(tmp_path / "copy"):
+            read = read_checkpoint(tmp_path / "copy", slots=True)
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                (read.tables, read.slots, read.model),
+                (expected.tables, expected.slots, expected.model),
+            )
+        elif copy.name != "_CHECKPOINT_METADATA":
+            with pytest.raises(FileNotFoundError, match=r"is not whole, or of another program: .* is missing"):
+                read_checkpoint(tmp_path / "copy" / step.name)
+        shutil.rmtree(tmp_path / "copy")
+    data = [name for name in listed if "/d/" in name]
+    assert sum(not listed[name] for name in data) >= 4  # tables and slots, of two tables
+    if writer == "trainer":
+        assert sum(not listed[name] for name in data if name.startswith("model/")) >= 1
+        assert not listed["data"]
+    gone = {
+        f"{part}{name}" for part in ("tables", "slots") for name in ("", "/d", "/_METADATA", "/manifest.ocdbt")
+    }
+    assert not any(listed[name] for name in gone | {"manifest", "manifest/metadata", "_CHECKPOINT_METADATA"})
+
+
+def test_a_half_deleted_step_is_passed_over(tmp_path):
+    """Also where the folders that Orbax has beside the data have gone with it."""
+    own = embedding(1, large_config())
     with Checkpointer(tmp_path, own) as checkpointer:
         for step in (1, 2):
-            checkpointer.save(at_step(own, step), model={"w": jnp.ones(3)}, data={"at": step})
+            checkpointer.save(at_step(own, step))
         checkpointer.wait()
-        shutil.rmtree(tmp_path / "2" / missing)
+        tables = tmp_path / "2" / "tables"
+        for name in ("array_metadatas", "ocdbt.process_0/d"):
+            shutil.rmtree(tables / name)
+        for name in ("_sharding", "commit_success.txt"):
+            (tables / name).unlink(missing_ok=True)
         assert whole_steps(tmp_path) == [1]
         assert checkpointer.restore().step == 1
+        with pytest.raises(
+            FileNotFoundError, match=r"/2 is not whole.*/tables/ocdbt.process_0/d/\w+ is missing"
+        ):
+            checkpointer.restore(2)
+
+
+def test_listing_reads_no_rows(tmp_path):
+    """A file of rows that is damaged is for whoever restores it to name: the step stays listed."""
+    own = embedding(1, large_config())
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+    largest = max((tmp_path / "1" / "tables").rglob("*"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(b"")
+    assert whole_steps(tmp_path) == [1]
+    with pytest.raises(CheckpointError, match=r"table '(one|two)' cannot be read"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "1" / "tables" / "manifest.ocdbt").write_bytes(b"nonsense")
+    assert whole_steps(tmp_path) == [1]
+    with pytest.raises(CheckpointError, match="table 'one' cannot be opened"):
+        read_checkpoint(tmp_path)
 
 
 def test_parts_of_other_steps_are_refused(tmp_path):
