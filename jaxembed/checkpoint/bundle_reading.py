@@ -24,6 +24,8 @@ from jaxembed.features import feature_tables
 from jaxembed.quantized_table import QuantizedTable
 
 FORMAT = "jaxembed-bundle"
+#: In a chain: each is opened with the ones that follow.
+MAX_DELTAS = 64
 MANIFEST_FILE, MODEL_FILE, EXPORTED_FILE = "manifest.json", "model.safetensors", "model.stablehlo"
 
 
@@ -155,12 +157,15 @@ def open_bundle(path: str | pathlib.Path, version: int | None = None) -> Bundle:
       CheckpointError: if it is damaged or not a bundle.
     """
     directory = _directory(pathlib.Path(path).expanduser().absolute(), version)
-    manifest = layout.read_manifest(directory, MANIFEST_FILE, FORMAT)
-    try:
-        base = _base(directory, manifest["base"])
-    except (KeyError, TypeError) as e:
-        raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
-    return read_bundle(directory, manifest, base)
+    (directory, manifest), *deltas = reversed(_chain(directory))
+    bundle = read_bundle(directory, manifest, None)
+    for directory, manifest in deltas:
+        if bundle.digest != manifest["base"].get("digest"):
+            raise CheckpointError(
+                f"bundle {directory} is a delta of another version {bundle.directory.name} than the one beside it."
+            )
+        bundle = read_bundle(directory, manifest, bundle)
+    return bundle
 
 
 def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle | None) -> Bundle:
@@ -210,27 +215,38 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
 
 
-def _base(directory: pathlib.Path, stored: Any) -> Bundle | None:
-    """The version that a delta builds on."""
-    if stored is None:
+def _chain(directory: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
+    """A version and the versions below it, each a delta of the next, with their manifests; the last is whole."""
+    chain = [(directory, layout.read_manifest(directory, MANIFEST_FILE, FORMAT))]
+    while (below := _below(*chain[-1])) is not None:
+        if len(chain) > MAX_DELTAS:
+            raise CheckpointError(
+                f"bundle {directory} ends a chain of more than {MAX_DELTAS} deltas, which is more than are opened; convert "
+                "its checkpoint again, without delta_from (--delta-from)."
+            )
+        chain.append((below, layout.read_manifest(below, MANIFEST_FILE, FORMAT)))
+    return chain
+
+
+def _below(directory: pathlib.Path, manifest: dict[str, Any]) -> pathlib.Path | None:
+    """The folder of the version that a delta builds on."""
+    try:
+        version = None if manifest["base"] is None else manifest["base"]["version"]
+    except (KeyError, TypeError) as e:
+        raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
+    if manifest["base"] is None:
         return None
-    version = stored["version"]
     # Versions that go down cannot run in a circle.
-    if not isinstance(version, int) or not directory.name.isdecimal() or not 0 <= version < int(directory.name):
+    if type(version) is not int or not directory.name.isdecimal() or not 0 <= version < int(directory.name):
         raise CheckpointError(
             f"bundle {directory} is a delta of version {version!r:.40}, which is not below its own."
         )
     try:
-        base = open_bundle(directory.parent, version)
+        return _directory(directory.parent, version)
     except FileNotFoundError as e:
         raise FileNotFoundError(
             f"bundle {directory} is a delta of version {version}, which is gone: {e}"
         ) from e
-    if base.digest != stored["digest"]:
-        raise CheckpointError(
-            f"bundle {directory} is a delta of another version {version} than the one beside it."
-        )
-    return base
 
 
 def _exported_entry(stored: Any) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxembed import FeatureConfig, TableConfig
-from jaxembed.checkpoint import CheckpointError, bundle, convert_to_bundle, open_bundle
+from jaxembed.checkpoint import CheckpointError, bundle, bundle_reading, convert_to_bundle, layout, open_bundle
 from jaxembed.cli import main
 from jaxembed.inspection import describe
 from jaxembed.optimizers import SGD
@@ -163,6 +163,29 @@ def test_chains_do_not_grow_for_ever(checkpoint, chain, monkeypatch):
         ValueError, match=rf"version {number} ends a chain of {last.deltas} deltas.*leave delta_from out"
     ):
         convert_to_bundle(checkpoint, out, version=number + 1, delta_from=number)
+
+
+@pytest.mark.parametrize("length", [bundle_reading.MAX_DELTAS, bundle_reading.MAX_DELTAS + 1, 600])
+def test_chains_that_others_made_are_opened_up_to_the_same_length(checkpoint, tmp_path, length):
+    """Their manifests are looked at one by one: 600 would be too many for Python's stack."""
+    convert_to_bundle(checkpoint, tmp_path, step=1, version=0, select_model=lambda model: None)
+    convert_to_bundle(checkpoint, tmp_path, step=1, version=1, delta_from=0, select_model=lambda model: None)
+    manifest = layout.read_manifest(tmp_path / "1", "manifest.json", "jaxembed-bundle")
+    for version in range(2, length + 1):
+        manifest["base"] = {"version": version - 1, "digest": layout.digest(manifest)}
+        (tmp_path / str(version) / "tables").mkdir(parents=True)
+        (tmp_path / str(version) / "manifest.json").write_text(json.dumps(layout.seal(manifest)))
+    if length <= bundle_reading.MAX_DELTAS:
+        last = open_bundle(tmp_path)
+        last.verify()
+        assert last.deltas == length
+        assert last.tables["a"].tobytes() == open_bundle(tmp_path, 0).tables["a"].tobytes()
+        return
+    told = (
+        rf"{length} ends a chain of more than 64 deltas, .*; convert its checkpoint again, without delta_from"
+    )
+    with pytest.raises(CheckpointError, match=told):
+        open_bundle(tmp_path)
 
 
 def test_bad_requests(checkpoint, chain):
