@@ -29,6 +29,7 @@ from jaxembed.checkpoint.bundle_reading import (
     EXPORTED_FILE,
     FORMAT,
     MANIFEST_FILE,
+    MAX_DELTAS,
     MODEL_FILE,
     Bundle,
     is_bundle,
@@ -40,15 +41,11 @@ from jaxembed.checkpoint.digests import digest_arrays, digest_bytes
 from jaxembed.checkpoint.files import sync_folder, write_file
 from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
 from jaxembed.checkpoint.safetensors_file import header_of
-from jaxembed.checkpoint.scratch import scratch_folder
+from jaxembed.checkpoint.scratch import check_place, scratch_folder
 from jaxembed.checkpoint.stored import StoredArray, WatchedArray
-from jaxembed.checkpoint.table_form import QUANTIZATIONS, forms_of
+from jaxembed.checkpoint.table_form import QUANTIZATIONS, Form, forms_of
 from jaxembed.checkpoint.vocabularies import copy_vocabularies, read_vocabularies
-from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
-
-#: In a chain: each is opened with the ones that follow.
-MAX_DELTAS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +99,15 @@ def convert_to_bundle(
     """
     refuse_bundle(checkpoint)
     opened = open_checkpoint(checkpoint, step)
-    configs = feature_tables(opened.feature_config)
     number = opened.manifest["step"] if version is None else version
     target, base = check_version(out, number, quantize, delta_from)
+    model = _selected_model(opened, select_model)
+    forms = _checked_forms(opened.tables, opened.feature_config, quantize, base, model, exported)
     if dry_run:
-        _selected_model(opened, select_model)
-        read_vocabularies(opened.feature_config)
-        return BundleReport(target, plan_tables(opened.tables, configs, quantize, base))
+        return _plan(target, opened.tables, forms, base)
     with scratch_folder(target.parent, str(number)) as scratch:
         (scratch / "tables").mkdir()
-        reports, manifest = _write_arrays(scratch, opened, configs, quantize, base, select_model, advance)
+        reports, manifest = _write_arrays(scratch, opened, forms, base, model, advance)
         if exported is not None:
             manifest["exported"] = _write_exported(scratch, exported, manifest, base)
         write_file(scratch / MANIFEST_FILE, [json.dumps(layout.seal(manifest)).encode()])
@@ -148,8 +144,9 @@ def check_version(
     if delta_from is not None and not 0 <= delta_from < number:
         raise ValueError(f"delta_from must be a version below {number}, got {delta_from!r}.")
     target = pathlib.Path(out).expanduser().absolute() / str(number)
-    if target.exists():
+    if os.path.lexists(target):
         raise ValueError(f"{target} exists, and may be in use; pass another version or remove it.")
+    check_place(target)
     base = None if delta_from is None else open_bundle(target.parent, delta_from)
     if base is not None and base.deltas >= MAX_DELTAS:
         raise ValueError(
@@ -159,30 +156,70 @@ def check_version(
     return target, base
 
 
-def plan_tables(
+def plan_bundle(
+    out: str | pathlib.Path,
+    number: int,
     tables: Mapping[str, StoredArray],
-    configs: Mapping[str, TableConfig],
+    feature_config: Any,
+    *,
+    quantize: str | None = None,
+    delta_from: int | None = None,
+    exported: bytes | None = None,
+    read_rows: bool = True,
+) -> BundleReport | None:
+    """What `convert_to_bundle` would write of a checkpoint of these tables, without digests and errors of rounding.
+
+    Args:
+      out: as `convert_to_bundle`.
+      number: of the version.
+      tables: by name; they are read for a delta alone.
+      feature_config: of the tables.
+      quantize: as `convert_to_bundle`.
+      delta_from: likewise.
+      exported: likewise.
+      read_rows: False only looks for what would be refused, whatever is in the rows, and returns None.
+
+    Raises:
+      ValueError: as `convert_to_bundle`.
+    """
+    target, base = check_version(out, number, quantize, delta_from)
+    forms = _checked_forms(tables, feature_config, quantize, base, None, exported)
+    return _plan(target, tables, forms, base) if read_rows else None
+
+
+def _checked_forms(
+    tables: Mapping[str, StoredArray],
+    feature_config: Any,
     quantize: str | None,
     base: Bundle | None,
-) -> tuple[TableReport, ...]:
-    """What would be written, without digests and errors of rounding; of a delta the tables are read."""
-    forms = forms_of(tables, configs, quantize, base)
-    return tuple(plan_table(array, forms[name], base) for name, array in tables.items())
+    model: Any,
+    exported: Any,
+) -> dict[str, Form]:
+    """The form of each table, once nothing but the rows could be refused."""
+    read_vocabularies(feature_config)
+    if model is not None:
+        _model_file(model)
+    if exported is not None and not callable(exported):
+        _check_exported(exported)
+    return forms_of(tables, feature_tables(feature_config), quantize, base)
+
+
+def _plan(
+    target: pathlib.Path, tables: Mapping[str, StoredArray], forms: Mapping[str, Form], base: Bundle | None
+) -> BundleReport:
+    return BundleReport(target, tuple(plan_table(array, forms[name], base) for name, array in tables.items()))
 
 
 def _write_arrays(
     scratch: pathlib.Path,
     opened: OpenedCheckpoint,
-    configs: Mapping[str, TableConfig],
-    quantize: str | None,
+    forms: Mapping[str, Form],
     base: Bundle | None,
-    select_model: Callable[[Any], Any] | None,
+    model: Any,
     advance: Callable[[int], Any],
 ) -> tuple[list[TableReport], dict[str, Any]]:
     """Writes tables and dense model; the reports, and the manifest of them."""
     copy_vocabularies(opened.feature_config, scratch)
-    model = _selected_model(opened, select_model)
-    forms = forms_of(opened.tables, configs, quantize, base)
     reports, tables = [], {}
     for i, (name, array) in enumerate(opened.tables.items()):
         watched = WatchedArray(array.what, array.source, array.digests, advance)
@@ -204,14 +241,25 @@ def _write_arrays(
 
 def _selected_model(opened: OpenedCheckpoint, select_model: Callable[[Any], Any] | None) -> Any:
     model = opened.model()
-    return model if select_model is None or model is None else select_model(model)
+    if select_model is None:
+        return model
+    if model is None:
+        raise ValueError(
+            f"{opened.directory} has no dense model to take a part of; leave select_model (--model-key) out."
+        )
+    return select_model(model)
 
 
-def _write_model(file: pathlib.Path, model: Any) -> dict[str, Any]:
+def _model_file(model: Any) -> tuple[bytes, dict[str, np.ndarray]]:
+    """The beginning of the file of a dense model, and the leaves that follow."""
     leaves = {key: np.asarray(leaf) for key, leaf in flat_arrays(model).items()}
     if "__metadata__" in leaves:
         raise ValueError("the model has a leaf '__metadata__', which safetensors keeps for itself; rename it.")
-    header = header_of({key: (leaf.dtype, leaf.shape) for key, leaf in leaves.items()})
+    return header_of({key: (leaf.dtype, leaf.shape) for key, leaf in leaves.items()}), leaves
+
+
+def _write_model(file: pathlib.Path, model: Any) -> dict[str, Any]:
+    header, leaves = _model_file(model)
     write_file(file, [header, *(np.ascontiguousarray(leaf).tobytes() for leaf in leaves.values())])
     digests = digest_arrays(list(leaves.values()))
     return {
@@ -227,13 +275,17 @@ def _write_exported(
     base: Bundle | None,
 ) -> dict[str, Any]:
     content = exported(read_bundle(scratch, manifest, base)) if callable(exported) else exported
+    _check_exported(content)
+    write_file(scratch / EXPORTED_FILE, [content])
+    return {"bytes": len(content), "digest": digest_bytes(bytes(content))}
+
+
+def _check_exported(content: Any) -> None:
     if not isinstance(content, bytes | bytearray) or not content:
         raise ValueError(
             "exported must be, or return, the bytes that jax.export's Exported.serialize() gives, got "
             f"{type(content).__name__} of length {len(content) if isinstance(content, Sized) else 'none'}."
         )
-    write_file(scratch / EXPORTED_FILE, [content])
-    return {"bytes": len(content), "digest": digest_bytes(bytes(content))}
 
 
 def _structure(tree: Any, path: tuple[str, ...]) -> Any:

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterable
 from typing import Any
 
-from jaxembed.checkpoint.digests import CheckpointError
+from jaxembed.checkpoint.digests import CheckpointError, digest_bytes
 
 
 def open_regular(file: pathlib.Path) -> tuple[int, int]:
@@ -46,6 +46,19 @@ def read_regular(file: pathlib.Path, max_bytes: int) -> bytes:
     return content
 
 
+def read_named(file: str | pathlib.Path, max_bytes: int) -> bytes:
+    """All of a file that the user named, which may be a link, with ~ for the user's home.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      CheckpointError: as `read_regular`.
+    """
+    path = pathlib.Path(file).expanduser().absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"nothing is at {path}.")
+    return read_regular(path.resolve(), max_bytes)
+
+
 def refuse_pointer(file: pathlib.Path, start: bytes) -> None:
     """Raises:
     CheckpointError: if a file that starts so is a Git LFS pointer.
@@ -61,6 +74,20 @@ def write_file(file: pathlib.Path, parts: Iterable[Any]) -> None:
             f.write(part)
         f.flush()
         os.fsync(f.fileno())
+
+
+def replace_file(file: pathlib.Path, content: bytes) -> None:
+    """Writes a file that is whole, or stays what it was; a pipe or a device takes the content as it comes."""
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+        return
+    file = file.resolve()  # a link stays one
+    scratch = file.parent / f".writing-{digest_bytes(os.fsencode(file.name))}-{os.getpid()}"
+    try:
+        write_file(scratch, [content])
+        os.replace(scratch, file)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def sync_folder(folder: pathlib.Path) -> None:

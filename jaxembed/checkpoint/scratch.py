@@ -1,6 +1,7 @@
 """Folders that are written beside their place and renamed, so that what has a name is whole."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
@@ -8,7 +9,13 @@ import shutil
 import time
 from collections.abc import Iterator
 
+from jaxembed.checkpoint.digests import digest_bytes
+
 PREFIX = ".writing-"
+#: Of what comes after the prefix, in bytes.
+MAX_NAME = 200
+#: In a path, for the names of files below it.
+ROOM = 600
 #: A folder that is being made is not locked yet.
 GRACE_SECONDS = 60
 
@@ -18,24 +25,64 @@ def scratch_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """A new folder below `parent`, to be renamed once it is whole; what is left of it is removed.
 
     A process that is killed leaves its folder behind, and the next one to write here removes it: it takes the
-    lock, which the kernel gave back. Where the file system has no locks, it stays.
+    lock, which the kernel gave back. Where the file system has no locks, it stays. Folders above it that were made for
+    it and are empty in the end go, too.
 
     Raises:
       OSError: if it cannot be made.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    for other in parent.glob(f"{PREFIX}*"):
-        _remove_if_abandoned(other)
-    folder = parent / f"{PREFIX}{name}-{os.getpid()}"
-    folder.mkdir()
-    lock = os.open(folder, os.O_RDONLY)
+    made = [path for path in (parent, *parent.parents) if not path.exists()]
+    folder, lock = parent / f"{PREFIX}{_short(name)}-{os.getpid()}", None
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for other in parent.glob(f"{PREFIX}*"):
+            _remove_if_abandoned(other)
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def check_place(place: pathlib.Path) -> None:
+    """Whether there can be a new file or folder at `place`, before anything is read or written.
+
+    Raises:
+      ValueError: if it would lie below what is no folder, or a name in it is too long.
+      OSError: if nothing can be written there.
+    """
+    folder = next(path for path in place.parents if os.path.lexists(path))
+    if not folder.is_dir():
+        what = "a symbolic link to nothing" if folder.is_symlink() and not folder.exists() else "no folder"
+        raise ValueError(f"{folder} is {what}, so nothing can be written at {place}; pass another path.")
+    limit = os.pathconf(folder, "PC_NAME_MAX")
+    for name in place.relative_to(folder).parts:
+        length = len(os.fsencode(name))
+        if length > limit:
+            raise ValueError(
+                f"{name[:40]!r}... is too long a name for a file: {length} bytes of at most {limit}; pass another path."
+            )
+    length, limit = len(os.fsencode(place)), os.pathconf(folder, "PC_PATH_MAX") - ROOM
+    if length > limit:
+        raise ValueError(
+            f"{str(place)[:40]!r}... is too long a path: {length} bytes of at most {limit}; pass another path."
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        reason = errno.EROFS if is_read_only else errno.EACCES
+        raise OSError(reason, os.strerror(reason), str(folder))
+
+
+def _short(name: str) -> str:
+    """Such that a name of any length has a folder of its own."""
+    return name if len(os.fsencode(name)) <= MAX_NAME else digest_bytes(os.fsencode(name))
 
 
 def _remove_if_abandoned(folder: pathlib.Path) -> None:

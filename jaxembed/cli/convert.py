@@ -10,25 +10,25 @@ import json
 import pathlib
 import tempfile
 
-import numpy as np
-
 from jaxembed.checkpoint import convert_to_bundle
-from jaxembed.checkpoint.bundle import BundleReport, check_version, plan_tables, refuse_bundle
-from jaxembed.checkpoint.files import read_regular
+from jaxembed.checkpoint.bundle import BundleReport, plan_bundle, refuse_bundle
+from jaxembed.checkpoint.files import read_named
 from jaxembed.checkpoint.reading import open_checkpoint
-from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.checkpoint.scratch import scratch_folder
 from jaxembed.config import COMBINERS
-from jaxembed.convert import FORMATS, ConversionReport, convert
-from jaxembed.convert.conversion import DTYPES, report_json, report_lines
+from jaxembed.convert import FORMATS, ConversionReport
+from jaxembed.convert.conversion import DTYPES, Conversion, plan_conversion
 from jaxembed.convert.formats import guess_source, guess_target
 from jaxembed.convert.interface import path_of
 from jaxembed.convert.keys import keys_in_file
 from jaxembed.convert.progress import progress_bar
-from jaxembed.features import feature_tables
+from jaxembed.convert.reporting import report_json, report_lines
 from jaxembed.serialization import feature_config_from_json, strict_json
 
 SERVING = "serving"
 MAX_JSON = 64 << 20
+#: Of what `export_model` returned: tables are not in it.
+MAX_EXPORTED = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,48 +95,47 @@ def run(options: argparse.Namespace) -> int:
         for name in ("version", "quantize", "delta_from", "model_key", "exported"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for --to serving, not --to {target_format}.")
-        return _convert(options, source_format, target_format, options.out)
+        return _convert(options, source_format, target_format)
     foreign = ("feature_config", "keys", "dtype", "combiner", "combiner_weights", "layout")
     refuse_bundle(path_of(options.source))
     if source_format == "jaxembed" and not any(getattr(options, name) for name in foreign):
         return _to_serving(options, options.source)
-    if options.dry_run:
-        return _plan_serving(options, source_format)
-    out = path_of(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".importing-", dir=out) as scratch:
-        return _to_serving(options, scratch, _converted(options, source_format, "jaxembed", scratch))
+    return _import(options, source_format)
 
 
-def _convert(options: argparse.Namespace, source_format: str, target_format: str, out: str) -> int:
-    report = _converted(options, source_format, target_format, out)
+def _convert(options: argparse.Namespace, source_format: str, target_format: str) -> int:
+    planned = _planned(options, source_format, target_format, options.out)
+    report = planned.report() if options.dry_run else planned.run(_progress(options))
     print(report_json(report) if options.json else "\n".join(report_lines(report, options.dry_run)))
     return 0
 
 
-def _converted(
-    options: argparse.Namespace, source_format: str, target_format: str, out: str
-) -> ConversionReport:
+def _planned(
+    options: argparse.Namespace, source_format: str, target_format: str, out: str | pathlib.Path
+) -> Conversion:
     config = options.feature_config
-    return convert(
+    return plan_conversion(
         options.source,
         out,
         source_format=source_format,
         target_format=target_format,
         step=options.step,
-        feature_config=config and feature_config_from_json(_read(config).decode(errors="replace")),
+        feature_config=config
+        and feature_config_from_json(read_named(config, MAX_JSON).decode(errors="replace")),
         keys=options.keys and keys_in_file(options.keys),
         dtype=options.dtype,
         combiner=options.combiner,
         combiner_weights=options.combiner_weights and _weights(options.combiner_weights),
         layout=options.layout,
-        progress=False if options.no_progress or options.json else None,
-        dry_run=options.dry_run,
     )
 
 
+def _progress(options: argparse.Namespace) -> bool | None:
+    return False if options.no_progress or options.json or options.dry_run else None
+
+
 def _weights(file: str) -> dict[str, list[float]]:
-    data = strict_json(_read(file))
+    data = strict_json(read_named(file, MAX_JSON))
     if not isinstance(data, dict) or not all(
         isinstance(values, list) and all(type(value) in (int, float) for value in values)
         for values in data.values()
@@ -145,31 +144,36 @@ def _weights(file: str) -> dict[str, list[float]]:
     return data
 
 
-def _read(file: str) -> bytes:
-    return read_regular(pathlib.Path(file), MAX_JSON)
-
-
-def _plan_serving(options: argparse.Namespace, source_format: str) -> int:
-    """What would become of another framework's tables."""
-    with tempfile.TemporaryDirectory() as nowhere:
-        imported = _converted(options, source_format, "jaxembed", nowhere)
-    number = int(imported.path.name) if options.version is None else options.version
-    path, base = check_version(options.out, number, options.quantize, options.delta_from)
-    if base is not None:
+def _import(options: argparse.Namespace, source_format: str) -> int:
+    """Another framework's tables, by way of a checkpoint; what can be refused is before it is written."""
+    if options.model_key is not None:
         raise ValueError(
-            "--dry-run knows no rows of another framework's tables to compare; leave --delta-from out."
+            f"{options.source} is read as tables alone, without a dense model; leave --model-key out."
         )
-    tables = {
-        array.table: StoredArray(array.table, np.broadcast_to(np.zeros((), array.dtype), array.shape))
-        for array in imported.arrays
-        if array.slot is None
-    }
-    configs = feature_tables(imported.feature_config)
-    _print_bundle(options, BundleReport(path, plan_tables(tables, configs, options.quantize, None)), imported)
-    return 0
+    out = path_of(options.out)
+    with tempfile.TemporaryDirectory() as nowhere:
+        planned = _planned(options, source_format, "jaxembed", nowhere)
+    plan = plan_bundle(
+        out,
+        planned.contents.step if options.version is None else options.version,
+        planned.tables(),
+        planned.contents.feature_config,
+        quantize=options.quantize,
+        delta_from=options.delta_from,
+        exported=_exported(options),
+        read_rows=options.dry_run,
+    )
+    if plan is not None:
+        _print_bundle(options, plan, planned.report())
+        return 0
+    with scratch_folder(out, "import") as scratch:
+        imported = _planned(options, source_format, "jaxembed", scratch).run(_progress(options))
+        return _to_serving(options, scratch, imported)
 
 
-def _to_serving(options: argparse.Namespace, checkpoint: str, imported: ConversionReport | None = None) -> int:
+def _to_serving(
+    options: argparse.Namespace, checkpoint: str | pathlib.Path, imported: ConversionReport | None = None
+) -> int:
     def select(model):
         if not isinstance(model, dict) or options.model_key not in model:
             raise ValueError(f"the dense model has no part {options.model_key!r}, it has {sorted(model)}.")
@@ -177,8 +181,7 @@ def _to_serving(options: argparse.Namespace, checkpoint: str, imported: Conversi
 
     step = options.step if imported is None else None
     total = sum(array.num_bytes for array in open_checkpoint(checkpoint, step).tables.values())
-    hidden = options.no_progress or options.json or options.dry_run
-    with progress_bar(total, False if hidden else None) as advance:
+    with progress_bar(total, _progress(options)) as advance:
         report = convert_to_bundle(
             checkpoint,
             options.out,
@@ -186,13 +189,17 @@ def _to_serving(options: argparse.Namespace, checkpoint: str, imported: Conversi
             version=options.version,
             quantize=options.quantize,
             delta_from=options.delta_from,
-            select_model=select if options.model_key else None,
-            exported=options.exported and options.exported.read_bytes(),
+            select_model=None if options.model_key is None else select,
+            exported=_exported(options),
             advance=advance,
             dry_run=options.dry_run,
         )
     _print_bundle(options, report, imported)
     return 0
+
+
+def _exported(options: argparse.Namespace) -> bytes | None:
+    return None if options.exported is None else read_named(options.exported, MAX_EXPORTED)
 
 
 def _print_bundle(options: argparse.Namespace, report: BundleReport, imported: ConversionReport | None) -> None:

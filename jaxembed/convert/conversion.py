@@ -1,47 +1,22 @@
 """Converts tables and slots from one format into another, by blocks of rows."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from jaxembed import structure
-from jaxembed.combiners import CustomCombiner
-from jaxembed.config import FeatureConfig, TableConfig
+from jaxembed.checkpoint.scratch import check_place
+from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert import formats
-from jaxembed.convert.interface import ArrayReport, Contents, Options, Place, Source, Stream, path_of
+from jaxembed.convert.configuration import combiner_weights_of, fit
+from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, path_of
 from jaxembed.convert.progress import progress_bar
 from jaxembed.convert.publishing import published
+from jaxembed.convert.reporting import ConversionReport
 from jaxembed.features import feature_tables
 
 DTYPES = ("float32", "float16", "bfloat16")
-COMBINER = "mean"
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion wrote, or would write.
-
-    Attributes:
-      path: the new file or folder.
-      source_format: it was read as.
-      target_format: it was written as.
-      arrays: tables, then slots.
-      feature_config: that goes with them.
-      notes: what was guessed, derived or left out.
-    """
-
-    path: pathlib.Path
-    source_format: str
-    target_format: str
-    arrays: tuple[ArrayReport, ...]
-    feature_config: Any
-    notes: tuple[str, ...]
 
 
 def convert(
@@ -82,53 +57,111 @@ def convert(
       FileNotFoundError: if there is nothing at `source`.
       ValueError: if it cannot be read as that format, does not fit the feature configuration, or `out` is there.
     """
+    planned = plan_conversion(
+        source,
+        out,
+        source_format=source_format,
+        target_format=target_format,
+        step=step,
+        feature_config=feature_config,
+        keys=keys,
+        dtype=dtype,
+        combiner=combiner,
+        combiner_weights=combiner_weights,
+        layout=layout,
+    )
+    return planned.report() if dry_run else planned.run(progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """A conversion that its target can hold; no rows are read yet, and nothing is written.
+
+    Attributes:
+      place: the new file or folder.
+      source_format: it is read as.
+      target_format: it is written as.
+      contents: what is written.
+      notes: what was guessed, derived or left out.
+    """
+
+    place: pathlib.Path
+    source_format: str
+    target_format: str
+    contents: Contents
+    notes: tuple[str, ...]
+
+    def tables(self) -> dict[str, StoredArray]:
+        """The tables as they would be written, by name."""
+        return {stream.table: stream.stored() for stream in self.contents.tables}
+
+    def run(self, progress: bool | None = False) -> ConversionReport:
+        """Writes it; arguments as `convert`."""
+        total = sum(stream.num_bytes_read for stream in self.contents.streams)
+        with progress_bar(total, progress) as advance, published(self.place) as scratch:
+            for stream in self.contents.streams:
+                stream.watch(advance)
+            notes = formats.load(self.target_format).write(scratch, self.contents)
+        return self.report(tuple(notes))
+
+    def report(self, notes: tuple[str, ...] = ()) -> ConversionReport:
+        """What is written, or would be; digests are of what has been written."""
+        return ConversionReport(
+            self.place,
+            self.source_format,
+            self.target_format,
+            tuple(stream.report() for stream in self.contents.streams),
+            self.contents.feature_config,
+            (*self.notes, *notes),
+        )
+
+
+def plan_conversion(
+    source: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+    step: int | None = None,
+    feature_config: Any = None,
+    keys: Mapping[str, Place] | None = None,
+    dtype: str | None = None,
+    combiner: str | None = None,
+    combiner_weights: Mapping[str, Any] | None = None,
+    layout: str | pathlib.Path | None = None,
+) -> Conversion:
+    """Opens the source, and refuses what cannot be written; arguments and errors as `convert`."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}.")
     path, target = path_of(source), path_of(out)
     source_format = source_format or formats.guess_source(path)
     target_format = target_format or formats.guess_target(target)
-    writer = formats.load(target_format)
     options = Options(step, keys, None if layout is None else path_of(layout))
     found = _open_for(path, source_format, target_format, options)
-    config, notes = _fit(found, source_format, feature_config, combiner, dtype)
-    place = target / str(found.step) if target_format == "jaxembed" else target
-    if os.path.lexists(place):
-        raise ValueError(f"{place} exists; pass another path or remove it.")
+    config, notes = fit(found, source_format, feature_config, combiner, dtype)
+    place = _new_place(target, target_format, found.step)
     tables = feature_tables(config)
-    arrays = [(name, None, found.tables[name]) for name in tables]
-    slots = found.slots
-    why = getattr(writer, "without_slots", lambda out: None)(target)
-    if slots and why is not None:
-        notes.append(f"left out: slots, {why}")
-        slots = {}
+    slots = _slots_for(target_format, target, found, notes)
     stored_weights = {name: value for name, value in found.combiner_weights.items() if name in tables}
-    weights = _combiner_weights(tables, {**stored_weights, **(combiner_weights or {})}, path)
-    if weights and not getattr(writer, "COMBINER_WEIGHTS", True):
+    weights = combiner_weights_of(tables, {**stored_weights, **(combiner_weights or {})}, path)
+    if weights and not getattr(formats.load(target_format), "COMBINER_WEIGHTS", True):
         notes.append(f"left out: the weights of custom combiners, which {target_format} has no place for")
-    arrays += [(n, slot, array) for n in tables for slot, array in sorted(slots.get(n, {}).items())]
-    with progress_bar(
-        sum(array.num_bytes for _, _, array in arrays), False if dry_run else progress
-    ) as advance:
-        streams = [
-            Stream(name, slot, array, tables[name].dtype if slot is None else array.dtype, advance)
-            for name, slot, array in arrays
-        ]
-        contents = Contents(
-            tuple(streams[: len(tables)]),
-            tuple(streams[len(tables) :]),
-            found.step,
-            config,
-            found.metadata,
-            weights,
-            {name: optimizer for name, optimizer in found.optimizers.items() if name in tables},
-            options,
-        )
-        writer.check(place, contents)
-        if not dry_run:
-            with published(place) as scratch:
-                notes += writer.write(scratch, contents)
-    reports = tuple(stream.report() for stream in streams)
-    return ConversionReport(place, source_format, target_format, reports, config, tuple(notes))
+    contents = Contents(
+        tuple(Stream(name, None, found.tables[name], table.dtype) for name, table in tables.items()),
+        tuple(
+            Stream(name, slot, array, array.dtype)
+            for name in tables
+            for slot, array in sorted(slots.get(name, {}).items())
+        ),
+        found.step,
+        config,
+        found.metadata,
+        weights,
+        {name: optimizer for name, optimizer in found.optimizers.items() if name in tables},
+        options,
+    )
+    formats.load(target_format).check(place, contents)
+    return Conversion(place, source_format, target_format, contents, tuple(notes))
 
 
 def open_source(
@@ -160,122 +193,26 @@ def _open_for(path: pathlib.Path, source_format: str, target_format: str, option
     return found if source_format == "jaxembed" or step is None else dataclasses.replace(found, step=step)
 
 
-def plain_feature_config(source: Source, combiner: str) -> dict[str, FeatureConfig]:
-    """One feature for each table, of its name."""
-    return {
-        name: FeatureConfig(
-            TableConfig(array.shape[0], array.shape[1], name=name, combiner=combiner, dtype=array.dtype)
-        )
-        for name, array in source.tables.items()
-    }
+def _new_place(target: pathlib.Path, target_format: str, step: int) -> pathlib.Path:
+    """Where it goes; of a checkpoint a step.
+
+    Raises:
+      ValueError: if something is there.
+      OSError: if nothing can be.
+    """
+    place = target / str(step) if target_format == "jaxembed" else target
+    if os.path.lexists(place):
+        raise ValueError(f"{place} exists; pass another path or remove it.")
+    check_place(place)
+    return place
 
 
-def _fit(
-    source: Source, source_format: str, given: Any, combiner: str | None, dtype: str | None
-) -> tuple[Any, list[str]]:
-    """The feature configuration of what is written, and notes."""
-    notes = list(source.notes)
-    config = given if given is not None else source.feature_config
-    if config is None:
-        combiner = combiner or str(getattr(formats.load(source_format), "COMBINER", COMBINER))
-        config = plain_feature_config(source, combiner)
-        notes.append(
-            f"no feature configuration given: one feature for each table, of its name, combiner {combiner!r}, "
-            "no optimizer"
-        )
-    elif combiner is not None:
-        raise ValueError("combiner is for a source without a feature configuration; this one has one.")
-    tables = feature_tables(config)
-    for name, table in tables.items():
-        if name not in source.tables:
-            raise ValueError(
-                f"the feature configuration names table {name!r}; there are {sorted(source.tables)}."
-            )
-        shape = source.tables[name].shape
-        if shape != (table.vocabulary_size, table.dim):
-            raise ValueError(
-                f"table {name!r} must be [{table.vocabulary_size}, {table.dim}] by its feature configuration, "
-                f"got {list(shape)}."
-            )
-        found = source.tables[name].dtype
-        if dtype is None and given is not None and found != table.dtype:
-            raise ValueError(
-                f"table {name!r} must be {table.dtype.name} by its feature configuration, got {found.name}; "
-                f"pass dtype={table.dtype.name!r} (--dtype) to round it, or change the configuration."
-            )
-    left_out = sorted(source.tables.keys() - tables.keys())
-    if left_out:
-        notes.append(f"left out, not in the feature configuration: {', '.join(left_out)}")
-    types = {name: np.dtype(dtype or array.dtype) for name, array in source.tables.items()}
-    return _with_types(config, types), notes
-
-
-def _combiner_weights(
-    tables: Mapping[str, TableConfig], given: Mapping[str, Any], path: pathlib.Path
-) -> dict[str, np.ndarray]:
-    """Those of the tables, float32."""
-    weights = {}
-    for name, table in tables.items():
-        count = table.combiner.num_weights if isinstance(table.combiner, CustomCombiner) else 0
-        found = np.asarray(given[name], np.float32) if name in given else None
-        if found is None and count:
-            raise ValueError(
-                f"the CustomCombiner of table {name!r} has {count} weights of its own, which {path} has not; pass "
-                f"combiner_weights={{{name!r}: ...}} (--combiner-weights), or a combiner with num_weights=0."
-            )
-        if found is not None and found.shape != (count,):
-            raise ValueError(
-                f"combiner_weights of table {name!r} must have the shape [{count}] by its combiner, got "
-                f"{list(found.shape)}."
-            )
-        if found is not None:
-            weights[name] = found
-    unknown = sorted(given.keys() - tables.keys())
-    if unknown:
-        raise ValueError(f"combiner_weights are of {unknown}, but the tables are {sorted(tables)}.")
-    return weights
-
-
-def _with_types(config: Any, types: Mapping[str, np.dtype]) -> Any:
-    for name, dtype in types.items():
-        if dtype.itemsize > 4 or not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"table {name!r} is {dtype.name}, which JAX does not train by default; round it with dtype='float32' "
-                "(--dtype float32)."
-            )
-
-    def change(_, feature: FeatureConfig) -> FeatureConfig:
-        table = feature.table
-        if table.dtype == types[table.name]:
-            return feature
-        return dataclasses.replace(feature, table=dataclasses.replace(table, dtype=types[table.name]))
-
-    return structure.map_leaves(change, config)
-
-
-def report_lines(report: ConversionReport, dry_run: bool) -> list[str]:
-    """The report as text."""
-    lines = [f"read as {report.source_format}, {'to be ' if dry_run else ''}written as {report.target_format}"]
-    lines += [f"  {note}" for note in report.notes]
-    lines.append(f"{'would write' if dry_run else 'wrote'} {report.path}")
-    for array in report.arrays:
-        slot = "" if array.slot is None else f" slot {array.slot}"
-        error = f", max error {array.max_error:.3g}" if array.max_error else ""
-        digest = f", xxh3-128 {array.digest}" if array.digest else ""
-        lines.append(
-            f"  {array.table}{slot}: {array.shape[0]:,} rows, {list(array.shape)} {array.dtype}, "
-            f"{array.num_bytes:,} bytes{error}{digest}"
-        )
-    total = sum(array.num_bytes for array in report.arrays)
-    tables = sum(array.slot is None for array in report.arrays)
-    lines.append(f"{tables} tables, {len(report.arrays) - tables} slots, {total:,} bytes")
-    return lines
-
-
-def report_json(report: ConversionReport) -> str:
-    """The report as JSON."""
-    fields = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
-    fields.pop("feature_config")
-    fields["path"] = str(report.path)
-    fields["arrays"] = [dataclasses.asdict(array) for array in report.arrays]
-    return json.dumps(fields)
+def _slots_for(
+    target_format: str, target: pathlib.Path, found: Source, notes: list[str]
+) -> dict[str, dict[str, StoredArray]]:
+    """Those that the target has a place for; of others a note."""
+    why = getattr(formats.load(target_format), "without_slots", lambda out: None)(target)
+    if found.slots and why is not None:
+        notes.append(f"left out: slots, {why}")
+        return {}
+    return found.slots

@@ -11,7 +11,7 @@ and may have COMBINER, what its tables are combined by where no feature configur
 COMBINER_WEIGHTS, whether it writes the weights of custom combiners (default True), LAYOUT, which of "read" and "write" take
 `Options.layout` (default none), and
 
-    takes_slots(out) -> bool               whether it writes slots there (default True)
+    without_slots(out) -> str | None       why it writes no slots there (default None: it does)
 """
 
 import dataclasses
@@ -120,28 +120,39 @@ class Stream:
       slot: of the slot, None for the table itself.
       array: to be read.
       dtype: to write it as.
-      advance: called with the number of bytes that were read.
     """
 
-    def __init__(
-        self,
-        table: str,
-        slot: str | None,
-        array: StoredArray,
-        dtype: np.dtype,
-        advance: Callable[[int], Any] = lambda num_bytes: None,
-    ):
+    def __init__(self, table: str, slot: str | None, array: StoredArray, dtype: np.dtype):
         self.table: str = table
         self.slot: str | None = slot
         self.shape: tuple[int, ...] = array.shape
         self.dtype: np.dtype[Any] = np.dtype(dtype)
-        self._array, self._advance = array, advance
+        self._array = array
+        self._advance: Callable[[int], Any] = lambda num_bytes: None
         self._digester, self._max_error = BlockDigester(self.shape, self.dtype), 0.0
 
     @property
     def num_bytes(self) -> int:
         """Of its values, as written."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def num_bytes_read(self) -> int:
+        """Of its values, as they are."""
+        return self._array.num_bytes
+
+    def watch(self, advance: Callable[[int], Any]) -> None:
+        """Has `advance` called with the number of bytes of each block that is read from now on."""
+        self._advance = advance
+
+    def stored(self) -> StoredArray:
+        """The array as it is written, to be read in any order, and as often as one likes."""
+        array = self._array
+
+        def read_rows(start: int, stop: int) -> np.ndarray:
+            return np.ascontiguousarray(array.read_rows(start, stop), self.dtype)
+
+        return stored(array.what, self.shape, self.dtype, read_rows)
 
     def blocks(
         self, change: Callable[[np.ndarray], np.ndarray] | None = None

@@ -7,10 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxembed.checkpoint.files import read_regular
+from jaxembed.checkpoint.files import read_named
 from jaxembed.checkpoint.layout import decode_name, encode_name
 from jaxembed.checkpoint.stored import StoredArray
-from jaxembed.convert.interface import Options, Place, path_of
+from jaxembed.convert.interface import Options, Place
 from jaxembed.serialization import strict_json
 
 TABLES, SLOTS = "tables", "slots"
@@ -30,7 +30,12 @@ def keys_from_json(text: str | bytes) -> dict[str, Place]:
     keys: dict[str, Place] = {}
     for key, value in data.items():
         place = (value, None) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
-        if len(place) != 2 or not isinstance(place[0], str) or not isinstance(place[1], str | None):
+        if (
+            len(place) != 2
+            or not isinstance(place[0], str)
+            or not isinstance(place[1], str | None)
+            or "" in place
+        ):
             raise ValueError(f'keys[{key!r}] must be "table" or ["table", "slot"], got {value!r:.80}.')
         if place in keys.values():
             raise ValueError(f"keys has {_show(place)} twice.")
@@ -42,9 +47,10 @@ def keys_in_file(file: str | pathlib.Path) -> dict[str, Place]:
     """As `keys_from_json`, of a file.
 
     Raises:
+      FileNotFoundError: if there is none.
       ValueError: as `keys_from_json`, naming the file, or if it cannot be read.
     """
-    content = read_regular(path_of(file), MAX_KEYS)
+    content = read_named(file, MAX_KEYS)
     try:
         return keys_from_json(content)
     except ValueError as e:
@@ -99,6 +105,11 @@ def place_arrays(
         missing = [key for key in options.keys if key not in arrays]
         if missing:
             raise ValueError(f"{where} has no array {missing[0]!r}; it has {_some(sorted(arrays))}.")
+        unnamed = [key for key, place in options.keys.items() if "" in place]
+        if unnamed:
+            raise ValueError(
+                f"keys[{unnamed[0]!r}] must name a table, and a slot if it is one, got an empty name."
+            )
         found = dict(options.keys)
     tables: dict[str, StoredArray] = {}
     for key, (table, slot) in found.items():

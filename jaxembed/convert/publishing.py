@@ -16,18 +16,12 @@ def published(place: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       OSError: if it cannot be made.
     """
-    is_new = not place.parent.exists()
-    try:
-        with scratch_folder(place.parent, place.name) as folder:
-            scratch = folder / place.name
-            yield scratch
-            _sync(scratch)
-            os.rename(scratch, place)
-            sync_folder(place.parent)
-    finally:
-        if is_new and not place.exists():
-            with contextlib.suppress(OSError):
-                place.parent.rmdir()
+    with scratch_folder(place.parent, place.name) as folder:
+        scratch = folder / place.name
+        yield scratch
+        _sync(scratch)
+        os.rename(scratch, place)
+        sync_folder(place.parent)
 
 
 def _sync(path: pathlib.Path) -> None:

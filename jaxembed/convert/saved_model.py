@@ -33,7 +33,9 @@ import numpy as np
 
 from jaxembed import structure
 from jaxembed.backends import use_backend
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import read_regular, write_file
+from jaxembed.checkpoint.scratch import check_place
 from jaxembed.config import TableConfig
 from jaxembed.convert.arrays import bits, refuse_types
 from jaxembed.convert.formats import needed
@@ -43,7 +45,7 @@ from jaxembed.convert.mapped import mapped_rows
 from jaxembed.convert.publishing import published
 from jaxembed.convert.saved_model_inputs import SPLITS, Inputs, feature_names, kinds_of, plain
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, make_sidecar, read_sidecar
-from jaxembed.convert.tensorflow import Tensors
+from jaxembed.convert.tensorflow_tensors import Tensors
 from jaxembed.features import feature_tables, flat_features, table_of
 from jaxembed.id_mapping import VocabularyFile
 from jaxembed.lookup import serving_embedding_lookup
@@ -157,6 +159,7 @@ def export_saved_model(
     place, dense = path_of(out), dict(dense or {})
     if os.path.lexists(place):
         raise ValueError(f"{place} exists; pass another path or remove it.")
+    check_place(place)
     taken = {name for kind in kinds_of(feature_config) for name in Inputs(feature_config, kind, {}).names}
     for name in dense:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in taken:
@@ -258,7 +261,7 @@ def _save(
 def _keys(where: pathlib.Path, content: bytes) -> dict[str, str]:
     keys = strict_json(content).get("keys")
     if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys.values()):
-        raise ValueError(f"{where} does not say which variable is which table: its keys are {keys!r:.80}.")
+        raise CheckpointError(f"{where} does not say which variable is which table: its keys are {keys!r:.80}.")
     return keys
 
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxembed import FeatureConfig, TableConfig, serve
+from jaxembed import FeatureConfig, HashBuckets, QuantizationConfig, TableConfig, serve
 from jaxembed.checkpoint import layout, read_checkpoint, whole_steps
 from jaxembed.cli import main
 from jaxembed.combiners import CustomCombiner, register_combiner
@@ -227,8 +227,45 @@ def test_another_framework_s_tables_to_serving(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["0"]
     assert main([*line, "--dry-run"]) == 2
     assert "out/0 exists, and may be in use" in capsys.readouterr().err
-    assert main([*line[:-2], "--dry-run", "--version", "1", "--delta-from", "0"]) == 2
-    assert "--dry-run knows no rows of another framework's tables to compare" in capsys.readouterr().err
+
+
+def test_a_delta_of_another_framework_s_tables(tmp_path, capsys):
+    """Planned as it is then written: rows are compared as they would be stored, here rounded to bfloat16."""
+    rows = np.random.default_rng(0).normal(size=(1000, 6)).astype(np.float32)
+    changed = rows.copy()
+    changed[[3, 500]] += 1
+    changed[7] += 1e-9  # which no bfloat16 shows
+    np.savez(tmp_path / "a.npz", **{"tables/t": rows, "tables/u": rows})
+    np.savez(tmp_path / "b.npz", **{"tables/t": changed, "tables/u": rows})
+    line = ["--to", "serving", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert main(["convert", str(tmp_path / "a.npz"), *line]) == 0
+    capsys.readouterr()
+    delta = ["convert", str(tmp_path / "b.npz"), *line, "--version", "1", "--delta-from", "0", "--json"]
+    told = []
+    for more in (["--dry-run"], []):
+        assert main([*delta, *more]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    sizes = [[(t["name"], t["num_bytes"], t["num_changed"]) for t in report["tables"]] for report in told]
+    assert sizes[0] == sizes[1]
+    assert [count for _, _, count in sizes[1]] == [2, 0]
+    for more in (["--dry-run"], []):
+        assert main([*delta[:-4], "2", "--delta-from", "7", *more]) == 2
+        assert "delta_from must be a version below 2, got 7" in capsys.readouterr().err
+
+
+def test_a_configuration_under_which_rows_are_something_else_is_told(tmp_path):
+    """Whoever gives one asks for it, and is shown what that changes."""
+    np.savez(tmp_path / "a.npz", t=np.ones((4, 2), np.float32), u=np.ones((4, 2), np.float32))
+    was = {n: FeatureConfig(TableConfig(4, 2, name=n)) for n in "tu"}
+    quantized = TableConfig(4, 2, name="t", quantization_config=QuantizationConfig(16, -1.0, 1.0))
+    now = {"t": FeatureConfig(quantized), "u": FeatureConfig(was["u"].table, preprocessing=HashBuckets(4))}
+    convert(tmp_path / "a.npz", tmp_path / "steps", feature_config=was)
+    notes = convert(tmp_path / "steps", tmp_path / "new", feature_config=now).notes
+    assert notes == (
+        f"table 't' is looked up through {quantized.quantization_config}, and was through none",
+        f"feature 'u' makes rows of its ids by {HashBuckets(4)}, and did by nothing",
+    )
+    assert convert(tmp_path / "steps", tmp_path / "same", feature_config=was).notes == ()
 
 
 def test_progress_bar(checkpoint, tmp_path, capsys):
@@ -386,6 +423,9 @@ def test_any_name_has_a_key_that_is_a_safe_path(place):
         ("[]", "must be a JSON object, got list"),
         ('{"a": 1}', r'must be "table" or \["table", "slot"\], got 1'),
         ('{"a": ["t"]}', "must be"),
+        ('{"a": ""}', r"keys\['a'\] must be \"table\" or .*, got ''"),
+        ('{"a": ["t", ""]}', r"must be .*, got \['t', ''\]"),
+        ('{"a": ["", "s"]}', r"must be .*, got \['', 's'\]"),
         ('{"a": "t", "b": "t"}', "has table 't' twice"),
         ('{"a": "t", "a": "u"}', "is there twice"),
     ],
@@ -393,6 +433,17 @@ def test_any_name_has_a_key_that_is_a_safe_path(place):
 def test_bad_keys_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         keys_from_json(text)
+
+
+def test_empty_names_are_refused_of_any_reader(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", w=np.ones((3, 2), np.float32))
+    with pytest.raises(ValueError, match=r"keys\['w'\] must name a table"):
+        convert(tmp_path / "a.npz", tmp_path / "out", keys={"w": ("", None)})
+    (tmp_path / "keys.json").write_text('{"w": ""}')
+    assert main(["inspect", str(tmp_path / "a.npz"), "--keys", str(tmp_path / "keys.json")]) == 2
+    assert """keys.json: keys['w'] must be "table" or ["table", "slot"], got ''""" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "a.npz"), "--keys", str(tmp_path / "none.json")]) == 2
+    assert "nothing is at" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system reserves no room")

@@ -1,12 +1,15 @@
 """A dry run says yes where the run says yes, and refuses what it refuses, in the same words, of every format."""
 
 import importlib
+import os
 import pathlib
+import re
 import tempfile
 
 import hypothesis
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -18,6 +21,7 @@ from jaxembed.convert import FORMATS, convert
 from jaxembed.convert.keys import own_key
 from jaxembed.id_mapping import HashBuckets, VocabularyFile
 from jaxembed.optimizers import SGD
+from jaxembed.serialization import feature_config_to_json
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
 #: A target of each format, and of those that write several forms one of each.
@@ -156,6 +160,167 @@ def test_what_a_dry_run_refuses(tmp_path, form, out, arguments, message):
     for dry_run in (True, False):
         with pytest.raises(ValueError, match=message):
             convert(source, tmp_path / out, target_format=form, dry_run=dry_run, **arguments)
+
+
+def blocked(folder, how):
+    """A place where nothing can be written, and what is said of it."""
+    file = folder / "file"
+    file.write_text("")
+    (folder / "nowhere").symlink_to(folder / "gone")
+    long = "n" * 300
+    return {
+        "a file": (file, r"file (exists|is no folder, so nothing can be written at)"),
+        "below a file": (file / "out", r"file is no folder, so nothing can be written at .*/out"),
+        "far below a file": (
+            file / "a" / "b" / "out",
+            r"file is no folder, so nothing can be written at .*b/out",
+        ),
+        "a link to nothing": (folder / "nowhere", "nowhere (exists|is a symbolic link to nothing)"),
+        "below a link to nothing": (folder / "nowhere" / "out", "nowhere is a symbolic link to nothing, so"),
+        "a long name": (folder / long, "is too long a name for a file: 300 bytes of at most 255"),
+        "a long name of a folder": (
+            folder / long / "out",
+            "is too long a name for a file: 300 bytes of at most 255",
+        ),
+        "a long path": (
+            folder.joinpath(*["n" * 200] * 20) / "out",
+            r"is too long a path: [\d,]+ bytes of at most",
+        ),
+    }[how]
+
+
+PLACES = ["a file", "below a file", "far below a file", "a link to nothing", "below a link to nothing"]
+PLACES += ["a long name", "a long name of a folder", "a long path"]
+
+
+@pytest.mark.parametrize("how", PLACES)
+@pytest.mark.parametrize(
+    "form", ["jaxembed", "npy", "npz", "safetensors", "serving", "serving of a checkpoint"]
+)
+def test_places_where_nothing_can_be(tmp_path, capsys, form, how):
+    """The same words, and nothing is left of what was tried."""
+    source = save(tmp_path, ["t"], [], np.float32)
+    if form == "serving of a checkpoint":
+        convert(source, tmp_path / "steps")
+        source, form = tmp_path / "steps", "serving"
+    place, message = blocked(tmp_path, how)
+    before, told = sorted(tmp_path.rglob("*")), []
+    for dry_run in (["--dry-run"], []):
+        assert main(["convert", str(source), "--to", form, str(place), *dry_run]) == 2
+        told.append(capsys.readouterr().err)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert told[0] == told[1]
+    assert re.search(message, told[0])
+
+
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path):
+    """What is written beside a place has names of its own, which are no longer."""
+    source = save(tmp_path, ["t"], [], np.float32)
+    for name in ("n" * 255, "é" * 127, "n" * 251 + ".npz"):
+        report = convert(source, tmp_path / name, target_format="npz")
+        assert report.path.is_file()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_others(tmp_path, capsys):
+    source = save(tmp_path, ["t"], [], np.float32)
+    (tmp_path / "theirs").mkdir(mode=0o500)
+    told = []
+    for dry_run in (["--dry-run"], []):
+        assert main(["convert", str(source), str(tmp_path / "theirs" / "out"), *dry_run]) == 1
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1] == f"jaxembed: [Errno 13] Permission denied: '{tmp_path / 'theirs'}'\n"
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "a pipe"])
+@pytest.mark.parametrize("of", ["a checkpoint", "another framework"])
+def test_exported_models_are_looked_at(tmp_path, capsys, how, of):
+    source = save(tmp_path, ["t"], [], np.float32)
+    if of == "a checkpoint":
+        convert(source, tmp_path / "steps")
+        source = tmp_path / "steps"
+    file = tmp_path / "model.bin"
+    {"missing": lambda: None, "empty": file.touch, "a pipe": lambda: os.mkfifo(file)}[how]()
+    message = {
+        "missing": "nothing is at .*/model.bin",
+        "empty": "exported must be, or return, the bytes that .* got bytes of length 0",
+        "a pipe": "model.bin must be a regular file",
+    }[how]
+    told = []
+    for dry_run in (["--dry-run"], []):
+        line = ["convert", str(source), "--to", "serving", str(tmp_path / "out"), "--exported", str(file)]
+        assert main([*line, *dry_run]) == (1 if how == "a pipe" else 2)
+        told.append(capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
+    assert told[0] == told[1]
+    assert re.search(message, told[0])
+
+
+def test_vocabularies_of_another_framework_s_tables(tmp_path, capsys):
+    """A bundle carries them, so they are read before anything is written."""
+    source = save(tmp_path, ["t"], [], np.float32)
+    (tmp_path / "words.txt").write_text("a\nb\n")
+    vocabulary = VocabularyFile(str(tmp_path / "words.txt"))
+    config = {"f": FeatureConfig(TableConfig(*SHAPE, name="t"), preprocessing=vocabulary)}
+    (tmp_path / "config.json").write_text(feature_config_to_json(config))
+    line = ["convert", str(source), "--to", "serving", str(tmp_path / "out")]
+    line += ["--feature-config", str(tmp_path / "config.json")]
+    assert main([*line, "--dry-run"]) == 0
+    capsys.readouterr()
+    (tmp_path / "words.txt").unlink()
+    told = []
+    for dry_run in (["--dry-run"], []):
+        assert main([*line, *dry_run]) == 2
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1]
+    assert "words.txt" in told[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"w": np.ones(3, np.complex64)}, "safetensors cannot hold complex64, the type of 'w'"),
+        (
+            {"a": {"w": np.ones(3, ml_dtypes.float8_e4m3fn)}},
+            "safetensors cannot hold float8_e4m3fn, the type of 'a.w'",
+        ),
+        (
+            {"__metadata__": np.ones(3, np.float32)},
+            "the model has a leaf '__metadata__', which safetensors keeps",
+        ),
+        (None, r"steps/0 has no dense model to take a part of; leave select_model \(--model-key\) out"),
+    ],
+)
+def test_dense_models_that_a_bundle_cannot_have(tmp_path, capsys, model, message):
+    own = ShardedEmbedding(
+        {"f": FeatureConfig(TableConfig(*SHAPE, name="t"))},
+        SGD(0.1),
+        jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]),
+    )
+    with Checkpointer(tmp_path / "steps", own) as checkpointer:
+        checkpointer.save(own.init(jax.random.key(0)), model=model)
+    told = []
+    for dry_run in (["--dry-run"], []):
+        more = ["--model-key", "params"] if model is None else []
+        line = ["convert", str(tmp_path / "steps"), "--to", "serving", str(tmp_path / "out")]
+        assert main([*line, *more, *dry_run]) == 2
+        told.append(capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
+    assert told[0] == told[1]
+    assert re.search(message, told[0])
+
+
+def test_a_part_of_the_model_of_tables_alone(tmp_path, capsys):
+    """Files of other frameworks have no dense model that we know."""
+    source = save(tmp_path, ["t"], [], np.float32)
+    for dry_run in (["--dry-run"], []):
+        line = ["convert", str(source), "--to", "serving", str(tmp_path / "out"), "--model-key", "params"]
+        assert main([*line, *dry_run]) == 2
+        assert (
+            "is read as tables alone, without a dense model; leave --model-key out" in capsys.readouterr().err
+        )
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parity
