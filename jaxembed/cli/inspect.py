@@ -8,6 +8,7 @@ jaxembed inspect dlrm.safetensors --keys keys.json
 import argparse
 import pathlib
 
+from jaxembed.checkpoint.files import replace_file
 from jaxembed.convert.keys import keys_in_file
 from jaxembed.inspection import describe, html_report
 
@@ -37,6 +38,6 @@ def run(options: argparse.Namespace) -> int:
         print(describe(options.path, step=options.step, stats=options.stats, progress=progress, keys=keys))
         return 0
     page = html_report(options.path, step=options.step, progress=progress, keys=keys)
-    pathlib.Path(options.html).expanduser().write_text(page, encoding="utf-8")
+    replace_file(pathlib.Path(options.html).expanduser().absolute(), page.encode())
     print(f"wrote {options.html}")
     return 0

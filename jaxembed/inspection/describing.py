@@ -10,7 +10,7 @@ from jaxembed.convert.interface import Place
 from jaxembed.convert.progress import progress_bar
 from jaxembed.features import flat_features
 from jaxembed.inspection.opening import Inspected, open_any
-from jaxembed.inspection.statistics import TableStats, table_stats
+from jaxembed.inspection.statistics import TableStats, array_digest, table_stats
 
 
 def describe(
@@ -26,7 +26,7 @@ def describe(
     Args:
       path: whatever `open_any` opens.
       step: default: the latest.
-      stats: also read the tables, and give figures of their rows.
+      stats: also read the tables, and give figures of their rows; and slots, for their digests, where the format has none.
       progress: whether to draw a bar; None on a terminal.
       keys: as `open_any`.
 
@@ -43,7 +43,14 @@ def describe(
         lines += ["", "features", *config_lines(opened.feature_config)]
     lines += ["", "tables"]
     configs = opened.configs
-    with progress_bar(opened.num_bytes, progress if stats else False) as advance:
+    undigested = [
+        array
+        for name, of_table in opened.slots.items()
+        for slot, array in of_table.items()
+        if slot not in opened.slot_digests.get(name, {})
+    ]
+    total = opened.num_bytes + sum(array.num_bytes for array in undigested)
+    with progress_bar(total, progress if stats else False) as advance:
         for name, array in opened.tables.items():
             config = configs.get(name)
             lines.append(f"  {name}: {', '.join(table_facts(array, config, opened.optimizer(name)))}")
@@ -56,6 +63,8 @@ def describe(
             for slot, stored in opened.slots.get(name, {}).items():
                 facts = f"{list(stored.shape)} {stored.dtype.name}, {stored.num_bytes:,} bytes"
                 digest = opened.slot_digests.get(name, {}).get(slot)
+                if digest is None and stats:
+                    digest = array_digest(stored, advance)
                 lines.append(f"    slot {slot}: {facts}{f', xxh3-128 {digest}' if digest else ''}")
             lines += [f"    {line}" for line in _stats_lines(found)] if found else []
     return "\n".join(lines)

@@ -94,6 +94,25 @@ def table_stats(
     )
 
 
+def array_digest(array: StoredArray, advance: Callable[[int], Any] = lambda num_bytes: None) -> str:
+    """Of its rows as they are read, by `layout.table_digest`.
+
+    Args:
+      array: to be read.
+      advance: called with the number of bytes that were read.
+
+    Raises:
+      CheckpointError: if it is damaged.
+    """
+    digester = BlockDigester(array.shape, array.dtype)
+    for _, rows in array.blocks():
+        digester.update(rows)
+        advance(rows.nbytes)
+    digests = digester.digests()
+    assert digests is not None  # all rows were read
+    return layout.table_digest(digests.to_json())
+
+
 class _Norms:
     def __init__(self):
         self._counts = np.zeros((0x7F800000 >> _SHIFT) + 1, np.int64)

@@ -1,6 +1,9 @@
 """What `jaxembed inspect` and `jaxembed diff` show, of every kind of input."""
 
+import errno
 import html.parser
+import os
+import pathlib
 import re
 
 import jax
@@ -11,6 +14,7 @@ import pytest
 from jaxembed import FeatureConfig, QuantizationConfig, TableConfig
 from jaxembed.checkpoint import convert_to_bundle
 from jaxembed.cli import main
+from jaxembed.convert import convert
 from jaxembed.inspection import describe, difference, html_report
 from jaxembed.inspection.plots import norm_histogram, rank_curve
 from jaxembed.optimizers import Adagrad, Adam
@@ -133,6 +137,45 @@ def test_bundles_and_other_formats(checkpoint, tmp_path):
     assert "npz at step 0: 1 tables, 48 bytes" in text
     assert "items: 4 x 3 float32, 48 bytes" in text
     Page(html_report(tmp_path / "other.npz"))
+
+
+def test_slots_of_other_formats_have_digests(checkpoint, tmp_path, capsys):
+    """Those that the conversion reported, and that the checkpoint itself has."""
+    report = convert(checkpoint, tmp_path / "other.safetensors")
+    expected = {(array.table, array.slot): array.digest for array in report.arrays if array.slot is not None}
+    assert expected
+    for path in (tmp_path / "other.safetensors", checkpoint):
+        assert main(["inspect", str(path), "--stats"]) == 0
+        table, found = "", {}
+        for line in capsys.readouterr().out.splitlines():
+            if (start := re.match(r"  (\S+): [\d,]+ x", line)) is not None:
+                table = start[1]
+            if (slot := re.match(r"    slot (\w+): .*, xxh3-128 ([0-9a-f]{32})$", line)) is not None:
+                found[table, slot[1]] = slot[2]
+        assert found == expected
+    assert not re.search("slot .*xxh3", describe(tmp_path / "other.safetensors"))
+
+
+def test_a_page_that_cannot_be_written_leaves_none(checkpoint, tmp_path, capsys, monkeypatch):
+    """Not a page that is empty or cut off; one that was there stays."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "old.html").write_text("an old page")
+    monkeypatch.setattr(os, "fsync", full)
+    for name in ("new.html", "old.html"):
+        assert main(["inspect", str(checkpoint), "--html", str(tmp_path / name)]) == 1
+        assert "No space left on device" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old.html": "an old page"}
+    monkeypatch.undo()
+    (tmp_path / "link.html").symlink_to("old.html")
+    assert main(["inspect", str(checkpoint), "--html", str(tmp_path / "link.html")]) == 0
+    assert (tmp_path / "link.html").is_symlink()
+    Page((tmp_path / "old.html").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "old.html"]
+    assert main(["inspect", str(checkpoint), "--html", "/dev/null"]) == 0
+    assert not pathlib.Path("/dev/null").is_file()
 
 
 def test_differences(checkpoint, tmp_path, capsys):
