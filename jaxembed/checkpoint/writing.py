@@ -4,8 +4,11 @@
 """
 
 import collections
+import errno
 import json
+import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -143,7 +146,7 @@ def _write_array(part: pathlib.Path, key: str, what: str, parts: ArrayParts) -> 
         },
         "store_data_equal_to_fill_value": True,
     }
-    array = tensorstore.open(spec, create=True, open=False).result()
+    array = _written(part, tensorstore.open(spec, create=True, open=False))
     digester = BlockDigester(shape, dtype)
     pending: collections.deque[Any] = collections.deque()
     written = 0
@@ -156,14 +159,25 @@ def _write_array(part: pathlib.Path, key: str, what: str, parts: ArrayParts) -> 
         digester.update(piece)
         pending.append(array[start : start + piece.shape[0]].write(piece))
         if len(pending) > WRITE_BEHIND:
-            pending.popleft().result()
+            _written(part, pending.popleft())
         written += piece.shape[0]
     for future in pending:
-        future.result()
+        _written(part, future)
     digests = digester.digests()
     if digests is None:
         raise ValueError(f"{what} must come with {rows} rows, got {written}.")
     return digests
+
+
+def _written(part: pathlib.Path, future: Any) -> Any:
+    """The result of what tensorstore writes, which raises ValueError of a disk that is full, too."""
+    try:
+        return future.result()
+    except Exception as e:  # tensorstore raises many types
+        found = re.search(r"(?:os_error_code='|OS error )(\d+)", str(e))
+        if found is None:
+            raise OSError(errno.EIO, f"tensorstore cannot write it: {str(e)[:300]}", str(part)) from e
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(part)) from e
 
 
 def _tree(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> dict[str, Any]:

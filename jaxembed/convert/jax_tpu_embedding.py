@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import read_regular, write_file
 from jaxembed.checkpoint.stored import StoredArray, open_array
 from jaxembed.checkpoint.writing import write_arrays
@@ -163,7 +164,9 @@ class _Stack:
             try:
                 rows[start : start + chunk] = part.read().result()
             except Exception as e:  # tensorstore raises many types
-                raise ValueError(f"{self._array.what} cannot be read, or is damaged: {str(e)[:300]}") from e
+                raise CheckpointError(
+                    f"{self._array.what} cannot be read, or is damaged: {str(e)[:300]}"
+                ) from e
         return rows
 
 
@@ -173,7 +176,7 @@ def _keys(folder: pathlib.Path) -> dict[str, tuple[str, ...]]:
         tree = strict_json(read_regular(folder / "_METADATA", MAX_JSON))["tree_metadata"]
         paths = [tuple(str(part["key"]) for part in entry["key_metadata"]) for entry in tree.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(
+        raise CheckpointError(
             f"{folder} is no folder of arrays that Orbax saved, or is damaged: {str(e)[:300]}"
         ) from e
     return {".".join(path): path for path in paths}
@@ -194,7 +197,7 @@ def _stacks(path: pathlib.Path | None, options: Options) -> Mapping[str, tuple[S
     try:
         spec.ParseFromString(read_regular(file, MAX_JSON))
     except Exception as e:  # protobuf's DecodeError is of no common type
-        raise ValueError(f"{file} is no EmbeddingSpecProto, or is damaged: {str(e)[:200]}") from e
+        raise CheckpointError(f"{file} is no EmbeddingSpecProto, or is damaged: {str(e)[:200]}") from e
     if not spec.stacked_table_specs:
         raise ValueError(f"{file} is no EmbeddingSpecProto: it has no stacks.")
     return {stack.stack_name: from_jax_tpu_embedding(stack) for stack in spec.stacked_table_specs}

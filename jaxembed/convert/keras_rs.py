@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import open_regular, read_regular
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import native, refuse_types
@@ -124,7 +125,7 @@ def _open(path: pathlib.Path, mode: str) -> Any:
     try:
         return h5py.File(path, mode)
     except (OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{path} is no HDF5 file, or is damaged: {str(e)[:200]}.") from e
+        raise CheckpointError(f"{path} is no HDF5 file, or is damaged: {str(e)[:200]}.") from e
 
 
 def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -151,5 +152,5 @@ def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         file.visititems(visit)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError) as e:
-        raise ValueError(f"{file.filename} is damaged: {str(e)[:200]}.") from e
+        raise CheckpointError(f"{file.filename} is damaged: {str(e)[:200]}.") from e
     return arrays, names

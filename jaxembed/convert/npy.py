@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import open_regular, read_regular, refuse_pointer, write_file
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import native, refuse_types
@@ -98,7 +99,7 @@ def _open(file: pathlib.Path) -> StoredArray:
         if not isinstance(mapped, np.memmap):
             raise ValueError("it is no .npy file")
     except (ValueError, OSError, OverflowError, MemoryError, SyntaxError, EOFError, tokenize.TokenError) as e:
-        raise ValueError(f"{file} is no .npy file of numbers, or is damaged: {str(e)[:200]}.") from e
+        raise CheckpointError(f"{file} is no .npy file of numbers, or is damaged: {str(e)[:200]}.") from e
     dtype = native(mapped.dtype)
     return stored(
         str(file), mapped.shape, dtype, lambda start, stop: np.array(mapped[start:stop], dtype, order="C")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import open_regular, refuse_pointer
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import native, refuse_types
@@ -69,7 +70,7 @@ def read(path: pathlib.Path, options: Options) -> Source:
                 raise ValueError(f"{SIDECAR} is too large")
             known = read_sidecar(path, archive.read(SIDECAR))
     except (zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError, ValueError, *OTHERS) as e:
-        raise ValueError(f"{path} is no .npz file, or is damaged: {str(e)[:300]}.") from e
+        raise CheckpointError(f"{path} is no .npz file, or is damaged: {str(e)[:300]}.") from e
     finally:
         os.close(descriptor)
     tables, slots, notes = place_arrays(path, arrays, options, guess_place)
@@ -126,7 +127,7 @@ def _open(path: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
                 member.seek(first if fortran else first + start * row)
                 data = member.read() if fortran else member.read((stop - start) * row)
             except (zipfile.BadZipFile, zlib.error, *OTHERS) as e:
-                raise ValueError(f"{what} is damaged: {e}.") from e
+                raise CheckpointError(f"{what} is damaged: {e}.") from e
         values: Any = np.frombuffer(data, dtype)
         rows = (
             values.reshape(shape, order="F")[start:stop]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxembed.checkpoint import layout
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.convert.interface import Contents
 from jaxembed.serialization import feature_config_from_json, feature_config_to_json, strict_json
 
@@ -30,36 +31,37 @@ def sidecar_of(contents: Contents) -> bytes:
 
 def make_sidecar(feature_config: Any, combiner_weights: Mapping[str, Any], **more: Any) -> bytes:
     """As `sidecar_of`, of these alone and whatever JSON is to be beside them."""
-    return json.dumps(
-        {
-            "format": FORMAT,
-            "step": 0,
-            "metadata": {},
-            "feature_config": feature_config_to_json(feature_config),
-            "combiner_weights": layout.combiner_weights_to_json(combiner_weights),
-            "optimizers": {},
-            **more,
-        }
-    ).encode()
+    content = {
+        "format": FORMAT,
+        "step": 0,
+        "metadata": {},
+        "feature_config": feature_config_to_json(feature_config),
+        "combiner_weights": layout.combiner_weights_to_json(combiner_weights),
+        "optimizers": {},
+        **more,
+    }
+    return json.dumps({**content, "digest": layout.digest(content)}).encode()
 
 
 def read_sidecar(where: Any, content: bytes | str) -> dict[str, Any]:
     """What it says of the arrays, as arguments of `Source`.
 
     Raises:
-      ValueError: if it is not what `sidecar_of` writes.
+      CheckpointError: if it is not what `sidecar_of` writes.
     """
     try:
         data = strict_json(content)
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']!r:.40}")
+        if data.pop("digest", None) != layout.digest(data):
+            raise ValueError("it is damaged, for it does not have the digest it was written with")
         step, metadata = data["step"], data["metadata"]
         if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not isinstance(metadata, dict):
             raise ValueError(f"its step is {step!r:.40} and its metadata {type(metadata).__name__}")
         config = feature_config_from_json(data["feature_config"])
         weights, optimizers = layout.combiner_weights(data), layout.optimizers(data)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{where} is not what jaxembed writes beside arrays: {str(e)[:300]}") from e
+        raise CheckpointError(f"{where} is not what jaxembed writes beside arrays: {str(e)[:300]}") from e
     return {
         "step": step,
         "metadata": metadata,

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import open_regular, read_regular
 from jaxembed.convert.formats import needed
 
@@ -58,7 +59,7 @@ class TensorBundle:
                 if not key.startswith(b"\0")
             }
         except Exception as e:  # protobuf's DecodeError is of no common type
-            raise ValueError(
+            raise CheckpointError(
                 f"{index} is no index of a TensorFlow checkpoint, or is damaged: {str(e)[:200]}."
             ) from e
         self._num_shards, self._is_little = header.num_shards, header.endianness == 0
@@ -75,7 +76,7 @@ class TensorBundle:
         what = f"{self._prefix}: {key}"
         data = self._file(entry.shard_id)
         if entry.size != math.prod(shape) * dtype.itemsize or not 0 <= entry.offset <= len(data) - entry.size:
-            raise ValueError(
+            raise CheckpointError(
                 f"{what} cannot be read, or is damaged: its file is not of the size that it should be."
             )
         if key not in self._verified:
@@ -101,7 +102,7 @@ class TensorBundle:
         for start in range(entry.offset, end, CHUNK_BYTES):
             crc = crc32c.extend(crc, data[start : min(start + CHUNK_BYTES, end)])
         if _masked(crc) != entry.crc32c:
-            raise ValueError(
+            raise CheckpointError(
                 f"{what} cannot be read, or is damaged: it does not have the checksum it was saved with."
             )
 

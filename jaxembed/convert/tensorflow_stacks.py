@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import read_regular
 from jaxembed.checkpoint.stored import BLOCK_BYTES, StoredArray
 from jaxembed.convert.interface import Contents, Stream, stored
@@ -42,7 +43,7 @@ def parse_layouts(what: Any, content: bytes) -> Layouts:
     try:
         layouts.ParseFromString(content)
     except Exception as e:  # protobuf's DecodeError is of no common type
-        raise ValueError(f"{what} is no SparseCoreTableLayouts, or is damaged: {str(e)[:200]}") from e
+        raise CheckpointError(f"{what} is no SparseCoreTableLayouts, or is damaged: {str(e)[:200]}") from e
     stacks: Layouts = {}
     for layout in layouts.tables:
         table = from_tensorflow(layout)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import open_regular, read_regular
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.interface import stored
@@ -77,7 +78,7 @@ def read_folder(folder: pathlib.Path) -> dict[str, StoredArray]:
                 ]
                 arrays[name] = _array(folder, name, shape, DTYPES[dtype], chunks)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ValueError(
+        raise CheckpointError(
             f"{what} is no metadata of torch.distributed.checkpoint, or is damaged: {e!s:.200}."
         ) from e
     return arrays
@@ -90,7 +91,7 @@ def _place(folder: pathlib.Path, info: Any) -> tuple[str, int, int]:
     if info.fields.get("transform_descriptors"):
         raise ValueError(f"{folder / file} is compressed, or changed otherwise; save it without extensions.")
     if not all(isinstance(n, int) and n >= 0 for n in (start, length)):
-        raise ValueError(f"{folder / METADATA} is damaged: a part of {file} is outside of it.")
+        raise CheckpointError(f"{folder / METADATA} is damaged: a part of {file} is outside of it.")
     return file, start, length
 
 
@@ -99,7 +100,7 @@ def _array(
 ) -> StoredArray:
     what = f"{folder}: {name}"
     if not all(isinstance(n, int) and n >= 0 for n in itertools.chain(shape, *(c[0] + c[1] for c in chunks))):
-        raise ValueError(f"{what} is damaged: it has sizes that are none.")
+        raise CheckpointError(f"{what} is damaged: it has sizes that are none.")
     _check_cover(what, shape, chunks)
     files: dict[str, mmap.mmap] = {}
     views: dict[Chunk, np.ndarray] = {}
@@ -131,13 +132,13 @@ def _check_cover(what: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None
     high = low + np.array([c.sizes for c in chunks], object).reshape(low.shape)
     inside = low.shape[1] == len(shape) and all((high <= np.array(shape, object)).flat)
     if not inside or sum(math.prod(c.sizes) for c in chunks) != math.prod(shape):
-        raise ValueError(f"{what} is damaged: its chunks are not all of it.")
+        raise CheckpointError(f"{what} is damaged: its chunks are not all of it.")
     filled = [i for i, chunk in enumerate(chunks) if math.prod(chunk.sizes)]
     low, high = low[filled].astype(np.int64), high[filled].astype(np.int64)
     for i in range(len(filled) if shape else 0):
         # As the sum is right, they cover all of it if no two share a value.
         if np.all((low[i] < high[i + 1 :]) & (low[i + 1 :] < high[i]), axis=1).any():
-            raise ValueError(f"{what} is damaged: two of its chunks overlap.")
+            raise CheckpointError(f"{what} is damaged: two of its chunks overlap.")
 
 
 def _map(file: pathlib.Path) -> mmap.mmap:
@@ -153,7 +154,7 @@ def _map(file: pathlib.Path) -> mmap.mmap:
 def _view(what: str, data: mmap.mmap, chunk: Chunk, dtype: np.dtype) -> np.ndarray:
     """The values of a chunk where they lie, compared with their checksum."""
     if chunk.start + chunk.length > len(data):
-        raise ValueError(f"{what} is damaged: {chunk.file} is too short.")
+        raise CheckpointError(f"{what} is damaged: {chunk.file} is too short.")
     try:
         with zipfile.ZipFile(io.BufferedReader(_Part(data, chunk.start, chunk.length))) as archive:
             entries = {info.filename: info for info in archive.infolist()}
@@ -177,14 +178,14 @@ def _view(what: str, data: mmap.mmap, chunk: Chunk, dtype: np.dtype) -> np.ndarr
         if min(0, offset, *strides) < 0 or (math.prod(sizes) and (sum(ends) + 1) * dtype.itemsize > size):
             raise ValueError("its values are outside of it")
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as e:
-        raise ValueError(f"{what} is damaged: {chunk.file}: {e!s:.200}.") from e
+        raise CheckpointError(f"{what} is damaged: {chunk.file}: {e!s:.200}.") from e
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
-        raise ValueError(f"{what} cannot be read, or is damaged: {chunk.file}: {e!s:.200}.") from e
+        raise CheckpointError(f"{what} cannot be read, or is damaged: {chunk.file}: {e!s:.200}.") from e
     crc = 0
     for first in range(at, at + size, CRC_BYTES):
         crc = zlib.crc32(data[first : min(first + CRC_BYTES, at + size)], crc)
     if crc != record.CRC:
-        raise ValueError(f"{what} is damaged: it does not have the checksum it was saved with.")
+        raise CheckpointError(f"{what} is damaged: it does not have the checksum it was saved with.")
     steps = tuple(s * dtype.itemsize for s in strides)
     return np.ndarray(chunk.sizes, dtype, data, at + offset * dtype.itemsize, steps)
 

@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxembed.checkpoint.digests import CheckpointError
+
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": (
         "BytesStorageMetadata",
@@ -102,7 +104,7 @@ def load(what: Any, content: bytes, persistent: bool = False) -> Any:
                 raise ValueError("it refers to what is elsewhere")
         return _Unpickler(io.BytesIO(content)).load()
     except Exception as e:  # a pickle can fail in any way
-        raise ValueError(f"{what} is no pickle of torch's checkpoints, or is damaged: {e!s:.200}.") from e
+        raise CheckpointError(f"{what} is no pickle of torch's checkpoints, or is damaged: {e!s:.200}.") from e
 
 
 def _path(*parts: str) -> str:

@@ -29,6 +29,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import open_regular, refuse_pointer, write_file
 from jaxembed.checkpoint.safetensors_file import header_of, map_file
 from jaxembed.checkpoint.stored import StoredArray
@@ -221,7 +222,7 @@ def _load(path: pathlib.Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, OSError, KeyError, AttributeError) as e:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is no torch checkpoint of plain tensors, or is damaged: {str(e)[:300]}. Save a state dict "
             "of whole tensors with torch.save, or sharded ones with torch.distributed.checkpoint.save."
         ) from e
@@ -243,11 +244,11 @@ def _check_sums(path: pathlib.Path) -> None:
         RuntimeError,
         ValueError,
     ) as e:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is no torch checkpoint of plain tensors, or is damaged: {str(e)[:200]}."
         ) from e
     if bad is not None:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is damaged: {bad} does not have the checksum it was saved with (torch saves checksums unless "
             "torch.serialization.set_crc32_options(False) was called)."
         )

@@ -1,12 +1,16 @@
 """Damaged files of every format: they are refused with a ValueError, and where the format has checksums nothing else."""
 
 import importlib
+import json
 import pathlib
 import random
 
 import numpy as np
 import pytest
 
+from jaxembed import FeatureConfig, TableConfig
+from jaxembed.checkpoint import CheckpointError
+from jaxembed.cli import main
 from jaxembed.convert import convert, open_source
 
 TABLE = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
@@ -114,3 +118,62 @@ def test_damage_is_refused(tmp_path, make, package, has_checksums, count):
         if has_checksums:
             assert all(np.array_equal(table, TABLE) for table in tables.values())
     assert refused > count / 10
+
+
+@pytest.mark.parametrize("form", ["npy", pytest.param("saved-model", marks=pytest.mark.parity)])
+def test_what_is_beside_arrays_has_a_digest(tmp_path, capsys, form):
+    """No byte of it can change without an error: names and configuration would be others, without a word."""
+    if form == "saved-model":
+        pytest.importorskip("orbax.export")
+    config = {"f": FeatureConfig(TableConfig(50, 8, name="t", combiner="sqrtn"))}
+    npz(tmp_path)
+    convert(tmp_path / "a.npz", tmp_path / "out", target_format=form, feature_config=config)
+    file = tmp_path / "out" / ("assets.extra" if form == "saved-model" else "") / "feature_config.json"
+    good = file.read_bytes()
+    assert open_source(tmp_path / "out").feature_config == config
+    for at in range(len(good)):
+        bad = bytearray(good)
+        bad[at] ^= 1 << at % 8
+        if json.loads(good) == _parsed(bad):  # a space of another kind
+            continue
+        file.write_bytes(bad)
+        with pytest.raises(
+            CheckpointError, match=r"feature_config.json is not what jaxembed writes beside arrays"
+        ):
+            open_source(tmp_path / "out")
+    file.write_bytes(good.replace(b"sqrtn", b"mean"))
+    assert main(["inspect", str(tmp_path / "out")]) == 1
+    assert "it is damaged, for it does not have the digest it was written with" in capsys.readouterr().err
+
+
+def _parsed(content):
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("make", "package"),
+    [
+        (npz, None),
+        (npy, None),
+        (safetensors, None),
+        *(pytest.param(make, "torch", marks=pytest.mark.parity) for make in (torch, sharded, sharded_metadata)),
+        pytest.param(hdf5, "h5py", marks=pytest.mark.parity),
+        *(
+            pytest.param(make, "tensorflow", marks=pytest.mark.parity)
+            for make in (tensorflow_index, tensorflow_data)
+        ),
+    ],
+)
+def test_damage_is_a_failure_and_no_mistake(tmp_path, capsys, make, package):
+    """To the shell: 1, as of a checkpoint that is damaged; another command line would not do."""
+    if package:
+        pytest.importorskip(package)
+    source, file = make(tmp_path)
+    good = pathlib.Path(file).read_bytes()
+    file.unlink()
+    file.write_bytes(good[: len(good) // 2])
+    assert main(["inspect", str(source), "--stats"]) == 1
+    assert "damaged" in capsys.readouterr().err
