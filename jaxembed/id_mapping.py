@@ -169,6 +169,21 @@ class VocabularyFile:
         """
         return _parse(self.read(), self.file, self.dtype)
 
+    def continues(self, other: "VocabularyFile") -> bool:
+        """Whether every id of `other` has the row that it has there, and new ones have the rows after them.
+
+        Raises:
+          ValueError: as `read`.
+        """
+        if self.num_oov_buckets or other.num_oov_buckets or self.dtype != other.dtype:
+            return False
+        content = self.read()
+        lines = content.split(b"\n", other.size)
+        begin = content[: len(content) - len(lines[-1])] if len(lines) > other.size else content
+        # The last line may end or not.
+        endings = (begin, begin.removesuffix(b"\n"), begin + b"\n")
+        return other.digest in map(xxhash.xxh3_128_hexdigest, endings)
+
     def load(self) -> None:
         """Reads the file now, rather than when the first id is looked up.
 

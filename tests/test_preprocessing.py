@@ -293,3 +293,28 @@ def test_training_and_serving_map_alike(words, tmp_path):
     file.write_text("Amélie\nfilm\n映画\n", encoding="utf-8")
     with pytest.raises(CheckpointError, match="its digest differs"):
         ServingModel(tmp_path / "bundle", verify=False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "continues"),
+    [
+        ("a\nb\n", "a\nb\nc\n", True),
+        ("a\nb\n", "a\nb\n", True),
+        ("a\nb\n", "a\nb", True),
+        ("a\nb", "a\nb\nc\n", True),
+        ("a\nb\n", "a\nbc\nd", False),
+        ("a\nb\n", "a\n", False),
+        ("a\nb\n", "b\na\nc", False),
+        ("a\nb\n", "z\na\nb", False),
+    ],
+)
+def test_vocabularies_that_continue_another(tmp_path, old, new, continues):
+    """Also where the old file is gone: its digest is what is compared."""
+    (tmp_path / "old").write_text(old)
+    (tmp_path / "new").write_text(new)
+    before, after = (VocabularyFile(str(tmp_path / name), 0) for name in ("old", "new"))
+    (tmp_path / "old").unlink()
+    assert after.continues(before) == continues
+    rows = lambda vocabulary: {token: row for row, token in enumerate(vocabulary.splitlines())}  # noqa: E731
+    assert continues == (rows(old).items() <= rows(new).items())
+    assert not dataclasses.replace(after, num_oov_buckets=1).continues(before)

@@ -17,7 +17,7 @@ from jaxembed.serialization import feature_config_to_json
 
 from .embedding import ShardedEmbedding
 from .engines.custom import checked_weights
-from .restoring import check_slots, check_tables, restore_data, restore_model
+from .restoring import check_meaning, check_slots, check_tables, restore_data, restore_model
 from .stack_reading import read_stacks
 from .state import EmbeddingState
 
@@ -198,6 +198,7 @@ class Checkpointer:
         vocabulary_growth: str | None = None,
         key: jax.Array | None = None,
         partial: bool = False,
+        reinterpret: bool = False,
     ) -> Restored:
         """Restores a step (default: the latest whole one) onto this trainer's mesh.
 
@@ -210,6 +211,9 @@ class Checkpointer:
           key: of the rows that are new.
           partial: leave tables and slots of the checkpoint that this embedding has not behind; otherwise they are an
             error.
+          reinterpret: let the rows stand for something else than when they were saved: look a table up through another
+            quantization_config, or map a feature's ids by another preprocessing; otherwise that is an error, but for
+            vocabulary files without out-of-vocabulary buckets that have grown at their end, where tables may grow.
 
         Raises:
           FileNotFoundError: if there is no such whole step.
@@ -225,6 +229,8 @@ class Checkpointer:
         opened = open_checkpoint(self.directory, step, verify=verify)
         grows = check_tables(self._embedding, opened, bool(vocabulary_growth), partial)
         check_slots(self._embedding, opened, partial)
+        if not reinterpret:
+            check_meaning(self._embedding, opened, bool(vocabulary_growth))
         fresh = self._embedding.init(key) if grows and key is not None else None
         tables, slots = read_stacks(
             self._embedding.stacks, self._embedding.abstract_state(), opened.tables, opened.slots, fresh

@@ -9,7 +9,8 @@ import orbax.checkpoint as ocp
 from jaxembed.checkpoint import CheckpointError, layout
 from jaxembed.checkpoint.digests import Digests
 from jaxembed.checkpoint.reading import OpenedCheckpoint, check_model, flat_arrays
-from jaxembed.features import feature_tables
+from jaxembed.features import feature_tables, flat_features
+from jaxembed.id_mapping import VocabularyFile
 
 from .embedding import ShardedEmbedding
 
@@ -47,6 +48,39 @@ def check_tables(embedding: ShardedEmbedding, opened: OpenedCheckpoint, may_grow
             "partial=True to leave them behind."
         )
     return grows
+
+
+def check_meaning(embedding: ShardedEmbedding, opened: OpenedCheckpoint, may_grow: bool) -> None:
+    """Rows of the same shape and type may still stand for something else.
+
+    Args:
+      may_grow: whether a vocabulary file may have further lines.
+
+    Raises:
+      ValueError: if a table is looked up through another quantization, or a feature's ids have become other rows.
+    """
+    where = f"checkpoint {opened.directory} does not fit the feature configuration"
+    what_to_do = "Use the configuration it was saved with, or pass reinterpret=True to go on with the new one."
+    stored, wanted = feature_tables(opened.feature_config), feature_tables(embedding.feature_config)
+    for name in sorted(stored.keys() & wanted.keys()):
+        was, now = stored[name].quantization_config, wanted[name].quantization_config
+        if was != now:
+            raise ValueError(
+                f"{where}: lookups of table {name!r} go through {now or 'no quantization'}, those that it was trained with "
+                f"through {was or 'none'}, and give other values. {what_to_do}"
+            )
+    before = flat_features(opened.feature_config)
+    for path, feature in flat_features(embedding.feature_config).items():
+        if path not in before or before[path].table.name != feature.table.name:
+            continue
+        was, now = before[path].preprocessing, feature.preprocessing
+        grows = isinstance(was, VocabularyFile) and isinstance(now, VocabularyFile) and now.continues(was)
+        if was != now and not (may_grow and grows):
+            raise ValueError(
+                f"{where}: feature {path!r} makes rows of table {feature.table.name!r} of its ids by "
+                f"{now or 'nothing'}, when it was saved by {was or 'nothing'}, so that rows would be those of other ids. "
+                f"{what_to_do}"
+            )
 
 
 def check_slots(embedding: ShardedEmbedding, opened: OpenedCheckpoint, partial: bool) -> None:

@@ -16,10 +16,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxembed import FeatureConfig, TableConfig
+from jaxembed import FeatureConfig, QuantizationConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, latest_step, layout, read_checkpoint, whole_steps
 from jaxembed.cli import main
 from jaxembed.convert import convert
+from jaxembed.id_mapping import HashBuckets, VocabularyFile
 from jaxembed.optimizers import SGD, Adagrad, Adam, optimizer_from_dict
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
@@ -424,6 +425,95 @@ def test_vocabulary_grows_where_asked(tmp_path):
         rows = np.asarray(get(new))
         np.testing.assert_array_equal(rows[:1003], get(old))
         np.testing.assert_array_equal(rows[1003:], np.asarray(get(fresh))[1003:])
+
+
+QUANTIZED = QuantizationConfig(16, -1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("saved", "restored", "message"),
+    [
+        (
+            None,
+            QUANTIZED,
+            r"go through QuantizationConfig\(num_buckets=16.*that it was trained with through none",
+        ),
+        (
+            QUANTIZED,
+            None,
+            r"go through no quantization, .* trained with through QuantizationConfig\(num_buckets=16",
+        ),
+        (
+            QUANTIZED,
+            QuantizationConfig(16, -2.0, 1.0),
+            r"through QuantizationConfig\(num_buckets=16, lower=-2.0",
+        ),
+    ],
+)
+def test_another_quantization_is_an_error_unless_asked_for(tmp_path, saved, restored, message):
+    """Lookups would give other values than those that the dense model has learnt from."""
+    before = embedding(1, feature_config(quantization_config=saved))
+    state = at_step(before, 1)
+    with Checkpointer(tmp_path, before) as checkpointer:
+        checkpointer.save(state)
+        assert checkpointer.restore().step == 1
+    after = embedding(1, feature_config(quantization_config=restored))
+    with Checkpointer(tmp_path, after) as checkpointer:
+        with pytest.raises(ValueError, match=rf"table 'a.b/c d' {message}.* pass reinterpret=True"):
+            checkpointer.restore()
+        found = checkpointer.restore(reinterpret=True).state
+    assert same(after, found, *before.to_canonical(state)[:2])
+
+
+def with_ids(preprocessing, rows=4):
+    table = TableConfig(rows, 8, name="words", optimizer=SGD(0.1))
+    return embedding(1, {"x": FeatureConfig(table, preprocessing=preprocessing)})
+
+
+def test_other_rows_of_ids_are_an_error_unless_asked_for(tmp_path):
+    """Of the same shape and type, but another vocabulary or hash: each row would be that of another id."""
+    for name, text in (("old", "a\nb\nc\nd\n"), ("swapped", "b\na\nc\nd\n"), ("same", "a\nb\nc\nd\n")):
+        (tmp_path / name).write_text(text)
+    old, swapped, same_words = (VocabularyFile(str(tmp_path / n), 0) for n in ("old", "swapped", "same"))
+    cases = [
+        (old, swapped),
+        (old, None),
+        (old, HashBuckets(4)),
+        (HashBuckets(4), HashBuckets(4, seed=1)),
+        (None, old),
+    ]
+    for i, (was, now) in enumerate(cases):
+        with Checkpointer(tmp_path / str(i), with_ids(was)) as checkpointer:
+            checkpointer.save(at_step(with_ids(was), 1))
+        with Checkpointer(tmp_path / str(i), with_ids(now)) as checkpointer:
+            with pytest.raises(
+                ValueError, match=r"feature 'x' makes rows of table 'words' of its ids by .*when it was"
+            ):
+                checkpointer.restore()
+            assert checkpointer.restore(reinterpret=True).step == 1
+    with Checkpointer(tmp_path / "0", with_ids(same_words)) as checkpointer:
+        assert checkpointer.restore().step == 1
+
+
+def test_vocabularies_grow_at_their_end(tmp_path):
+    (tmp_path / "old").write_text("a\nb\nc\nd\n")
+    (tmp_path / "grown").write_text("a\nb\nc\nd\ne\n")
+    (tmp_path / "inserted").write_text("a\nb\nz\nc\nd\n")
+    old = VocabularyFile(str(tmp_path / "old"), 0)
+    with Checkpointer(tmp_path / "steps", with_ids(old)) as checkpointer:
+        checkpointer.save(at_step(with_ids(old), 1))
+    growth = {"vocabulary_growth": "initialize", "key": jax.random.key(0)}
+    with Checkpointer(
+        tmp_path / "steps", with_ids(VocabularyFile(str(tmp_path / "grown"), 0), 5)
+    ) as checkpointer:
+        assert checkpointer.restore(**growth).step == 1
+    for name, buckets in (("inserted", 0), ("grown", 1)):
+        other = with_ids(VocabularyFile(str(tmp_path / name), buckets), 6)
+        with (
+            Checkpointer(tmp_path / "steps", other) as checkpointer,
+            pytest.raises(ValueError, match="rows would be those of other ids"),
+        ):
+            checkpointer.restore(**growth)
 
 
 def test_failed_write_leaves_the_last_step(tmp_path):
