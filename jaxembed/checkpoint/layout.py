@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from jaxembed.checkpoint.digests import CheckpointError, digest_bytes
-from jaxembed.checkpoint.files import read_regular
+from jaxembed.checkpoint.files import read_regular, refuse_pointer
 from jaxembed.serialization import feature_config_from_json, strict_json
 
 FORMAT = "jaxembed-checkpoint"
@@ -32,6 +32,8 @@ DELETING, UNFINISHED = ".deleting", ".orbax-checkpoint-tmp"
 MAX_JSON = 64 << 20
 #: In commas and brackets. Without their digests, tables take few; a second goes by while a million are read.
 MAX_VALUES = 1 << 20
+#: In bytes: Git LFS makes no larger ones.
+MAX_POINTER = 1024
 _SEAL = 100
 
 
@@ -39,13 +41,15 @@ def check_files(directory: pathlib.Path) -> None:
     """Whoever reads a pipe or a device waits for ever, and Orbax reads whatever is there.
 
     Raises:
-      CheckpointError: naming what is neither a file nor a folder.
+      CheckpointError: naming what is neither a file nor a folder, or a Git LFS pointer.
     """
     try:
         for path in directory.rglob("*"):
-            mode = path.stat().st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
                 raise CheckpointError(f"{path} must be a regular file.")
+            if stat.S_ISREG(status.st_mode) and status.st_size < MAX_POINTER:
+                refuse_pointer(path, path.read_bytes())
     except OSError as e:
         raise CheckpointError(f"{e.filename} cannot be opened: {e.strerror}; restore another step.") from e
 
