@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxembed.checkpoint import digest_arrays, layout, steps
+from jaxembed.checkpoint.files import disk_error
 from jaxembed.checkpoint.reading import flat_arrays, open_checkpoint
 from jaxembed.serialization import feature_config_to_json
 
@@ -140,6 +141,7 @@ class Checkpointer:
         Raises:
           ValueError: if `model` has no arrays, or two of one name, or if `metadata` or `data` is too large to be read
             back.
+          OSError: if the disk fails, now or in the save before.
         """
         step = int(state.step)
         if not force and not self._manager.should_save(step):
@@ -273,11 +275,14 @@ class Checkpointer:
         """A manager raises the error of a save that failed again in the next ones: another takes its place."""
         try:
             yield
-        except Exception:
+        except Exception as e:
             with contextlib.suppress(Exception):
                 self._manager.close()
             self._manager, self._is_swept = self._open_manager(), False
-            raise
+            failed = None if isinstance(e, OSError) else disk_error(e, self.directory)
+            if failed is None:
+                raise
+            raise failed from e
 
 
 def _save_arrays(arrays: Any) -> Any:

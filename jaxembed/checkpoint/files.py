@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import stat
 from collections.abc import Iterable
 from typing import Any
@@ -88,6 +89,12 @@ def replace_file(file: pathlib.Path, content: bytes) -> None:
         os.replace(scratch, file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def disk_error(error: Exception, path: pathlib.Path) -> OSError | None:
+    """What the system said of a disk, where tensorstore raises a ValueError of it; None of other errors."""
+    found = re.search(r"(?:os_error_code='|OS error )(\d+)", str(error))
+    return None if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -6,9 +6,7 @@
 import collections
 import errno
 import json
-import os
 import pathlib
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.digests import BlockDigester, Digests, block_rows, num_rows
-from jaxembed.checkpoint.files import write_file
+from jaxembed.checkpoint.files import disk_error, write_file
 
 WRITE_BEHIND = 3
 #: Of a chunk on disk, in blocks of one digest: about four megabytes.
@@ -170,14 +168,13 @@ def _write_array(part: pathlib.Path, key: str, what: str, parts: ArrayParts) -> 
 
 
 def _written(part: pathlib.Path, future: Any) -> Any:
-    """The result of what tensorstore writes, which raises ValueError of a disk that is full, too."""
+    """The result of what tensorstore writes."""
     try:
         return future.result()
     except Exception as e:  # tensorstore raises many types
-        found = re.search(r"(?:os_error_code='|OS error )(\d+)", str(e))
-        if found is None:
-            raise OSError(errno.EIO, f"tensorstore cannot write it: {str(e)[:300]}", str(part)) from e
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(part)) from e
+        raise disk_error(e, part) or OSError(
+            errno.EIO, f"tensorstore cannot write it: {str(e)[:300]}", str(part)
+        ) from e
 
 
 def _tree(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> dict[str, Any]:
