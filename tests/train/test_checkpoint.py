@@ -446,7 +446,7 @@ QUANTIZED = QuantizationConfig(16, -1.0, 1.0)
         (
             QUANTIZED,
             QuantizationConfig(16, -2.0, 1.0),
-            r"through QuantizationConfig\(num_buckets=16, lower=-2.0",
+            r"go through QuantizationConfig\(num_buckets=16, lower=-2.0",
         ),
     ],
 )
