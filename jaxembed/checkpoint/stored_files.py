@@ -17,8 +17,8 @@ def missing_file(part: pathlib.Path) -> pathlib.Path | None:
     """
     import tensorstore
 
-    if not (part / ROOT).is_file():
-        return part / ROOT
+    if not (part / ROOT).is_file():  # a pipe is there, and never ends
+        return None if (part / ROOT).exists() else part / ROOT
     try:
         store = tensorstore.KvStore.open({"driver": "file", "path": f"{part}/"}).result()
         top = tensorstore.ocdbt.dump(store).result()
@@ -27,8 +27,8 @@ def missing_file(part: pathlib.Path) -> pathlib.Path | None:
         while nodes:
             node = nodes.pop()
             looked_at.add(node)
-            if (file := _absent(part, {_file(node)})) is not None:
-                return file
+            if not _path(part, _file(node)).is_file():
+                return _absent(part, {_file(node)})
             entries = tensorstore.ocdbt.dump(store, node).result()["entries"]
             chunks = {_file(entry["indirect_value"]) for entry in entries if "indirect_value" in entry}
             if (file := _absent(part, chunks)) is not None:
@@ -44,10 +44,10 @@ def _file(location: str) -> str:
     return location.rsplit(":", 2)[0]
 
 
+def _path(part: pathlib.Path, location: str) -> pathlib.Path:
+    _, folder, name = location.split(":")
+    return part / unquote(folder) / unquote(name)
+
+
 def _absent(part: pathlib.Path, locations: set[str]) -> pathlib.Path | None:
-    for location in sorted(locations):
-        _, folder, name = location.split(":")
-        file = part / unquote(folder) / unquote(name)
-        if not file.is_file():
-            return file
-    return None
+    return next((file for place in sorted(locations) if not (file := _path(part, place)).exists()), None)
