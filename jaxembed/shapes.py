@@ -53,13 +53,7 @@ AnyTable = Shaped[Any, "V D"]
 AnyPerExample = Float[Any, "B"]
 AnyDenseFeatures = Float[Any, "B *K"]
 AnyCombinerWeights = Float[Any, "weights"]
-#: Of a QuantizedTable; one code a byte, or two.
-AnyCodes = Integer[Any, "V bytes"]
-AnyScaleBias = Float[Any, "V 2"]
-AnyPerRow = Float[Any, "V"]
-AnyCodebook = Float[Any, "codes"]
 
-HostRows = Float[np.ndarray, "N D"]
 HostIds = Integer[np.ndarray, "N"]
 HostLengths = Integer[np.ndarray, "F B"]
 
