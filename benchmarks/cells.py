@@ -7,11 +7,13 @@ in float16, and in int8 codes with a float16 scale and bias per row.
 
 import dataclasses
 import itertools
-import mmap
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from jaxembed.memory import aligned_empty
+from jaxembed.quantized_table import fused
 
 DTYPES = ("float32", "bfloat16", "int8")
 FULL_GRID = {
@@ -72,12 +74,16 @@ class Batch(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows [V, D]; for int8, codes with row = code * scale + bias, scale and bias [V] float32."""
+    """Rows [V, D]; for int8, codes with row = code * scale + bias, scale and bias [V] float32.
+
+    `fused` are these codes with scale and bias behind each row, as jaxembed and torch take them: uint8 [V, D + 8].
+    """
 
     dtype: str
     rows: np.ndarray
     scale: np.ndarray | None = None
     bias: np.ndarray | None = None
+    fused: np.ndarray | None = None
 
 
 def grid(axes: dict) -> list[Cell]:
@@ -96,7 +102,8 @@ def make_table(dtype: str, vocabulary: int, dim: int, seed: int = 0) -> Table:
     if dtype == "int8":
         repeats = -(-vocabulary // period)
         scales = np.tile(scale, repeats)[:vocabulary]
-        return Table(dtype, _tile(codes, vocabulary), scales, -128 * scales)
+        rows = _tile(codes, vocabulary)
+        return Table(dtype, rows, scales, -128 * scales, fused(rows, scales, -128 * scales))
     values = (codes.astype(np.float32) - 128) * scale[:, None]
     return Table(dtype, _tile(values.astype(numpy_type(dtype)), vocabulary))
 
@@ -148,15 +155,7 @@ def _batch(cell: Cell, ids: Ids, rng: np.random.Generator) -> Batch:
 
 
 def _tile(block: np.ndarray, vocabulary: int) -> np.ndarray:
-    rows = _huge((vocabulary, block.shape[1]), block.dtype)
+    rows = aligned_empty((vocabulary, block.shape[1]), block.dtype)
     for start in range(0, vocabulary, block.shape[0]):
         rows[start : start + block.shape[0]] = block[: vocabulary - start]
     return rows
-
-
-def _huge(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-    """An array at a page border, so that jax and torch can both use it in place."""
-    memory = mmap.mmap(-1, shape[0] * shape[1] * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)

@@ -89,7 +89,7 @@ def our_table(table: Table) -> Any:
     if table.dtype == "int8":
         from jaxembed.quantized_table import QuantizedTable
 
-        on_host: Any = QuantizedTable.from_codes(table.rows, table.scale, table.bias)
+        on_host: Any = QuantizedTable("int8", table.rows.shape[1], table.fused)
     else:
         on_host = table.rows
     return jax.device_put(on_host, jax.devices("cpu")[0])

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from cells import Batch, Cell, Table
 from torch import Tensor
 
+from jaxembed.memory import aligned_empty
+
 torch.set_num_threads(os.cpu_count() or 1)
 
 
@@ -26,15 +28,7 @@ class Torch:
 
     def load(self, table: Table) -> None:
         self._dtype = table.dtype
-        if table.scale is None or table.bias is None:
-            self._table = to_torch(table.rows)
-            return
-        vocabulary, dim = table.rows.shape
-        rows = torch.empty(vocabulary, dim + 8, dtype=torch.uint8)
-        rows[:, :dim] = torch.from_numpy(table.rows)
-        parameters = np.stack([table.scale, table.bias], axis=1)
-        rows[:, dim:] = torch.from_numpy(parameters.view(np.uint8))
-        self._table = rows
+        self._table = to_torch(table.rows if table.fused is None else table.fused)
 
     def unload(self) -> None:
         self._table = None
@@ -112,6 +106,8 @@ def fbgemm_tables(tables: list[Table]) -> Any:
         module.weights_host = to_torch(first.rows).view(torch.uint8).view(-1)  # in place, as ours and torch
         return module
     module.assign_embedding_weights([_fbgemm_rows(table) for table in tables])
+    weights = to_torch(aligned_empty((module.weights_host.numel(),), np.uint8))  # on huge pages, as all others
+    module.weights_host = weights.copy_(module.weights_host)
     return module
 
 

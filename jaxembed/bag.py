@@ -24,6 +24,7 @@ import jax
 from jaxembed import bag_native, bag_xla
 from jaxembed.backends import lookup_path
 from jaxembed.inputs.ids import signed_ids
+from jaxembed.splits import SplitsRow
 
 Layout = Literal["dense", "ragged", "sparse"]
 
@@ -58,7 +59,7 @@ class BagOperands(NamedTuple):
     Attributes:
       table: [V, D] float32, bfloat16 or float16 array, or a quantized table.
       ids: [N] int32 or int64.
-      bags: [B + 1] row splits (ragged), [N] row ids (sparse), or None (dense).
+      bags: [B + 1] row splits or a SplitsRow (ragged), [N] row ids (sparse), or None (dense).
       columns: [N] positions in the sequence, for sparse sequences, else None.
       weights: [N] floating point, or None.
     """
@@ -110,6 +111,6 @@ def row_gradients(bag: Bag, operands: BagOperands, gradient: jax.Array) -> tuple
 
 
 def _signed(operands: BagOperands) -> BagOperands:
-    return operands._replace(
-        ids=signed_ids(operands.ids), bags=signed_ids(operands.bags), columns=signed_ids(operands.columns)
-    )
+    bags = operands.bags
+    bags = bags.signed() if isinstance(bags, SplitsRow) else signed_ids(bags)
+    return operands._replace(ids=signed_ids(operands.ids), bags=bags, columns=signed_ids(operands.columns))

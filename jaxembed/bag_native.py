@@ -5,7 +5,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,15 @@ from jax.interpreters import batching, mlir
 
 from jaxembed import bag_xla
 from jaxembed.quantized_table import QuantizedTable
+from jaxembed.splits import SplitsRow
 
 if TYPE_CHECKING:
     from jaxembed.bag import Bag, BagOperands
 
 #: Name of the kernel as an XLA FFI target; a program exported with it needs it registered.
 TARGET = "jaxembed_embedding_bags"
+#: Name of the slices that `merged_embedding_bags` returns, in a program's text.
+MERGED_SCOPE = "jaxembed_columns"
 _LAYOUTS = {"dense": 0, "ragged": 1, "sparse": 2}
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
 _ROW_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -109,20 +112,38 @@ def _canonical(op: "BagOperands") -> "BagOperands":
     return op
 
 
+def merged_embedding_bags(
+    bags: Sequence["Bag"], operands: Sequence["BagOperands"]
+) -> tuple[list[jax.Array], jax.Array]:
+    """`embedding_bags`, without gradients, for programs that put results side by side.
+
+    The kernel writes results of one type into one array [B, columns], of which those returned are slices:
+    concatenated in the order of the features, they cost nothing. Anything else may copy them.
+    """
+    operands = [_canonical(op) for op in operands]
+    *outputs, counts = _bind(bags, operands, merged=True, in_exports=False)
+    _, places = _arranged(bags, operands, merged=True)
+    results = []
+    with jax.named_scope(MERGED_SCOPE):
+        for bag, op, (out, column) in zip(bags, operands, places, strict=True):
+            array = outputs[out]
+            results.append(array if bag.sequence_length else array[:, column : column + op.table.shape[1]])
+    return results, counts
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _call(bags, in_exports, operands):
+    *outputs, counts = _bind(bags, operands, merged=False, in_exports=in_exports)
+    return outputs, counts
+
+
+def _bind(bags, operands, **parameters):
     leaves, tree = jax.tree.flatten([_used(bag, op) for bag, op in zip(bags, operands, strict=True)])
     # Features may share arrays, which the kernel takes once.
     distinct = {id(leaf): leaf for leaf in leaves}
     places = {key: place for place, key in enumerate(distinct)}
-    *outputs, counts = _LOOKUP.bind(
-        *distinct.values(),
-        bags=bags,
-        tree=tree,
-        places=tuple(places[id(leaf)] for leaf in leaves),
-        in_exports=in_exports,
-    )
-    return outputs, counts
+    order = tuple(places[id(leaf)] for leaf in leaves)
+    return _LOOKUP.bind(*distinct.values(), bags=tuple(bags), tree=tree, places=order, **parameters)
 
 
 def _used(bag: "Bag", op: "BagOperands") -> "BagOperands":
@@ -135,12 +156,13 @@ def _operands(arrays, tree, places) -> list["BagOperands"]:
     return jax.tree.unflatten(tree, [arrays[place] for place in places])
 
 
-def _kernel(*arrays, bags, tree, places, in_exports):
+def _kernel(*arrays, bags, tree, places, in_exports, merged):
     del in_exports
     operands = _operands(arrays, tree, places)
     index = {id(array): place for place, array in enumerate(arrays)}
+    outs, columns = _arranged(bags, operands, merged)
     meta = []
-    for bag, op in zip(bags, operands, strict=True):
+    for bag, op, place in zip(bags, operands, columns, strict=True):
         meta += [
             _LAYOUTS[bag.layout],
             _COMBINERS[bag.combiner],
@@ -150,33 +172,53 @@ def _kernel(*arrays, bags, tree, places, in_exports):
             bag.sequence_length,
             _row_type(op.table),
             op.table.shape[1],
-            *(
-                -1 if array is None else index[id(array)]
-                for array in (*_arrays(op.table), op.ids, op.bags, op.columns, op.weights)
-            ),
+            op.bags.row if isinstance(op.bags, SplitsRow) else 0,
+            *place,
+            *(-1 if array is None else index[id(array)] for array in _arrays(op)),
         ]
-    results = _results(bags, operands)
     # Of quantized tables the kernel gives what it accumulates.
-    given = [
-        jax.ShapeDtypeStruct(result.shape, jnp.float32) if isinstance(op.table, QuantizedTable) else result
-        for result, op in zip(results, operands, strict=False)
-    ]
-    *outputs, counts = jax.ffi.ffi_call(TARGET, [*given, results[-1]])(*arrays, meta=np.asarray(meta, np.int64))
-    return [*(out.astype(op.table.dtype) for out, op in zip(outputs, operands, strict=True)), counts]
+    given = [jax.ShapeDtypeStruct(out.shape, out.kernel_dtype) for out in outs]
+    counts = jax.ShapeDtypeStruct((len(bags),), jnp.int32)
+    *outputs, bad = jax.ffi.ffi_call(TARGET, [*given, counts])(*arrays, meta=np.asarray(meta, np.int64))
+    return [*(array.astype(out.dtype) for array, out in zip(outputs, outs, strict=True)), bad]
 
 
-def _portable(*arrays, bags, tree, places, in_exports):
+def _portable(*arrays, bags, tree, places, in_exports, merged):
     del in_exports
-    outputs, counts = bag_xla.embedding_bags(bags, _operands(arrays, tree, places))
-    return [*outputs, counts]
+    operands = _operands(arrays, tree, places)
+    results, counts = bag_xla.embedding_bags(bags, operands)
+    outs, columns = _arranged(bags, operands, merged)
+    groups = [[r for r, (at, _) in zip(results, columns, strict=True) if at == out] for out in range(len(outs))]
+    return [*(group[0] if len(group) == 1 else jnp.concatenate(group, axis=1) for group in groups), counts]
 
 
-def _results(bags, operands) -> list[jax.ShapeDtypeStruct]:
-    results = []
+class _Output(NamedTuple):
+    """An output of the primitive, and the type that the kernel gives it."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    kernel_dtype: Any
+
+
+def _arranged(bags, operands, merged: bool) -> tuple[list[_Output], list[tuple[int, int]]]:
+    """The outputs, and for each feature which one it is in and from which column on."""
+    outs: list[_Output] = []
+    places, groups = [], {}
     for bag, op in zip(bags, operands, strict=True):
+        dtype, dim = op.table.dtype, op.table.shape[1]
+        kernel_dtype = jnp.dtype(jnp.float32) if isinstance(op.table, QuantizedTable) else dtype
+        key = (bag.num_bags, dtype, kernel_dtype)
+        if merged and not bag.sequence_length and key in groups:
+            at = groups[key]
+            places.append((at, outs[at].shape[1]))
+            outs[at] = outs[at]._replace(shape=(bag.num_bags, outs[at].shape[1] + dim))
+            continue
+        if not bag.sequence_length:
+            groups[key] = len(outs)
+        places.append((len(outs), 0))
         length = (bag.sequence_length,) if bag.sequence_length else ()
-        results.append(jax.ShapeDtypeStruct((bag.num_bags, *length, op.table.shape[1]), op.table.dtype))
-    return [*results, jax.ShapeDtypeStruct((len(bags),), jnp.int32)]
+        outs.append(_Output((bag.num_bags, *length, dim), dtype, kernel_dtype))
+    return outs, places
 
 
 def _abstract(*arrays, **parameters):
@@ -184,7 +226,9 @@ def _abstract(*arrays, **parameters):
         # Under shard_map: the portable program tells over which axes its outputs vary.
         return jax.make_jaxpr(functools.partial(_portable, **parameters))(*arrays).out_avals
     operands = _operands(arrays, parameters["tree"], parameters["places"])
-    return [ShapedArray(result.shape, result.dtype) for result in _results(parameters["bags"], operands)]
+    outs, _ = _arranged(parameters["bags"], operands, parameters["merged"])
+    shapes = [ShapedArray(out.shape, out.dtype) for out in outs]
+    return [*shapes, ShapedArray((len(parameters["bags"]),), jnp.int32)]
 
 
 def _varies(array: Any) -> bool:
@@ -225,10 +269,12 @@ mlir.register_lowering(_LOOKUP, mlir.lower_fun(_portable, multiple_results=True)
 batching.primitive_batchers[_LOOKUP] = _batch
 
 
-def _arrays(table: Any) -> tuple[Any, Any, Any]:
-    if isinstance(table, QuantizedTable):
-        return table.codes, table.scale_bias, table.codebook
-    return table, None, None
+def _arrays(op: "BagOperands") -> tuple[Any, ...]:
+    table, bags = op.table, op.bags
+    rows, codebook = (table.codes, table.codebook) if isinstance(table, QuantizedTable) else (table, None)
+    if isinstance(bags, SplitsRow):
+        bags = bags.splits
+    return rows, codebook, op.ids, bags, op.columns, op.weights
 
 
 def _forward(bags, in_exports, operands):

@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxembed.buckets import MAX_BUCKETS, Buckets, simulate_quantization
 from jaxembed.config import QuantizationConfig, TableConfig
-from jaxembed.quantized_table import KINDS, QuantizedTable
+from jaxembed.memory import aligned_empty
+from jaxembed.quantized_table import KINDS, QuantizedTable, fused
 
 __all__ = [
     "MAX_BUCKETS",
@@ -65,7 +66,7 @@ def quantize(table: Any, how: str | QuantizationConfig) -> QuantizedTable:
     codec, table = row_codec(how), np.asarray(table)
     num_rows, dim = table.shape
     shapes = QuantizedTable.array_shapes(codec.kind, num_rows, dim)
-    arrays = {name: np.empty(*shapes[name]) for name in shapes if name != "codebook"}
+    arrays = {name: aligned_empty(*shapes[name]) for name in shapes if name != "codebook"}
     for start, stop in _blocks(num_rows, dim):
         parts = codec.encode(table[start:stop].astype(np.float32), start)
         for name, part in parts.items():
@@ -92,7 +93,7 @@ def quantize_as_trained(table: Any, config: TableConfig) -> Any:
     rows, blocks = np.asarray(table), list(_blocks(*table.shape))
     if all(_is_quantized(rows[start:stop], quantization) for start, stop in blocks):
         return table
-    out = np.empty(rows.shape, rows.dtype)
+    out = aligned_empty(rows.shape, rows.dtype)
     for start, stop in blocks:
         out[start:stop] = simulate_on_host(rows[start:stop], quantization)
     return out
@@ -166,22 +167,21 @@ def _is_quantized(rows: np.ndarray, config: QuantizationConfig) -> bool:
 
 
 def _encode_row_wise(rows: np.ndarray, kind: str) -> dict[str, np.ndarray]:
-    least, steps = (-128, 255) if kind == "int8" else (0, 15)
+    steps = 255 if kind == "int8" else 15
     low, high = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64)
     mantissa, exponent = np.frexp((high - low) / steps)
     scale = np.ldexp(np.ceil(np.ldexp(mantissa, _SCALE_BITS)), exponent - _SCALE_BITS)
     scale[scale < 2.0**-90] = 0  # a row of one value; also keeps products from being subnormal
-    bias = (low - least * scale).astype(np.float32)
-    scale = scale.astype(np.float32)
+    scale, bias = scale.astype(np.float32), low.astype(np.float32)
     divisor = np.where(scale > 0, scale, np.float32(1))
     codes = np.rint((rows - bias[:, None]) / divisor[:, None])
-    codes = np.where(scale[:, None] > 0, np.clip(codes, least, least + steps), 0)
-    return {"codes": _pack(codes.astype(KINDS[kind][0]), kind), "scale_bias": np.stack([scale, bias], axis=1)}
+    codes = np.where(scale[:, None] > 0, np.clip(codes, 0, steps), 0)
+    return {"codes": fused(_pack(codes.astype(np.uint8), kind), scale, bias)}
 
 
 def _pack(codes: np.ndarray, kind: str) -> np.ndarray:
     """[N, D] codes to bytes: unchanged, or two in one."""
-    if KINDS[kind][1] == 1:
+    if KINDS[kind] == 1:
         return codes
     codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
     return codes[:, ::2] | (codes[:, 1::2] << np.uint8(4))

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-#: Type of the codes, and how many share a byte.
-KINDS: dict[str, tuple[type[np.integer], int]] = {
-    "int8": (np.int8, 1),
-    "int4": (np.uint8, 2),
-    "codes8": (np.uint8, 1),
-    "codes4": (np.uint8, 2),
-}
+from jaxembed.memory import aligned_empty
+
+#: How many codes share a byte.
+KINDS: dict[str, int] = {"int8": 1, "int4": 2, "codes8": 1, "codes4": 2}
 _CODEBOOK = {"codes8": 256, "codes4": 16}
+_SCALE_BIAS_BYTES = 8
 
 
 @jax.tree_util.register_pytree_node_class
@@ -22,20 +20,20 @@ _CODEBOOK = {"codes8": 256, "codes4": 16}
 class QuantizedTable:
     """[V, D] values as codes, a pytree of arrays.
 
-        int8    value = code scale + bias of the row, code in [-128, 127]
+        int8    value = code scale + bias of the row, code in [0, 255]
         int4    value = code scale + bias of the row, code in [0, 15], two codes to a byte
         codes8  value = codebook[code], code in [0, 255]
         codes4  value = codebook[code], code in [0, 15], two codes to a byte
 
-    Of two codes in a byte, the even column has the low half. Lookups decode to float32 and accumulate there.
+    Of two codes in a byte, the even column has the low half. Scale and bias, float32, are the last eight bytes
+    of their row, so that a row is one place in memory; an int8 row is as
+    `torch.ops.quantized.embedding_bag_byte_prepack` makes it. Lookups decode to float32 and accumulate there.
     `jaxembed.quantization` makes such tables.
 
     Args:
       kind: one of the above.
       dim: D.
-      codes: [V, D] int8 or uint8, or [V, (D + 1) // 2] uint8.
-      scale_bias: float32 [V, 2], scale and bias of each row beside each other, so that a row costs one
-        more line of memory, not two; or None.
+      codes: uint8 [V, D + 8] (int8), [V, (D + 1) // 2 + 8] (int4), [V, D] (codes8) or [V, (D + 1) // 2] (codes4).
       codebook: float32 [256] or [16], or None.
       dtype: floating point type of what is looked up.
 
@@ -46,13 +44,12 @@ class QuantizedTable:
       >>> from jaxembed.quantization import quantize
       >>> table = quantize(np.eye(4, dtype=np.float32), "int8")
       >>> table.codes.dtype.name, table.shape
-      ('int8', (4, 4))
+      ('uint8', (4, 4))
     """
 
     kind: str
     dim: int
     codes: Any
-    scale_bias: Any = None
     codebook: Any = None
     dtype: Any = np.float32
 
@@ -64,36 +61,35 @@ class QuantizedTable:
             raise ValueError(f"dtype must be a floating point type, got {dtype.name}.")
         object.__setattr__(self, "dtype", dtype)
         shapes = self.array_shapes(self.kind, self.codes.shape[0], self.dim)
-        for name in ("codes", "scale_bias", "codebook"):
+        for name in ("codes", "codebook"):
             array, wanted = getattr(self, name), shapes.get(name)
             found = None if array is None else (tuple(array.shape), np.dtype(array.dtype))
             if found != wanted:
-                raise ValueError(f"{name} of an {self.kind} table must be {_form(wanted)}, got {_form(found)}.")
+                raise ValueError(f"{name} of {self.kind} rows must be {_form(wanted)}, got {_form(found)}.")
 
     @staticmethod
     def array_shapes(kind: str, num_rows: int, dim: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and type of each array that a table of V rows has, by the names above."""
-        dtype, packed = KINDS[kind]
-        shapes = {"codes": ((num_rows, -(-dim // packed)), np.dtype(dtype))}
+        width = -(-dim // KINDS[kind])
         if kind in _CODEBOOK:
-            return {**shapes, "codebook": ((_CODEBOOK[kind],), np.dtype(np.float32))}
-        return {**shapes, "scale_bias": ((num_rows, 2), np.dtype(np.float32))}
+            codebook = ((_CODEBOOK[kind],), np.dtype(np.float32))
+            return {"codes": ((num_rows, width), np.dtype(np.uint8)), "codebook": codebook}
+        return {"codes": ((num_rows, width + _SCALE_BIAS_BYTES), np.dtype(np.uint8))}
 
     @classmethod
     def from_codes(cls, codes: Any, scale: Any, bias: Any, dtype: Any = np.float32) -> "QuantizedTable":
         """An int8 table with value = code scale + bias of the row.
 
         Args:
-          codes: [V, D] int8, or uint8 as torch and FBGEMM have them, which are shifted.
+          codes: [V, D] uint8, as torch and FBGEMM have them, or int8, which are shifted.
           scale: float32 [V].
           bias: float32 [V].
           dtype: of what is looked up.
         """
-        if codes.dtype == np.uint8:
-            codes = (np.asarray(codes) ^ np.uint8(128)).view(np.int8)
-            bias = (np.float64(128) * scale + bias).astype(np.float32)
-        pairs = np.stack([np.asarray(scale, np.float32), np.asarray(bias, np.float32)], axis=1)
-        return cls("int8", codes.shape[1], codes, pairs, dtype=dtype)
+        if codes.dtype == np.int8:
+            codes = np.asarray(codes).view(np.uint8) ^ np.uint8(128)
+            bias = (bias - np.float64(128) * scale).astype(np.float32)
+        return cls("int8", codes.shape[1], fused(codes, scale, bias), dtype=dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,8 +104,7 @@ class QuantizedTable:
     @property
     def arrays(self) -> dict[str, Any]:
         """The arrays that it has, by name."""
-        named = {"codes": self.codes, "scale_bias": self.scale_bias, "codebook": self.codebook}
-        return {name: array for name, array in named.items() if array is not None}
+        return {"codes": self.codes} | ({} if self.codebook is None else {"codebook": self.codebook})
 
     @property
     def nbytes(self) -> int:
@@ -118,46 +113,52 @@ class QuantizedTable:
 
     def rows(self, ids: Any) -> jax.Array:
         """The rows of ids [N], float32 [N, D]; ids outside [0, V) give some row."""
-
-        def take(array):
-            return jnp.asarray(array).at[ids].get(mode="clip", wrap_negative_indices=False)
-
-        if self.codebook is not None:
-            return self._decode(take(self.codes), None, jnp)
-        return self._decode(take(self.codes), take(self.scale_bias), jnp)
+        codes = jnp.asarray(self.codes).at[ids].get(mode="clip", wrap_negative_indices=False)
+        return self._decode(codes, jnp)
 
     def dequantize(self) -> jax.Array:
         """All values, [V, D] in `dtype`."""
-        codes, scale_bias = jax.tree.map(jnp.asarray, (self.codes, self.scale_bias))
-        return self._decode(codes, scale_bias, jnp).astype(self.dtype)
+        return self._decode(jnp.asarray(self.codes), jnp).astype(self.dtype)
 
     def host_rows(self, start: int, stop: int, codes: np.ndarray | None = None) -> np.ndarray:
         """Rows [start, stop) of a table on the host, float32 numpy; `codes` are theirs if at hand."""
-        codes = self.codes[start:stop] if codes is None else codes
-        if self.codebook is not None:
-            return self._decode(codes, None, np)
-        return self._decode(codes, self.scale_bias[start:stop], np)
+        return self._decode(self.codes[start:stop] if codes is None else codes, np)
 
-    def _decode(self, codes: Any, scale_bias: Any, xp: Any) -> Any:
-        if KINDS[self.kind][1] == 2:
+    def _decode(self, codes: Any, xp: Any) -> Any:
+        scale_bias = None
+        if self.codebook is None:
+            codes, last = codes[:, :-_SCALE_BIAS_BYTES], codes[:, -_SCALE_BIAS_BYTES:]
+            if xp is np:
+                scale_bias = np.ascontiguousarray(last).view(np.float32)
+            else:
+                scale_bias = jax.lax.bitcast_convert_type(last.reshape(-1, 2, 4), np.float32)
+        if KINDS[self.kind] == 2:
             codes = xp.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
             codes = codes.reshape(codes.shape[0], -1)[:, : self.dim]
-        if self.codebook is not None:
+        if scale_bias is None:
             return xp.asarray(self.codebook)[codes.astype(np.int32)]
         return codes.astype(np.float32) * scale_bias[:, :1] + scale_bias[:, 1:]
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """The arrays, and what is static."""
-        return (self.codes, self.scale_bias, self.codebook), (self.kind, self.dim, self.dtype)
+        return (self.codes, self.codebook), (self.kind, self.dim, self.dtype)
 
     @classmethod
     def tree_unflatten(cls, static: Any, arrays: Any) -> "QuantizedTable":
         """The inverse; unchecked, since transformations put other things in place of the arrays."""
         table = object.__new__(cls)
-        names = ("kind", "dim", "dtype", "codes", "scale_bias", "codebook")
+        names = ("kind", "dim", "dtype", "codes", "codebook")
         for name, value in zip(names, (*static, *arrays), strict=True):
             object.__setattr__(table, name, value)
         return table
+
+
+def fused(codes: np.ndarray, scale: Any, bias: Any) -> np.ndarray:
+    """Rows of bytes [V, C] with scale and bias [V] of each behind it: uint8 [V, C + 8]."""
+    rows = aligned_empty((codes.shape[0], codes.shape[1] + _SCALE_BIAS_BYTES), np.uint8)
+    rows[:, :-_SCALE_BIAS_BYTES] = codes
+    rows[:, -_SCALE_BIAS_BYTES:] = np.stack([scale, bias], axis=1).astype(np.float32).view(np.uint8)
+    return rows
 
 
 def _form(form: tuple[tuple[int, ...], np.dtype] | None) -> str:

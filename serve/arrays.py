@@ -14,14 +14,24 @@ from .features import ServedFeature
 _INTEGERS = frozenset(map(np.dtype, ("int32", "int64")))
 
 
-def is_plain(leaf: Any) -> bool:
-    """Whether `leaf` is ragged ids on the host that can be used as they are."""
-    return (
-        type(leaf) is RaggedTensor
-        and type(leaf.row_splits) is np.ndarray
-        and type(leaf.values) is np.ndarray
-        and leaf.values.dtype in _INTEGERS
-    )
+def plain_bags(leaves: Sequence[Any]) -> tuple[list[np.ndarray], np.ndarray] | None:
+    """The usual case, in a few calls whatever the number of features: ragged ids on the host, used as they are.
+
+    Returns:
+      The ids of every leaf, and [F, B + 1] row splits; None if a leaf is something else.
+    """
+    if set(map(type, leaves)) != {RaggedTensor}:
+        return None
+    ids, splits = [leaf.values for leaf in leaves], [leaf.row_splits for leaf in leaves]
+    if {*map(type, ids), *map(type, splits)} != {np.ndarray} or len(set(map(len, splits))) > 1:
+        return None
+    if not {array.dtype for array in (*ids, *splits)} <= _INTEGERS:
+        return None
+    ends = np.concatenate(splits).reshape(len(splits), -1)
+    used = ends[:, -1].tolist()
+    if used != list(map(len, ids)):
+        ids = [array[:count] for array, count in zip(ids, used, strict=True)]
+    return ids, ends
 
 
 def as_bags(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

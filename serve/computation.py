@@ -14,6 +14,7 @@ from jaxembed.config import TableConfig
 from jaxembed.features import FeatureInput
 from jaxembed.inputs import RaggedTensor
 from jaxembed.lookup import Lookup, plan_lookup, serving_embedding_lookup
+from jaxembed.splits import SplitsRow
 
 from .embedding import EmbeddingForServing, cpu_device
 from .features import ServedFeature
@@ -56,17 +57,25 @@ class Computation:
         )
         return self._apply(params, activations, dense or {})
 
-    def packed(self, rung: Rung, constants: Any, ids: Any, splits: Any, weights: Any, dense: Any) -> Any:
-        """Of the buffers of a rung; the other arguments are those of `arguments`."""
+    def packed(
+        self, rung: Rung, merged: bool, constants: Any, ids: Any, splits: Any, weights: Any, dense: Any
+    ) -> Any:
+        """Of the buffers of a rung; the other arguments are those of `arguments`.
+
+        Args:
+          merged: whether the native kernel writes the activations side by side.
+        """
         tables, combiner_weights, params = constants
         tables = dict(zip(self.tables, tables, strict=True))
         named = dict(zip(self.dense, dense, strict=True))
         ragged, parallel = self.layout.inputs(rung, ids, splits, weights)
         if self.layout.shared:
             lookups = _plan(self.layout.features, ragged, parallel, tables)
+            operands = [item.operands._replace(bags=SplitsRow(splits, f)) for f, item in enumerate(lookups)]
             # This is CPU: the portable program need not be traced beside the kernel's.
-            outputs, _ = bag_native.embedding_bags(*zip(*(lookup[:2] for lookup in lookups), strict=True))
-            outputs = [out.reshape(lookup.output_shape) for out, lookup in zip(outputs, lookups, strict=True)]
+            lookup = bag_native.merged_embedding_bags if merged else bag_native.embedding_bags
+            outputs, _ = lookup([item.bag for item in lookups], operands)
+            outputs = [out.reshape(item.output_shape) for out, item in zip(outputs, lookups, strict=True)]
             return self._apply(params, structure.pack(self.feature_config, iter(outputs)), named)
         inputs, weights = (structure.pack(self.feature_config, iter(leaves)) for leaves in (ragged, parallel))
         with use_backend(self.path):

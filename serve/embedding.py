@@ -12,6 +12,7 @@ from jaxembed.checkpoint import read_checkpoint
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables, table_of
 from jaxembed.lookup import serving_embedding_lookup
+from jaxembed.memory import aligned
 from jaxembed.preprocessing import preprocess
 from jaxembed.quantization import quantize_as_trained
 from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, CombinerWeights, Inputs, Weights
@@ -108,4 +109,5 @@ def _on_cpu(name: str, config: TableConfig, table: Any) -> Any:
         if table.dtype == np.float64:
             table = table.astype(config.dtype)
         table = quantize_as_trained(table, config)
+    table = jax.tree.map(lambda array: aligned(array) if isinstance(array, np.ndarray) else array, table)
     return jax.device_put(table, cpu_device())

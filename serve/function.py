@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 
 from jaxembed.shapes import HostIds, HostLengths, Inputs, Weights
 
+from .compiling import Compiler
 from .computation import make_computation
 from .dense import DenseInputs, pad
 from .embedding import EmbeddingForServing, cpu_device
@@ -17,7 +17,7 @@ from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
 from .ladder import Rung, make_ladder
 from .layout import pack_alone
 from .packing import Packer, Request
-from .program import Program, compile_program
+from .program import Program
 from .progress import Progress, reporter
 from .rows import Rows
 from .structures import Reader
@@ -96,7 +96,7 @@ class ServingFunction:
         features = served_features(embedding.feature_config, max_ids_per_row, weighted)
         self._packer, self._reader = Packer(features), Reader(embedding.feature_config)
         self._computation = make_computation(embedding, features, model, self._dense.shapes)
-        self._layout = self._computation.layout
+        self._compiler, self._layout = Compiler(self._computation), self._computation.layout
         self._limits = [feature.max_ids for feature in features]
         self._ladder = make_ladder(
             max(self._limits), max_batch_size, batch_sizes, row_lengths, self._layout.shared
@@ -253,7 +253,7 @@ class ServingFunction:
         if mine != theirs:
             return False
         with self._lock:
-            self._programs = {**other._programs, **self._programs}
+            self._compiler, self._programs = other._compiler, {**other._programs, **self._programs}
         return True
 
     def _read(self, inputs: Any, weights: Any, dense: Any) -> tuple[Request, list[np.ndarray]]:
@@ -288,9 +288,7 @@ class ServingFunction:
     def _program(self, rung: Rung) -> Program:
         with self._lock:
             if rung not in self._programs:
-                function = partial(self._computation.packed, rung)
-                arguments = self._computation.arguments(rung, self._constants)
-                self._programs[rung] = compile_program(function, arguments, rung.batch)
+                self._programs[rung] = self._compiler.compile(rung, self._constants)
                 self._compile_count += 1
             return self._programs[rung]
 

@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 
 from jaxembed.inputs import RaggedTensor
+from jaxembed.memory import aligned_empty
 
 from .features import ServedFeature
 from .ladder import Ladder, Rung
 from .packing import Packed, Packer, Request
-
-_ALIGNMENT = 64  # XLA reads host arrays in place from such addresses on, and copies others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +53,7 @@ class Layout:
 
     def buffer(self, rung: Rung, dtype: Any) -> np.ndarray:
         """A buffer for ids or weights, not initialized."""
-        nbytes = self.size(rung) * np.dtype(dtype).itemsize
-        raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % _ALIGNMENT
-        return raw[start : start + nbytes].view(dtype)
+        return aligned_empty((self.size(rung),), dtype)
 
     def inputs(self, rung: Rung, ids: Any, splits: Any, weights: Any) -> tuple[list[Any], list[Any]]:
         """The ids and the weights (None for features without) of every feature; for traced arrays."""

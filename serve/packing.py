@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import checks
-from .arrays import as_bags, as_weights, is_plain
+from .arrays import as_bags, as_weights, plain_bags
 from .features import ServedFeature
 
 
@@ -82,6 +82,13 @@ class Packer:
         Raises:
           ValueError: if a leaf is of no known kind, numbers of rows differ, or a row is too long.
         """
+        plain = plain_bags(leaves) if weights is None and self._cut is None else None
+        if plain is not None:
+            arrays, ends = plain
+            lengths = ends[:, 1:] - ends[:, :-1]
+            if np.count_nonzero(lengths > self._limits):  # faster than any()
+                raise checks.too_long(self.features, lengths)
+            return Request(lengths.shape[1], self._identity, lengths, 0, [], [], arrays, [])
         rows: list[Any] = []
         row_weights: list[Any] = []
         listed, arrayed, num_rows = [], [], -1
@@ -110,17 +117,13 @@ class Packer:
         if not set(map(type, rows)) <= {list, tuple}:
             rows = checks.as_rows([self.features[i] for i in listed], rows, num_rows)
         lengths = np.array(list(map(len, rows)), np.int32)
-        arrays: list[np.ndarray] = []
+        arrays = []
         array_weights: list[np.ndarray | None] = []
         if arrayed:
             splits = []
             for i in arrayed:
                 leaf, weight = leaves[i], weights and weights[i]
-                if weight is None and not (self._cut and self._cut[i]) and is_plain(leaf):
-                    split = leaf.row_splits
-                    ids = leaf.values[: split[-1]]
-                else:
-                    ids, split, weight = as_bags(self.features[i], leaf, weight)
+                ids, split, weight = as_bags(self.features[i], leaf, weight)
                 arrays.append(ids)
                 splits.append(split)
                 array_weights.append(weight)
@@ -133,7 +136,7 @@ class Packer:
         order = self._identity if not arrayed or not listed else listed + arrayed
         lengths = lengths.reshape(len(order), num_rows)
         limits = self._limits if order is self._identity else self._limits[order]
-        if np.count_nonzero(lengths > limits):  # faster than any()
+        if np.count_nonzero(lengths > limits):
             raise checks.too_long([self.features[i] for i in order], lengths)
         ids = list(itertools.chain.from_iterable(rows))
         flat_weights = []
@@ -216,7 +219,7 @@ class Packer:
 
     def _write_arrays(self, request: Request, out: np.ndarray, splits: np.ndarray) -> None:
         arrays = request.arrays
-        if all(array.dtype == np.int32 for array in arrays):
+        if {array.dtype for array in arrays} == {np.dtype(np.int32)}:
             np.concatenate(arrays, out=out)
             return
         wide = np.concatenate(arrays, dtype=np.int64, casting="unsafe")

@@ -14,12 +14,14 @@ import pytest
 from jaxembed import bag_native
 from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.quantization import quantize
+from jaxembed.splits import SplitsRow
 
 pytestmark = pytest.mark.skipif(not bag_native.available(), reason="the kernel was not built")
 
 # In the order of `Field` in decode.h.
 FIELDS = dict.fromkeys(("layout", "combiner", "prune_ids", "prune_weights", "num_bags"), 0)
-FIELDS |= {"sequence_length": 0, "row_type": 0, "dim": 0, "rows": 0, "scale_bias": -1, "codebook": -1}
+FIELDS |= {"sequence_length": 0, "row_type": 0, "dim": 0, "splits_row": 0, "to": 0, "column": 0}
+FIELDS |= {"rows": 0, "codebook": -1}
 FIELDS |= {"ids": 1, "bags": 2, "columns": -1, "weights": -1}
 RAGGED, SPARSE = 1, 2
 # What jax makes of it depends on whether the call was dispatched at once.
@@ -65,7 +67,15 @@ REFUSED = {
     ),
     "sequence": ({"sequence_length": -1}, "sequence_length must be in"),
     "long sequence": ({"sequence_length": 2**31 - 1, "dim": 2**31 - 1}, "is too large"),
-    "output": ({"sequence_length": 5}, r"the output must hold 30 values of float32, got float32 \[2, 3\]"),
+    "output": (
+        {"sequence_length": 5},
+        r"hold 15 columns of float32 from 0 on for each of 2 bags, got float32 \[2, 3\]",
+    ),
+    "no output": ({"to": 1}, "columns of float32 from 0 on for each of 2 bags, got none"),
+    "negative output": ({"to": -1}, "got none"),
+    "columns beyond": ({"column": 1}, r"must hold 3 columns of float32 from 1 on .* got float32 \[2, 3\]"),
+    "negative column": ({"column": -HUGE}, "columns of float32 from -4611686018427387904 on"),
+    "huge column": ({"column": HUGE}, "columns of float32 from 4611686018427387904 on"),
     "dim": ({"dim": 0}, r"dim must be in \[1, "),
     "wide dim": ({"dim": 4}, r"a table of dim 4 must be float32 \[V, 4\], got float32 \[6, 3\]"),
     "rows of another type": ({"row_type": 1}, r"must be bfloat16 \[V, 3\], got float32"),
@@ -74,16 +84,20 @@ REFUSED = {
     "no ids": ({"ids": -5}, "ids must be int32 or int64"),
     "ids of another type": ({"ids": 0}, "ids must be int32 or int64"),
     "no splits": ({"bags": 3}, r"row_splits must be int32 or int64 \[B \+ 1\] = \[3\], got none"),
+    "row of splits": (
+        {"splits_row": 1},
+        r"row 1 of row_splits must be one of int32 or int64 \[F, B \+ 1\] = \[F, 3\]",
+    ),
     "weights of another type": ({"weights": 1}, r"weights must be float32 \[N\] = \[4\], got int32 \[4\]"),
     "row ids": ({"layout": SPARSE}, r"row ids must be int32 or int64 \[N\] = \[4\], got int32 \[3\]"),
-    "columns": ({"layout": SPARSE, "bags": 1, "sequence_length": 1}, "columns must be int32 or int64"),
+    "positions": ({"layout": SPARSE, "bags": 1, "sequence_length": 1}, "columns must be int32 or int64"),
     "dense": ({"layout": 0}, "the dense layout needs as many bags as ids, got 2 bags for 4 ids"),
     "dense sequence": ({"layout": 0, "sequence_length": 1}, "the dense layout has no sequences"),
-    "few numbers": ({"numbers": [1] * 14}, "make up a call; got 14 numbers"),
-    "no numbers": ({"numbers": []}, "got 0 numbers and 2 outputs"),
-    "numbers of two features": ({"numbers": [0] * 30}, "got 30 numbers and 2 outputs"),
+    "few numbers": ({"numbers": [1] * 16}, "make up a call; got 16 numbers"),
+    "no numbers": ({"numbers": []}, r"counts of bad ids must be int32 \[F\] = \[0\]"),
+    "numbers of two features": ({"numbers": [0] * 34}, r"counts of bad ids must be int32 \[F\] = \[2\]"),
     "counts": ({"counts": 2}, r"counts of bad ids must be int32 \[F\] = \[1\]"),
-    "output type": ({"dtype": np.int32}, "the output must hold 6 values of float32, got int32"),
+    "output type": ({"dtype": np.int32}, "the output must hold 3 columns of float32 .* got int32"),
 }
 
 
@@ -99,6 +113,41 @@ def test_hostile_numbers_are_refused(case):
 def test_splits_that_do_not_rise_are_refused(splits):
     with pytest.raises(INVALID_ARGUMENT, match="feature 0: row_splits must rise from 0 to at most 4 ids"):
         jax.block_until_ready(call((TABLE, IDS, jnp.array(splits, jnp.int32))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int64])
+def test_row_splits_that_features_share_are_read_in_place(dtype):
+    with jax.enable_x64():
+        splits = jnp.array([[0, 1, 4], [1, 1, 2]], dtype)
+        outs = [call((TABLE, IDS, splits), splits_row=row)[0] for row in (0, 1)]
+    np.testing.assert_array_equal(outs[0], [TABLE[1], TABLE[2] + TABLE[3] + TABLE[4]])
+    np.testing.assert_array_equal(outs[1], [[0, 0, 0], TABLE[2]])
+    for row in (2, -1):
+        with pytest.raises(INVALID_ARGUMENT, match=rf"row {row} of row_splits .*, got int32 \[2, 3\]"):
+            jax.block_until_ready(call((TABLE, IDS, jnp.asarray(splits, jnp.int32)), splits_row=row))
+    with pytest.raises(INVALID_ARGUMENT, match=r"row 0 of row_splits .* \[F, 4\], got int32 \[2, 3\]"):
+        jax.block_until_ready(call((TABLE, IDS, jnp.asarray(splits, jnp.int32)), num_bags=3, out=(3, 3)))
+
+
+@pytest.mark.parametrize("path", ["native", "xla"])
+def test_bags_by_a_row_of_shared_splits(path):
+    splits = jnp.array([[0, 1, 4], [1, 1, 2]], jnp.int32)
+    bags = [Bag("ragged", 2, "mean")] * 2
+
+    def total(table, splits):
+        operands = [BagOperands(table, IDS, SplitsRow(splits, row)) for row in (0, 1)]
+        outs, _ = embedding_bags(bags, operands, path)
+        return sum(jnp.sum(out**2) for out in outs), outs
+
+    (_, outs), gradient = jax.value_and_grad(total, has_aux=True)(TABLE, splits)
+    expected = [
+        embedding_bags([bag], [BagOperands(TABLE, IDS, splits[row])], "xla")[0] for row, bag in enumerate(bags)
+    ]
+    for out, (wanted,) in zip(outs, expected, strict=True):
+        np.testing.assert_allclose(out, wanted, rtol=1e-6)
+    assert gradient.shape == TABLE.shape
+    vmapped, _ = jax.vmap(lambda s: total(TABLE, s))(jnp.stack([splits, splits]))
+    np.testing.assert_allclose(vmapped, np.full(2, total(TABLE, splits)[0]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["ragged", "sparse"])

@@ -157,7 +157,7 @@ def test_codes_and_their_errors(how, dim):
     assert error.max == np.abs(values - rows).max()
     assert error.mean == pytest.approx(np.abs(values - rows).mean(), rel=1e-6)
     packed = 2 if made.kind in ("int4", "codes4") else 1
-    assert made.codes.nbytes == V * -(-dim // packed)
+    assert made.codes.nbytes == V * (-(-dim // packed) + (8 if isinstance(how, str) else 0))
 
 
 def test_of_two_codes_the_even_column_is_low():
@@ -170,8 +170,19 @@ def test_codes_of_other_libraries():
     scale, bias = np.full(V, 2.0**-7, np.float32), np.full(V, -1, np.float32)
     made = je.QuantizedTable.from_codes(codes, scale, bias)
     np.testing.assert_array_equal(made.dequantize(), codes * scale[:, None] + bias[:, None])
-    signed = je.QuantizedTable.from_codes(made.codes, scale, made.scale_bias[:, 1])
-    np.testing.assert_array_equal(signed.dequantize(), made.dequantize())
+    shifted = (codes.astype(np.int16) - 128).astype(np.int8)
+    signed = je.QuantizedTable.from_codes(shifted, scale, bias + 128 * scale)
+    np.testing.assert_array_equal(signed.codes, made.codes)
+
+
+def test_int8_rows_are_those_of_torch():
+    torch = pytest.importorskip("torch")
+    rows = np.linspace(-2, 2, V * D, dtype=np.float32).reshape(V, D)
+    packed = torch.ops.quantized.embedding_bag_byte_prepack(torch.from_numpy(rows)).numpy()
+    made = je.QuantizedTable("int8", D, packed)
+    expected = torch.ops.quantized.embedding_bag_byte_unpack(torch.from_numpy(packed)).numpy()
+    np.testing.assert_allclose(made.host_rows(0, V), expected, rtol=1e-6, atol=1e-6)
+    assert made.codes.shape == quantize(rows, "int8").codes.shape
 
 
 def test_refusals():
@@ -187,9 +198,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="num_buckets must be at most 256, got 257"):
         row_codec(je.QuantizationConfig(257, 0, 1))
     made = quantize(table(), "int8")
-    with pytest.raises(ValueError, match=r"scale_bias of an int8 table must be float32\[23, 2\], got None"):
-        dataclasses.replace(made, scale_bias=None)
-    with pytest.raises(ValueError, match=r"codes of an int4 table must be uint8\[23, 4\], got int8\[23, 7\]"):
+    with pytest.raises(ValueError, match=r"codebook of codes8 rows must be float32\[256\], got None"):
+        je.QuantizedTable("codes8", D, np.zeros((V, D), np.uint8))
+    with pytest.raises(ValueError, match=r"codes of int4 rows must be uint8\[23, 12\], got uint8\[23, 15\]"):
         dataclasses.replace(made, kind="int4")
     with pytest.raises(ValueError, match="kind must be one of"):
         dataclasses.replace(made, kind="int2")

@@ -3,13 +3,13 @@
     OUT/VERSION/
       manifest.json             format, step, feature configuration, metadata, files, digests
       tables/00000.safetensors  one tensor "rows" [V, D], its data 4096 bytes into the file; or "codes" and
-                                "scale_bias", or "codebook": the arrays of a QuantizedTable
+                                maybe "codebook": the arrays of a QuantizedTable
       model.safetensors         dense parameters; may be absent
       vocabularies/DIGEST.txt   vocabulary files of the feature configuration, if it names any
       model.stablehlo           the model as `jax.export` serializes it, tables as arguments; may be absent
 
 A version may be a delta of an earlier one beside it: a table that did not change then has no file, and one
-that did holds its changed rows, "ids" [n] and "rows" [n, D], or of codes "codes" [n, ...] and "scale_bias" [n, 2].
+that did holds its changed rows, "ids" [n] and "rows" [n, D], or "codes" [n, ...].
 The digests are always those of the whole table.
 
 A version is written beside its place and renamed, and never changed afterwards: those who map it rely on that.

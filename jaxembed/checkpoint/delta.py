@@ -8,8 +8,9 @@ import numpy as np
 
 from jaxembed.checkpoint.digests import BlockDigester, CheckpointError, Digests, digest_arrays
 from jaxembed.checkpoint.safetensors_file import header_of
-from jaxembed.checkpoint.stored import StoredArray, aligned_empty
+from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.checkpoint.table_form import CODEBOOK, ROWS, Errors, Form
+from jaxembed.memory import aligned_empty
 from jaxembed.quantized_table import QuantizedTable
 
 IDS = "ids"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.checkpoint.digests import CheckpointError, Digests, num_rows
+from jaxembed.memory import aligned_empty
 
 READ_AHEAD = 3
 BLOCK_BYTES, CACHE_BYTES = 4 << 20, 16 << 20
@@ -173,15 +174,6 @@ def shared_cache() -> Any:
     import tensorstore
 
     return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Uninitialized memory that starts on a 64-byte boundary."""
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.empty(size + 64, np.uint8)
-    offset = -buffer.ctypes.data % 64
-    return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
 def _undigested(shape: tuple[int, ...], dtype: np.dtype) -> Digests:

@@ -35,16 +35,19 @@ struct Ints {
   }
 };
 
-// Rows of any type. int8 and int4: code * scale_bias[2 row] + scale_bias[2 row + 1]. codes: codebook[code].
+// Rows of any type. int8 and int4: code * scale + bias, which follow the codes of each row, so that a row is one
+// place in memory. codes: codebook[code].
 struct Table {
   const void* rows = nullptr;
   int64_t vocabulary = 0;
   int64_t dim = 0;
   RowType type = RowType::kF32;
-  const float* scale_bias = nullptr;  // [V, 2]
   const float* codebook = nullptr;
   int64_t row_bytes() const;
 };
+
+constexpr bool Affine(RowType type) { return type == RowType::kInt8 || type == RowType::kInt4; }
+constexpr int64_t kScaleBiasBytes = 8;  // two float32
 
 struct Bag {
   Layout layout = Layout::kRagged;
@@ -60,6 +63,7 @@ struct Bag {
   Ints columns;  // sparse sequences
   const float* weights = nullptr;
   void* out = nullptr;  // float32, or the table's type where that is bfloat16 or float16
+  int64_t out_stride = 0;  // values from one bag's result to the next one's: D, L D, or more
 };
 
 // A run of work on one feature: bags [first_bag, last_bag), of which entries [begin, end) only, where

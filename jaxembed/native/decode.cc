@@ -16,7 +16,6 @@ std::string Named(Type type) {
     case Type::F32: return "float32";
     case Type::BF16: return "bfloat16";
     case Type::F16: return "float16";
-    case Type::S8: return "int8";
     case Type::U8: return "uint8";
     case Type::S32: return "int32";
     case Type::S64: return "int64";
@@ -59,6 +58,25 @@ struct Reader {
     Type type = Type::S32;
     const void* data = Take(field, {Type::S32, Type::S64}, count, form, &type);
     return {data, type == Type::S64};
+  }
+
+  // Row splits [count], or one row of [F, count].
+  Ints Splits(int64_t count) {
+    const auto got = Get(meta[kBags]);
+    const int64_t row = meta[kSplitsRow];
+    if (!got || got->dimensions().size() != 2) {
+      if (row == 0) return Integers(kBags, count, "row_splits must be int32 or int64 [B + 1] =");
+    } else if (got->dimensions()[1] == count && row >= 0 && row < got->dimensions()[0]) {
+      const bool wide = got->element_type() == Type::S64;
+      if (wide || got->element_type() == Type::S32) {
+        return {static_cast<const char*>(got->untyped_data()) + row * count * (wide ? 8 : 4), wide};
+      }
+    }
+    if (wrong.empty()) {
+      wrong = "row " + std::to_string(row) + " of row_splits must be one of int32 or int64 [F, B + 1] = [F, " +
+              std::to_string(count) + "], got " + Described(got);
+    }
+    return {};
   }
 
   std::optional<ffi::AnyBuffer> Get(int64_t position) const {
@@ -106,7 +124,6 @@ Type StoredAs(RowType type) {
     case RowType::kF32: return Type::F32;
     case RowType::kBF16: return Type::BF16;
     case RowType::kF16: return Type::F16;
-    case RowType::kInt8: return Type::S8;
     default: return Type::U8;
   }
 }
@@ -120,10 +137,8 @@ std::string DecodeTable(Reader& read, Table* table) {
            std::to_string(columns) + "], got " + Described(rows);
   }
   table->rows = rows->untyped_data();
-  const int64_t vocabulary = table->vocabulary = rows->dimensions()[0];
-  if (table->type == RowType::kInt8 || table->type == RowType::kInt4) {
-    table->scale_bias = read.Floats(kScaleBias, 2 * vocabulary, "scale and bias must be float32 [V, 2], as values =");
-  } else if (table->type == RowType::kCodes8) {
+  table->vocabulary = rows->dimensions()[0];
+  if (table->type == RowType::kCodes8) {
     table->codebook = read.Floats(kCodebook, 256, "a codebook must be float32");
   } else if (table->type == RowType::kCodes4) {
     table->codebook = read.Floats(kCodebook, 16, "a codebook must be float32");
@@ -131,9 +146,34 @@ std::string DecodeTable(Reader& read, Table* table) {
   return read.wrong;
 }
 
+std::string DecodeOutput(const int64_t* meta, ffi::RemainingRets& rets, int64_t outs, Bag* bag) {
+  std::optional<ffi::AnyBuffer> out;
+  if (meta[kOut] >= 0 && meta[kOut] < outs) {
+    auto got = rets.get<ffi::AnyBuffer>(meta[kOut]);
+    if (got.has_value()) out = **got;
+  }
+  const bool half = bag->table.type == RowType::kBF16 || bag->table.type == RowType::kF16;
+  const Type type = half ? StoredAs(bag->table.type) : Type::F32;
+  const int64_t want = bag->table.dim * (bag->sequence_length ? bag->sequence_length : 1), from = meta[kColumn];
+  // Values of a bag: [B, D], [B, L, D], or [B, columns of all features].
+  int64_t width = out ? 1 : 0;
+  if (out) {
+    for (size_t i = 1; i < out->dimensions().size(); ++i) width *= out->dimensions()[i];
+  }
+  if (!out || out->element_type() != type || out->dimensions().size() == 0 || out->dimensions()[0] != bag->num_bags ||
+      width < want || from < 0 || from > width - want) {
+    return "the output must hold " + std::to_string(want) + " columns of " + Named(type) + " from " +
+           std::to_string(from) + " on for each of " + std::to_string(bag->num_bags) + " bags, got " + Described(out);
+  }
+  bag->out = static_cast<char*>(out->untyped_data()) + from * static_cast<int64_t>(ffi::ByteWidth(type));
+  bag->out_stride = width;
+  return "";
+}
+
 }  // namespace
 
-std::string Decode(const int64_t* meta, const ffi::RemainingArgs& args, ffi::AnyBuffer out, Bag* bag) {
+std::string Decode(const int64_t* meta, const ffi::RemainingArgs& args, ffi::RemainingRets& rets, int64_t outs,
+                   Bag* bag) {
   std::string wrong = DecodeStatic(meta, bag);
   if (!wrong.empty()) return wrong;
   Reader read{meta, args, ""};
@@ -145,7 +185,7 @@ std::string Decode(const int64_t* meta, const ffi::RemainingArgs& args, ffi::Any
   if (n > INT32_MAX) return "at most 2^31 - 1 ids, got " + std::to_string(n);
   bag->ids = read.Integers(kIds, n, "ids must be int32 or int64 [N] =");
   if (bag->layout == Layout::kRagged) {
-    bag->bags = read.Integers(kBags, bag->num_bags + 1, "row_splits must be int32 or int64 [B + 1] =");
+    bag->bags = read.Splits(bag->num_bags + 1);
   } else if (bag->layout == Layout::kSparse) {
     bag->bags = read.Integers(kBags, n, "row ids must be int32 or int64 [N] =");
     if (bag->sequence_length) bag->columns = read.Integers(kColumns, n, "columns must be int32 or int64 [N] =");
@@ -156,15 +196,7 @@ std::string Decode(const int64_t* meta, const ffi::RemainingArgs& args, ffi::Any
   const bool combined = bag->layout != Layout::kDense && !bag->sequence_length;
   if (combined && meta[kWeights] >= 0) bag->weights = read.Floats(kWeights, n, "weights must be float32 [N] =");
   if (!read.wrong.empty()) return read.wrong;
-  const bool half = bag->table.type == RowType::kBF16 || bag->table.type == RowType::kF16;
-  const Type type = half ? StoredAs(bag->table.type) : Type::F32;
-  int64_t want = bag->table.dim * (bag->sequence_length ? bag->sequence_length : 1);
-  if (__builtin_mul_overflow(want, bag->num_bags, &want) || static_cast<int64_t>(out.element_count()) != want ||
-      out.element_type() != type) {
-    return "the output must hold " + std::to_string(want) + " values of " + Named(type) + ", got " + Described(out);
-  }
-  bag->out = out.untyped_data();
-  return "";
+  return DecodeOutput(meta, rets, outs, bag);
 }
 
 }  // namespace jaxembed

@@ -10,14 +10,16 @@
 namespace jaxembed {
 
 // The static half of a feature, as `bag_native.py` writes it. Those from kRows on are positions of
-// arguments, or -1.
+// arguments, or -1. Row splits may be the row kSplitsRow of those of many features. The result goes to the
+// output kOut, from its column kColumn on.
 enum Field : int {
-  kLayout, kCombiner, kPruneIds, kPruneWeights, kNumBags, kSequenceLength, kRowType, kDim,
-  kRows, kScaleBias, kCodebook, kIds, kBags, kColumns, kWeights, kFields
+  kLayout, kCombiner, kPruneIds, kPruneWeights, kNumBags, kSequenceLength, kRowType, kDim, kSplitsRow,
+  kOut, kColumn, kRows, kCodebook, kIds, kBags, kColumns, kWeights, kFields
 };
 
-// Fills `bag`. An empty string, or what is wrong.
-std::string Decode(const int64_t* meta, const xla::ffi::RemainingArgs& args, xla::ffi::AnyBuffer out, Bag* bag);
+// Fills `bag`; `outs` is the number of outputs that may be written. An empty string, or what is wrong.
+std::string Decode(const int64_t* meta, const xla::ffi::RemainingArgs& args, xla::ffi::RemainingRets& rets,
+                   int64_t outs, Bag* bag);
 
 }  // namespace jaxembed
 

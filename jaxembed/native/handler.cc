@@ -87,13 +87,15 @@ ffi::Error OutOfMemory() { return ffi::Error(ffi::ErrorCode::kResourceExhausted,
 ffi::Error EmbeddingBags(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                          ffi::Span<const int64_t> meta) try {
   const int64_t features = static_cast<int64_t>(meta.size()) / kFields;
-  if (meta.size() % kFields || static_cast<int64_t>(rets.size()) != features + 1) {
+  const int64_t outs = static_cast<int64_t>(rets.size()) - 1;
+  if (meta.size() % kFields || outs < 0) {
     return ffi::Error::InvalidArgument("jaxembed: " + std::to_string(kFields) +
-                                       " numbers a feature, and an output for each and for the counts, make up a call; got " +
+                                       " numbers a feature, and outputs of which the last is for the counts, make up a "
+                                       "call; got " +
                                        std::to_string(meta.size()) + " numbers and " + std::to_string(rets.size()) +
                                        " outputs");
   }
-  auto counts = rets.get<ffi::AnyBuffer>(features);
+  auto counts = rets.get<ffi::AnyBuffer>(outs);
   if (!counts || (*counts)->element_type() != ffi::DataType::S32 ||
       static_cast<int64_t>((*counts)->element_count()) != features) {
     return ffi::Error::InvalidArgument("jaxembed: the counts of bad ids must be int32 [F] = [" +
@@ -110,9 +112,7 @@ ffi::Error EmbeddingBags(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   int64_t cost = 0;
   for (int64_t f = 0; f < features; ++f) {
     Bag& bag = bags[f];
-    auto out = rets.get<ffi::AnyBuffer>(f);
-    if (!out) return Invalid(f, "no output");
-    std::string wrong = Decode(meta.begin() + f * kFields, args, **out, &bag);
+    std::string wrong = Decode(meta.begin() + f * kFields, args, rets, outs, &bag);
     if (wrong.empty()) wrong = Place(bag, scratch[f], &placed[f]);
     if (!wrong.empty()) return Invalid(f, wrong);
     cost += Cost(bag, placed[f]);

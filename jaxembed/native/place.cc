@@ -65,9 +65,9 @@ int64_t Table::row_bytes() const {
     case RowType::kF32: return 4 * dim;
     case RowType::kBF16:
     case RowType::kF16: return 2 * dim;
-    case RowType::kInt8:
+    case RowType::kInt8: return dim + kScaleBiasBytes;
+    case RowType::kInt4: return (dim + 1) / 2 + kScaleBiasBytes;
     case RowType::kCodes8: return dim;
-    case RowType::kInt4:
     case RowType::kCodes4: return (dim + 1) / 2;
   }
   return 0;

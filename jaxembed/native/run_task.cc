@@ -108,7 +108,7 @@ inline float Element(const Table& t, const uint8_t* row, int64_t d) {
     std::memcpy(&x, &bits, 4);
     return x;
   } else if constexpr (T == RowType::kInt8) {
-    return static_cast<float>(static_cast<int8_t>(row[d]));
+    return static_cast<float>(row[d]);
   } else if constexpr (T == RowType::kCodes8) {
     return t.codebook[row[d]];
   } else {
@@ -146,31 +146,27 @@ inline FloatsOf<kN> HalfFloats(typename Vector<kN>::Halves h) {  // float16
 }
 
 // kN bytes as integers.
-template <bool kSigned, int kN>
+template <int kN>
 inline IntegersOf<kN> Bytes(const uint8_t* bytes) {
 #if defined(__AVX512F__)
   if constexpr (kN == 16) {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-    return (IntegersOf<kN>)(kSigned ? _mm512_cvtepi8_epi32(packed) : _mm512_cvtepu8_epi32(packed));
+    return (IntegersOf<kN>)_mm512_cvtepu8_epi32(packed);
   }
 #endif
 #if defined(__AVX2__)
   if constexpr (kN == 8) {
     const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-    return (IntegersOf<kN>)(kSigned ? _mm256_cvtepi8_epi32(packed) : _mm256_cvtepu8_epi32(packed));
+    return (IntegersOf<kN>)_mm256_cvtepu8_epi32(packed);
   }
 #endif
   IntegersOf<kN> x;
 #if defined(__ARM_NEON)
   uint32_t word;
   std::memcpy(&word, bytes, 4);
-  if constexpr (kSigned) {
-    x = (IntegersOf<kN>)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(word))));
-  } else {
-    x = (IntegersOf<kN>)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(word))));
-  }
+  x = (IntegersOf<kN>)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(word))));
 #else
-  for (int i = 0; i < kN; ++i) x[i] = kSigned ? static_cast<int8_t>(bytes[i]) : bytes[i];
+  for (int i = 0; i < kN; ++i) x[i] = bytes[i];
 #endif
   return x;
 }
@@ -219,9 +215,9 @@ inline FloatsOf<kN> Load(const Table& t, const uint8_t* row, int64_t d) {
     if constexpr (T == RowType::kBF16) return Shorts<kN>(h);
     return HalfFloats<kN>(h);
   } else if constexpr (T == RowType::kInt8) {
-    return __builtin_convertvector((Bytes<true, kN>(row + d)), FloatsOf<kN>);
+    return __builtin_convertvector((Bytes<kN>(row + d)), FloatsOf<kN>);
   } else if constexpr (T == RowType::kCodes8) {
-    return Decoded<kN>(t.codebook, Bytes<false, kN>(row + d));
+    return Decoded<kN>(t.codebook, Bytes<kN>(row + d));
   } else if constexpr (T == RowType::kInt4) {
     return __builtin_convertvector(Nibbles<kN>(row + d / 2), FloatsOf<kN>);
   } else {
@@ -229,7 +225,12 @@ inline FloatsOf<kN> Load(const Table& t, const uint8_t* row, int64_t d) {
   }
 }
 
-constexpr bool Affine(RowType type) { return type == RowType::kInt8 || type == RowType::kInt4; }
+// Scale (0) or bias (1) of a row that ends at `end`.
+inline float AtEnd(const uint8_t* end, int which) {
+  float x;
+  std::memcpy(&x, end - kScaleBiasBytes + 4 * which, 4);
+  return x;
+}
 
 template <typename Id>
 struct Entries {
@@ -240,15 +241,11 @@ struct Entries {
 };
 
 // Always inline: GCC takes a function that only fetches ahead for one without effect, and drops its calls.
-template <RowType T>
 __attribute__((always_inline)) inline void Prefetch(const Table& t, int64_t row_bytes, int64_t id) {
   if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(t.vocabulary)) return;
   const uint8_t* row = static_cast<const uint8_t*>(t.rows) + id * row_bytes;
   for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
   __builtin_prefetch(row + row_bytes - 1, 0, 3);
-  if constexpr (Affine(T)) {
-    __builtin_prefetch(t.scale_bias + 2 * id, 0, 3);
-  }
 }
 
 // sum[0 .. NV kLanes) += weights * rows, columns from d on; NV = 0: `tail` columns one by one.
@@ -269,15 +266,15 @@ inline void Block(const Table& t, int64_t row_bytes, const Entries<Id>& e, int64
   }
   const uint8_t* base = static_cast<const uint8_t*>(t.rows);
   for (int64_t j = 0; j < e.count; ++j) {
-    if (fetch && e.ids + j + kAhead < e.ahead_end) Prefetch<T>(t, row_bytes, e.ids[j + kAhead]);
+    if (fetch && e.ids + j + kAhead < e.ahead_end) Prefetch(t, row_bytes, e.ids[j + kAhead]);
     const int64_t id = e.ids[j];
     const uint8_t* row = base + id * row_bytes;
     float w = 1.0f;
     if constexpr (kWeighted) w = e.weights[j];
     float bias = 0.0f;
     if constexpr (Affine(T)) {
-      bias = w * t.scale_bias[2 * id + 1];
-      w *= t.scale_bias[2 * id];
+      bias = w * AtEnd(row + row_bytes, 1);
+      w *= AtEnd(row + row_bytes, 0);
     }
     if constexpr (NV == 0) {
       for (int64_t i = 0; i < tail; ++i) acc[0][i] += w * Element<T>(t, row, d + i) + bias;
@@ -341,10 +338,11 @@ inline void Accumulate(const Table& t, int64_t row_bytes, Entries<Id> e, float* 
   } while (done < total);
 }
 
+// Writes a row, `at` values from the start of the output.
 inline void Write(const Bag& bag, int64_t at, const float* sum) {
   const int64_t dim = bag.table.dim;
   if (bag.table.type == RowType::kBF16 || bag.table.type == RowType::kF16) {
-    uint16_t* out = static_cast<uint16_t*>(bag.out) + at * dim;
+    uint16_t* out = static_cast<uint16_t*>(bag.out) + at;
     if (bag.table.type == RowType::kBF16) {
       for (int64_t d = 0; d < dim; ++d) out[d] = FloatToBfloat(sum[d]);
       return;
@@ -357,8 +355,8 @@ inline void Write(const Bag& bag, int64_t at, const float* sum) {
     }
 #endif
     for (; d < dim; ++d) out[d] = FloatToHalf(sum[d]);
-  } else if (sum != static_cast<float*>(bag.out) + at * dim) {
-    std::memcpy(static_cast<float*>(bag.out) + at * dim, sum, 4 * dim);
+  } else if (sum != static_cast<float*>(bag.out) + at) {
+    std::memcpy(static_cast<float*>(bag.out) + at, sum, 4 * dim);
   }
 }
 
@@ -384,7 +382,7 @@ struct Runner {
   const Placed& placed;
   const Id* ids;
   const int64_t row_bytes;
-  float* scratch;  // [D] (or [L, D]) where the output is not float32
+  float* scratch;  // [D], or [L, D], where the output is not float32
   bool plain;      // every entry of the task is valid and in order
   int64_t bad = 0;
   const Id* ahead_end = nullptr;
@@ -392,7 +390,7 @@ struct Runner {
   int64_t At(int64_t i) const { return placed.order ? placed.order[i] : i; }
 
   float* Sum(int64_t at) const {
-    return scratch ? scratch : static_cast<float*>(bag.out) + at * bag.table.dim;
+    return scratch ? scratch : static_cast<float*>(bag.out) + at;
   }
 
   // Whether entry i takes part.
@@ -434,7 +432,7 @@ struct Runner {
       for (; i < end && count < kRun; ++i) {
         const int64_t at = At(i);
         if (!Live(at)) continue;
-        Prefetch<T>(bag.table, row_bytes, ids[at]);
+        Prefetch(bag.table, row_bytes, ids[at]);
         live_ids[count] = ids[at];
         if (kWeighted) live_weights[count] = bag.weights[at];
         ++count;
@@ -448,7 +446,7 @@ struct Runner {
 
   void Sequence(int64_t b, int64_t begin, int64_t end) {
     const int64_t length = bag.sequence_length, dim = bag.table.dim;
-    float* sum = Sum(b * length);
+    float* sum = Sum(b * bag.out_stride);
     std::memset(sum, 0, 4 * length * dim);
     if (!bag.columns.data && end - begin > length) end = begin + length;
     for (int64_t i = begin; i < end; ++i) {
@@ -457,17 +455,17 @@ struct Runner {
       if (l < 0 || l >= length || !Live(at)) continue;
       Accumulate<T, false, Id>(bag.table, row_bytes, {ids + at, nullptr, 1, ids}, sum + l * dim, false);
     }
-    for (int64_t l = 0; l < length; ++l) Write(bag, b * length + l, sum + l * dim);
+    for (int64_t l = 0; l < length; ++l) Write(bag, b * bag.out_stride + l * dim, sum + l * dim);
   }
 
   void Dense(int64_t i) {
-    float* sum = Sum(i);
+    float* sum = Sum(i * bag.out_stride);
     if (Live(i)) {
       Accumulate<T, false, Id>(bag.table, row_bytes, {ids + i, nullptr, 1, ids}, sum, true);
     } else {
       std::memset(sum, 0, 4 * bag.table.dim);
     }
-    Write(bag, i, sum);
+    Write(bag, i * bag.out_stride, sum);
   }
 
   void Run(const Task& task) {
@@ -477,7 +475,7 @@ struct Runner {
     }
     for (int64_t b = task.first_bag; b < task.last_bag; ++b) {
       if (bag.layout == Layout::kDense) {
-        if (b + kAhead < task.last_bag) Prefetch<T>(bag.table, row_bytes, ids[b + kAhead]);
+        if (b + kAhead < task.last_bag) Prefetch(bag.table, row_bytes, ids[b + kAhead]);
         Dense(b);
         continue;
       }
@@ -486,10 +484,10 @@ struct Runner {
         Sequence(b, begin, end);
         continue;
       }
-      float* sum = Sum(b);
+      float* sum = Sum(b * bag.out_stride);
       const float divisor = Combine(begin, end, sum);
       Scale(bag.combiner, divisor, sum, bag.table.dim);
-      Write(bag, b, sum);
+      Write(bag, b * bag.out_stride, sum);
     }
   }
 };
@@ -505,50 +503,76 @@ constexpr int64_t BytesOf(RowType type, int64_t columns) {
   }
 }
 
+// Writes kN columns of a result in the type of the output.
+template <RowType T, int kN>
+inline void Store(void* out, int64_t at, FloatsOf<kN> x) {
+  using Halves = typename Vector<kN>::Halves;
+  using Words = typename Vector<kN>::Words;
+  if constexpr (T == RowType::kBF16) {
+    const Words bits = (Words)x, high = bits >> 16, nan = (Words)((bits & 0x7fffffff) > 0x7f800000);
+    const Words rounded = (bits + 0x7fff + (high & 1)) >> 16;
+    const Halves halves = __builtin_convertvector(((high | 0x40) & nan) | (rounded & ~nan), Halves);
+    std::memcpy(static_cast<uint16_t*>(out) + at, &halves, sizeof halves);
+  } else if constexpr (T == RowType::kF16) {
+    uint16_t* halves = static_cast<uint16_t*>(out) + at;
+#if defined(__AVX512F__)
+    if constexpr (kN == 16) {
+      const __m256i h = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+      return _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves), h);
+    }
+#endif
+#if defined(__AVX2__) && defined(__F16C__)
+    if constexpr (kN == 8) {
+      const __m128i h = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+      return _mm_storeu_si128(reinterpret_cast<__m128i*>(halves), h);
+    }
+#endif
+    for (int i = 0; i < kN; ++i) halves[i] = FloatToHalf(x[i]);
+  } else {
+    std::memcpy(static_cast<float*>(out) + at, &x, sizeof x);
+  }
+}
+
 // The usual case: all entries of the task are valid and in order, and a row is `blocks` times NV vectors. With
-// these known at compile time a row costs little more than its loads.
+// these known at compile time a row costs little more than its loads, and a bag than its stores.
 //
 // A function of its own for each, so that GCC gives the loop all registers.
 template <RowType T, int kN, int NV, bool kWeighted, typename Id>
-__attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t blocks, float* scratch) {
+__attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t blocks) {
   constexpr int64_t kColumns = NV * kN, kBytes = BytesOf(T, kColumns);
   const Table& t = bag.table;
-  const int64_t dim = blocks * kColumns, row_bytes = blocks * kBytes;
+  const int64_t row_bytes = blocks * kBytes + (Affine(T) ? kScaleBiasBytes : 0);
   const Id* ids = static_cast<const Id*>(bag.ids.data);
+  const Combiner combiner = bag.combiner;
   const int64_t fetch_end = task.end - kAhead;
   int64_t end = placed.splits[task.first_bag];
   for (int64_t b = task.first_bag; b < task.last_bag; ++b) {
     const int64_t begin = end;
     end = placed.splits[b + 1];
-    float* sum = scratch ? scratch : static_cast<float*>(bag.out) + b * dim;
-    float divisor = 0;
     for (int64_t block = 0; block < blocks; ++block) {
       const uint8_t* base = static_cast<const uint8_t*>(t.rows) + block * kBytes;
+      // From the block to the end of its row.
+      const int64_t to_end = row_bytes - block * kBytes;
       FloatsOf<kN> acc[NV];
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[v] = FloatsOf<kN>{};
-      float biases = 0;
-      divisor = 0;
+      float biases = 0, divisor = 0;
       for (int64_t i = begin; i < end; ++i) {
         if (i < fetch_end) {
-          const int64_t ahead = ids[i + kAhead];
-          const uint8_t* row = base + ahead * row_bytes;
+          const uint8_t* row = base + ids[i + kAhead] * row_bytes;
 #pragma GCC unroll 16
           for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(row + line, 0, 3);
-          if (Affine(T) && block == 0) {
-            __builtin_prefetch(t.scale_bias + 2 * ahead, 0, 3);
-          }
+          if (Affine(T) && block == 0) __builtin_prefetch(row + to_end - 1, 0, 3);
         }
-        const int64_t id = ids[i];
-        const uint8_t* row = base + id * row_bytes;
+        const uint8_t* row = base + ids[i] * row_bytes;
         float w = 1.0f;
         if constexpr (kWeighted) {
           w = bag.weights[i];
-          divisor += bag.combiner == Combiner::kSqrtn ? w * w : w;
+          divisor += combiner == Combiner::kSqrtn ? w * w : w;
         }
         if constexpr (Affine(T)) {
-          biases += w * t.scale_bias[2 * id + 1];
-          w *= t.scale_bias[2 * id];
+          biases += w * AtEnd(row + to_end, 1);
+          w *= AtEnd(row + to_end, 0);
         }
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) {
@@ -560,25 +584,26 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
           }
         }
       }
+      if constexpr (!kWeighted) divisor = static_cast<float>(end - begin);
+      divisor = Inverse(combiner, divisor);
+      const int64_t at = b * bag.out_stride + block * kColumns;
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) {
         if constexpr (Affine(T)) acc[v] += biases;
-        std::memcpy(sum + block * kColumns + kN * v, &acc[v], 4 * kN);
+        if (combiner != Combiner::kSum) acc[v] = divisor == 0.0f ? FloatsOf<kN>{} : acc[v] / divisor;
+        Store<T, kN>(bag.out, at + kN * v, acc[v]);
       }
     }
-    if constexpr (!kWeighted) divisor = static_cast<float>(end - begin);
-    Scale(bag.combiner, divisor, sum, dim);
-    Write(bag, b, sum);
   }
 }
 
 // Runs the task if its rows are of a width that RunWhole takes.
 template <RowType T, bool kWeighted, typename Id>
-bool TryWhole(const Bag& bag, const Placed& placed, const Task& task, float* scratch) {
+bool TryWhole(const Bag& bag, const Placed& placed, const Task& task) {
   const int64_t dim = bag.table.dim;
 #define JAXEMBED_WHOLE(N, NV)                                        \
   if (dim == N * NV) {                                               \
-    RunWhole<T, N, NV, kWeighted, Id>(bag, placed, task, 1, scratch); \
+    RunWhole<T, N, NV, kWeighted, Id>(bag, placed, task, 1);         \
     return true;                                                     \
   }
   JAXEMBED_WHOLE(kLanes, 1)
@@ -589,7 +614,7 @@ bool TryWhole(const Bag& bag, const Placed& placed, const Task& task, float* scr
 #undef JAXEMBED_WHOLE
   constexpr int64_t kMost = kWholeLanes * kWholeVectors;
   if (dim % kMost) return false;
-  RunWhole<T, kWholeLanes, kWholeVectors, kWeighted, Id>(bag, placed, task, dim / kMost, scratch);
+  RunWhole<T, kWholeLanes, kWholeVectors, kWeighted, Id>(bag, placed, task, dim / kMost);
   return true;
 }
 
@@ -606,20 +631,19 @@ bool AllValid(const Id* ids, int64_t begin, int64_t end, int64_t vocabulary) {
 
 template <RowType T, bool kWeighted, typename Id>
 int64_t RunAs(const Bag& bag, const Placed& placed, const Task& task) {
-  float* scratch = nullptr;
-  if (bag.table.type == RowType::kBF16 || bag.table.type == RowType::kF16) {
-    scratch = ThreadFloats(bag.table.dim * (bag.sequence_length ? bag.sequence_length : 1));
-  }
   const Id* ids = static_cast<const Id*>(bag.ids.data);
-  Runner<T, kWeighted, Id> runner{bag, placed, ids, bag.table.row_bytes(), scratch, false};
+  Runner<T, kWeighted, Id> runner{bag, placed, ids, bag.table.row_bytes(), nullptr, false};
   const bool prune = bag.prune_weights && bag.weights;
   runner.plain = !placed.order && !prune && AllValid(ids, task.begin, task.end, bag.table.vocabulary);
   runner.ahead_end = ids + task.end;
   if (runner.plain) {  // each row fetches the one kAhead after it, so the first ones are left
     const int64_t first = task.end - task.begin < kAhead ? task.end : task.begin + kAhead;
-    for (int64_t i = task.begin; i < first; ++i) Prefetch<T>(bag.table, runner.row_bytes, ids[i]);
+    for (int64_t i = task.begin; i < first; ++i) Prefetch(bag.table, runner.row_bytes, ids[i]);
     const bool combined = bag.layout != Layout::kDense && !bag.sequence_length && !task.partial;
-    if (combined && TryWhole<T, kWeighted, Id>(bag, placed, task, scratch)) return 0;
+    if (combined && TryWhole<T, kWeighted, Id>(bag, placed, task)) return 0;
+  }
+  if (bag.table.type == RowType::kBF16 || bag.table.type == RowType::kF16) {
+    runner.scratch = ThreadFloats(bag.table.dim * (bag.sequence_length ? bag.sequence_length : 1));
   }
   runner.Run(task);
   return runner.bad;
@@ -655,7 +679,7 @@ void Finish(const Bag& bag, int64_t b, float* partials, int64_t count) {
     for (int64_t d = 0; d <= dim; ++d) partials[d] += partials[p * (dim + 1) + d];
   }
   Scale(bag.combiner, partials[dim], partials, dim);
-  Write(bag, b, partials);
+  Write(bag, b * bag.out_stride, partials);
 }
 
 }  // namespace jaxembed::JAXEMBED_ISA

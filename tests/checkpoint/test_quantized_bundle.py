@@ -143,10 +143,10 @@ def reseal(directory, edit):
 
 
 def test_flipped_bits_are_named(copy):
-    """In codes, a codebook, a scale or bias."""
+    """In codes, a codebook, a bias."""
     bundle = open_bundle(copy)
     order = list(bundle.tables)
-    for name, part in [("byte", "codes"), ("half", "codebook"), ("plain", "scale_bias")]:
+    for name, part in [("byte", "codes"), ("half", "codebook"), ("plain", "codes")]:
         file = copy / "tables" / f"{order.index(name):05d}.safetensors"
         intact, array = file.read_bytes(), bundle.tables[name].arrays[part]
         at = intact.index(array.tobytes(), 4096) + array.nbytes - 1
@@ -155,7 +155,7 @@ def test_flipped_bits_are_named(copy):
         with pytest.raises(CheckpointError, match=f"table '{name}', {part} is damaged: rows"):
             read_checkpoint(copy)
         if part == "codes":
-            with pytest.raises(CheckpointError, match="table 'byte', codes is damaged"):
+            with pytest.raises(CheckpointError, match=f"table '{name}', codes is damaged"):
                 open_bundle(copy).stored()[name].read()
         file.unlink()
         file.write_bytes(intact)
@@ -165,11 +165,11 @@ def test_flipped_bits_are_named(copy):
 ATTACKS = {
     "other kind": (
         lambda t: t["byte"]["quantized"].update(kind="int8"),
-        r"must be int8\[30001, 9\], got uint8",
+        r"must be uint8\[30001, 17\], got uint8\[30001, 9\]",
     ),
-    "no scale": (
-        lambda t: t["plain"]["quantized"]["arrays"].pop("scale_bias"),
-        "incomplete: KeyError: 'scale_bias'",
+    "no codebook": (
+        lambda t: t["byte"]["quantized"]["arrays"].pop("codebook"),
+        "incomplete: KeyError: 'codebook'",
     ),
     "unknown kind": (lambda t: t["byte"]["quantized"].update(kind="int2"), "incomplete: KeyError"),
     "no kind": (lambda t: t["byte"].update(quantized={}), "incomplete: KeyError: 'arrays'"),
@@ -184,11 +184,11 @@ ATTACKS = {
         lambda t: t["byte"].update(file=None),
         "table 'byte' has no file, and the bundle is not a delta",
     ),
-    "other scale": (
-        lambda t: t["plain"]["quantized"]["arrays"].update(
-            scale_bias=t["byte"]["quantized"]["arrays"]["codebook"]
+    "other codebook": (
+        lambda t: t["half"]["quantized"]["arrays"].update(
+            codebook=t["byte"]["quantized"]["arrays"]["codebook"]
         ),
-        r"table 'plain', scale_bias must be float32\[333, 2\], got float32\[256\]",
+        r"table 'half', codebook must be float32\[16\], got float32\[256\]",
     ),
 }
 

@@ -86,7 +86,8 @@ struct Case {
   std::vector<double> values;  // [V, D]
   std::vector<std::unique_ptr<Stretch>> stretches;
   Stretch* out = nullptr;
-  int64_t out_values = 0;
+  uint8_t* start = nullptr;  // of the output, in which this feature's columns begin at `column`
+  int64_t column = 0, size = 4, out_values = 0;
   bool half = false;
   std::string name;
 
@@ -114,12 +115,13 @@ void MakeTable(Case& c, RowType type, int64_t vocabulary, int64_t dim) {
   uint8_t* rows = c.Memory(vocabulary * width, type == RowType::kF32 ? 4 : c.half ? 2 : 1);
   std::memset(rows, 0, vocabulary * width);
   t.rows = rows;
-  float *pairs = nullptr, *codebook = nullptr;
-  if (type == RowType::kInt8 || type == RowType::kInt4) {
-    t.scale_bias = pairs = c.Floats(2 * vocabulary);
+  std::vector<float> pairs(2 * vocabulary);
+  float* codebook = nullptr;
+  if (Affine(type)) {
     for (int64_t r = 0; r < vocabulary; ++r) {
-      pairs[2 * r] = r % 2 ? 0.25f : 0.5f;
+      pairs[2 * r] = (r % 2 ? 0.25f : 0.5f) * (type == RowType::kInt8 ? 0.25f : 1.0f);
       pairs[2 * r + 1] = static_cast<float>(r % 5);
+      std::memcpy(rows + (r + 1) * width - kScaleBiasBytes, &pairs[2 * r], kScaleBiasBytes);
     }
   } else if (!c.half && type != RowType::kF32) {
     const int codes = type == RowType::kCodes8 ? 256 : 16;
@@ -137,8 +139,8 @@ void MakeTable(Case& c, RowType type, int64_t vocabulary, int64_t dim) {
         const uint16_t h = Half(value, type == RowType::kBF16);
         std::memcpy(rows + r * width + 2 * d, &h, 2);
       } else if (type == RowType::kInt8) {
-        rows[r * width + d] = static_cast<uint8_t>(code - 30);
-        value = (code - 30) * pairs[2 * r] + pairs[2 * r + 1];
+        rows[r * width + d] = static_cast<uint8_t>(code * 4);
+        value = (code * 4) * pairs[2 * r] + pairs[2 * r + 1];
       } else if (type == RowType::kCodes8) {
         rows[r * width + d] = static_cast<uint8_t>(code * 4);
         value = codebook[code * 4];
@@ -191,11 +193,29 @@ void MakeIds(Case& c, Random& random, int64_t mean) {
   if (sparse && bag.sequence_length) bag.columns = c.Integers(columns, Below(random, 2));
 }
 
-void MakeOutput(Case& c) {
-  const int64_t rows = c.bag.num_bags * (c.bag.sequence_length ? c.bag.sequence_length : 1);
-  c.out_values = rows * c.bag.table.dim;
-  c.bag.out = c.Memory(c.out_values * (c.half ? 2 : 4), c.half ? 2 : 4);
+// Of one feature alone, or some of the columns of an output that features share.
+void MakeOutput(Case& c, Random& random) {
+  Bag& bag = c.bag;
+  const int64_t width = (bag.sequence_length ? bag.sequence_length : 1) * bag.table.dim;
+  c.column = Below(random, 2) ? Below(random, 9) : 0;
+  bag.out_stride = c.column + width + (c.column ? Below(random, 9) : 0);
+  c.out_values = bag.num_bags * width;
+  c.size = c.half ? 2 : 4;
+  c.start = c.Memory(bag.num_bags * bag.out_stride * c.size, c.size);
+  bag.out = c.start + c.column * c.size;
   c.out = c.stretches.back().get();
+}
+
+double Got(const Case& c, int64_t at) {
+  const uint8_t* value = c.start + at * c.size;
+  if (c.half) {
+    uint16_t h;
+    std::memcpy(&h, value, 2);
+    return FromHalf(h, c.bag.table.type == RowType::kBF16);
+  }
+  float x;
+  std::memcpy(&x, value, 4);
+  return x;
 }
 
 // The contract of bag.h, word for word, in double precision.
@@ -252,7 +272,8 @@ void Check(Case& c, Random& random, int64_t chunk) {
   const std::vector<double> expected = Reference(c, &expected_bad);
   for (const Instance& instance : FindInstances().of) {
     if (!instance.run) continue;
-    std::memset(c.bag.out, 0xFF, c.out_values * (c.half ? 2 : 4));
+    const int64_t stride = c.bag.out_stride, bytes = c.bag.num_bags * stride * c.size;
+    std::memset(c.start, 0xFF, bytes);
     Plan plan;
     AddTasks(0, c.bag, placed, chunk, &plan);
     PlacePartials(&c.bag, &plan);
@@ -265,15 +286,18 @@ void Check(Case& c, Random& random, int64_t chunk) {
     if (bad != expected_bad) {
       Fail(c, instance.name, std::to_string(bad) + " bad ids, expected " + std::to_string(expected_bad));
     }
+    const int64_t width = c.bag.num_bags ? c.out_values / c.bag.num_bags : 0;
+    const double tolerance = c.half ? (c.bag.table.type == RowType::kBF16 ? 0x1p-8 : 0x1p-11) : 1e-5;
     for (int64_t i = 0; i < c.out_values; ++i) {
-      const bool bf16 = c.bag.table.type == RowType::kBF16;
-      const double got = c.half ? FromHalf(static_cast<uint16_t*>(c.bag.out)[i], bf16)
-                                : static_cast<double>(static_cast<float*>(c.bag.out)[i]);
-      const double tolerance = c.half ? (bf16 ? 0x1p-8 : 0x1p-11) : 1e-5;
+      const double got = Got(c, i / width * stride + c.column + i % width);
       if (!(std::abs(got - expected[i]) <= tolerance * std::max(1.0, std::abs(expected[i])))) {
         Fail(c, instance.name, "value " + std::to_string(i) + " is " + std::to_string(got) + ", expected " +
                                    std::to_string(expected[i]));
       }
+    }
+    for (int64_t i = 0; i < bytes; ++i) {
+      const int64_t column = i / c.size % stride - c.column;
+      if ((column < 0 || column >= width) && c.start[i] != 0xFF) Fail(c, instance.name, "another feature's column was written");
     }
   }
   if (!c.out->GuardsHold()) Fail(c, "any", "a guard beside the output was written");
@@ -292,7 +316,7 @@ void Sweep(Random& random, int64_t* cases) {
         bag.sequence_length = layout && Below(random, 3) == 0 ? 1 + Below(random, 5) : 0;
         MakeTable(c, static_cast<RowType>(type), Below(random, 16) ? 1 + Below(random, 40) : 0, dim);
         MakeIds(c, random, Below(random, 8) ? 3 : 40);
-        MakeOutput(c);
+        MakeOutput(c, random);
         c.name = "dim " + std::to_string(dim) + " type " + std::to_string(type) + " layout " + std::to_string(layout) +
                  " combiner " + std::to_string(static_cast<int>(bag.combiner)) + " case " + std::to_string(*cases);
         Check(c, random, 1 + Below(random, 4096));
@@ -313,7 +337,7 @@ void HugeBag(Random& random, Combiner combiner, Layout layout, int64_t* cases) {
   for (int64_t b = 0; b <= 400; ++b) splits[b] = 0;
   c.bag.ids = c.Integers(ids, false);
   c.bag.bags = c.Integers(layout == Layout::kRagged ? splits : rows, false);
-  MakeOutput(c);
+  MakeOutput(c, random);
   c.name = "huge bag, layout " + std::to_string(static_cast<int>(layout));
   Scratch scratch;
   Placed placed;
