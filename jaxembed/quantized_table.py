@@ -131,7 +131,9 @@ class QuantizedTable:
             if xp is np:
                 scale_bias = np.ascontiguousarray(last).view(np.float32)
             else:
-                scale_bias = jax.lax.bitcast_convert_type(last.reshape(-1, 2, 4), np.float32)
+                # Not bytes to floats at once, which exports of any batch size cannot do.
+                words = sum(last[:, byte::4].astype(np.uint32) << np.uint32(8 * byte) for byte in range(4))
+                scale_bias = jax.lax.bitcast_convert_type(words, np.float32)
         if KINDS[self.kind] == 2:
             codes = xp.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
             codes = codes.reshape(codes.shape[0], -1)[:, : self.dim]
