@@ -14,6 +14,7 @@ from jaxembed.buckets import MAX_BUCKETS, Buckets, simulate_quantization
 from jaxembed.config import QuantizationConfig, TableConfig
 from jaxembed.memory import aligned_empty
 from jaxembed.quantized_table import KINDS, QuantizedTable, fused
+from jaxembed.shapes import AnyTable, HostCodebook, HostCodes, HostRows
 
 __all__ = [
     "MAX_BUCKETS",
@@ -51,7 +52,7 @@ class QuantizationError:
     mean: float
 
 
-def quantize(table: Any, how: str | QuantizationConfig) -> QuantizedTable:
+def quantize(table: AnyTable, how: str | QuantizationConfig) -> QuantizedTable:
     """A table as codes.
 
     Args:
@@ -74,7 +75,7 @@ def quantize(table: Any, how: str | QuantizationConfig) -> QuantizedTable:
     return QuantizedTable(codec.kind, dim, **arrays, codebook=codec.codebook, dtype=table.dtype)
 
 
-def quantize_as_trained(table: Any, config: TableConfig) -> Any:
+def quantize_as_trained(table: AnyTable, config: TableConfig) -> Any:
     """What serving looks up, so that it equals training's forward with `config.quantization_config`.
 
     Args:
@@ -99,7 +100,7 @@ def quantize_as_trained(table: Any, config: TableConfig) -> Any:
     return out
 
 
-def quantization_error(table: Any, quantized: QuantizedTable) -> QuantizationError:
+def quantization_error(table: AnyTable, quantized: QuantizedTable) -> QuantizationError:
     """How far the values of `quantized` are from those of `table`, [V, D]."""
     if tuple(table.shape) != quantized.shape:
         raise ValueError(f"table must be {list(quantized.shape)}, got {list(table.shape)}.")
@@ -124,11 +125,11 @@ class RowCodec:
     buckets: Buckets | None = None
 
     @property
-    def codebook(self) -> np.ndarray | None:
+    def codebook(self) -> HostCodebook | None:
         """Float32 [256] or [16], or None."""
         return None if self.buckets is None else self.buckets.codebook(256 if self.kind == "codes8" else 16)
 
-    def encode(self, rows: np.ndarray, start: int = 0) -> dict[str, np.ndarray]:
+    def encode(self, rows: HostRows, start: int = 0) -> dict[str, HostCodes]:
         """The arrays of a QuantizedTable, but its codebook, for float32 rows [N, D], the first being row `start`.
 
         Raises:
@@ -154,7 +155,7 @@ def row_codec(how: str | QuantizationConfig) -> RowCodec:
     return RowCodec(how)
 
 
-def simulate_on_host(rows: np.ndarray, config: QuantizationConfig) -> np.ndarray:
+def simulate_on_host(rows: HostRows, config: QuantizationConfig) -> HostRows:
     """`simulate_quantization` in numpy, to the same bits."""
     buckets, values = Buckets(config), rows.astype(np.float32)
     with np.errstate(invalid="ignore"):

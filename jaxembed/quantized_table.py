@@ -8,6 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.memory import aligned_empty
+from jaxembed.shapes import (
+    AnyCodebook,
+    AnyCodes,
+    AnyIds,
+    AnyPerRow,
+    AnyTableCodes,
+    HostCodes,
+    HostRows,
+    Rows,
+    Table,
+)
 
 #: How many codes share a byte.
 KINDS: dict[str, int] = {"int8": 1, "int4": 2, "codes8": 1, "codes4": 2}
@@ -49,8 +60,8 @@ class QuantizedTable:
 
     kind: str
     dim: int
-    codes: Any
-    codebook: Any = None
+    codes: AnyCodes
+    codebook: AnyCodebook | None = None
     dtype: Any = np.float32
 
     def __post_init__(self) -> None:
@@ -77,7 +88,9 @@ class QuantizedTable:
         return {"codes": ((num_rows, width + _SCALE_BIAS_BYTES), np.dtype(np.uint8))}
 
     @classmethod
-    def from_codes(cls, codes: Any, scale: Any, bias: Any, dtype: Any = np.float32) -> "QuantizedTable":
+    def from_codes(
+        cls, codes: AnyTableCodes, scale: AnyPerRow, bias: AnyPerRow, dtype: Any = np.float32
+    ) -> "QuantizedTable":
         """An int8 table with value = code scale + bias of the row.
 
         Args:
@@ -111,16 +124,16 @@ class QuantizedTable:
         """Of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
-    def rows(self, ids: Any) -> jax.Array:
+    def rows(self, ids: AnyIds) -> Rows:
         """The rows of ids [N], float32 [N, D]; ids outside [0, V) give some row."""
         codes = jnp.asarray(self.codes).at[ids].get(mode="clip", wrap_negative_indices=False)
         return self._decode(codes, jnp)
 
-    def dequantize(self) -> jax.Array:
+    def dequantize(self) -> Table:
         """All values, [V, D] in `dtype`."""
         return self._decode(jnp.asarray(self.codes), jnp).astype(self.dtype)
 
-    def host_rows(self, start: int, stop: int, codes: np.ndarray | None = None) -> np.ndarray:
+    def host_rows(self, start: int, stop: int, codes: HostCodes | None = None) -> HostRows:
         """Rows [start, stop) of a table on the host, float32 numpy; `codes` are theirs if at hand."""
         return self._decode(self.codes[start:stop] if codes is None else codes, np)
 
@@ -155,7 +168,7 @@ class QuantizedTable:
         return table
 
 
-def fused(codes: np.ndarray, scale: Any, bias: Any) -> np.ndarray:
+def fused(codes: HostCodes, scale: AnyPerRow, bias: AnyPerRow) -> HostCodes:
     """Rows of bytes [V, C] with scale and bias [V] of each behind it: uint8 [V, C + 8]."""
     rows = aligned_empty((codes.shape[0], codes.shape[1] + _SCALE_BIAS_BYTES), np.uint8)
     rows[:, :-_SCALE_BIAS_BYTES] = codes

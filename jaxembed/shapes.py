@@ -53,7 +53,15 @@ AnyTable = Shaped[Any, "V D"]
 AnyPerExample = Float[Any, "B"]
 AnyDenseFeatures = Float[Any, "B *K"]
 AnyCombinerWeights = Float[Any, "weights"]
+#: Of a QuantizedTable; one code a byte, or two.
+AnyCodes = Integer[Any, "V bytes"]
+AnyTableCodes = Integer[Any, "V D"]
+AnyPerRow = Float[Any, "V"]
+AnyCodebook = Float[Any, "codes"]
 
+HostRows = Float[np.ndarray, "N D"]
+HostCodes = Integer[np.ndarray, "V bytes"]
+HostCodebook = Float[np.ndarray, "codes"]
 HostIds = Integer[np.ndarray, "N"]
 HostLengths = Integer[np.ndarray, "F B"]
 

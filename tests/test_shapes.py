@@ -22,7 +22,14 @@ from jaxembed.train import ShardedEmbedding, Trainer
 from jaxembed.train.data import batches, criteo_feature_config, synthetic_criteo
 from jaxembed.train.dlrm import DLRM
 
-MODULES = ("jaxembed", "jaxembed.optimizers", "jaxembed.combiners", "jaxembed.train", "jaxembed.serve")
+MODULES = (
+    "jaxembed",
+    "jaxembed.optimizers",
+    "jaxembed.combiners",
+    "jaxembed.quantization",
+    "jaxembed.train",
+    "jaxembed.serve",
+)
 #: Keys of random numbers, and arrays of any shape.
 OTHERS = {"key", "learning_rate", "agreed"}
 
@@ -31,8 +38,6 @@ def public_functions():
     for module in MODULES:
         for name in importlib.import_module(module).__all__:
             found = getattr(importlib.import_module(module), name)
-            if found is je.QuantizedTable:
-                continue
             if not inspect.isclass(found):
                 yield f"{module}.{name}", found
                 continue
