@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.config import QuantizationConfig
+from jaxembed.shapes import AnyShape
 
 MAX_BUCKETS = 1 << 16
 _MANTISSA = 24
 _TINY = np.finfo(np.float32).tiny
 
 
-def simulate_quantization(x: jax.Array, config: QuantizationConfig) -> jax.Array:
+def simulate_quantization(x: AnyShape, config: QuantizationConfig) -> AnyShape:
     """The nearest of the values of `config`, with the gradient of the identity (straight-through).
 
     The gradient passes outside of [lower, upper], too, as on TPUs, where the backward pass is that of a

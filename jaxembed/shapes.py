@@ -28,6 +28,7 @@ else:
         Float = Integer = Shaped
 
 Scalar = Shaped[Array, ""]
+AnyShape = Float[Array, "..."]
 PerExample = Float[Array, "B"]
 DenseFeatures = Float[Array, "B K"]
 #: What a feature's bags were combined to.

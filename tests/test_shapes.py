@@ -38,6 +38,8 @@ def public_functions():
     for module in MODULES:
         for name in importlib.import_module(module).__all__:
             found = getattr(importlib.import_module(module), name)
+            if not callable(found):
+                continue
             if not inspect.isclass(found):
                 yield f"{module}.{name}", found
                 continue
