@@ -4,26 +4,27 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxembed.checkpoint import digest_arrays, layout, steps
-from jaxembed.checkpoint.files import disk_error
+from jaxembed.checkpoint.files import absolute_path, disk_error
 from jaxembed.checkpoint.reading import flat_arrays, open_checkpoint
 from jaxembed.serialization import feature_config_to_json
 
 from .embedding import ShardedEmbedding
 from .engines.custom import checked_weights
 from .restoring import check_meaning, check_slots, check_tables, restore_data, restore_model
+from .saving import as_array, encode, save_arrays
 from .stack_reading import read_stacks
 from .state import EmbeddingState
 
-#: Small enough to be read a few at a time, large enough to be read fast.
-CHUNK_BYTES = 4 << 20
 GROWTHS = (None, "initialize")
 
 
@@ -97,7 +98,7 @@ class Checkpointer:
         save_interval_steps: int = 1,
         asynchronous: bool = True,
     ):
-        self.directory: pathlib.Path = pathlib.Path(directory).expanduser().absolute()
+        self.directory: pathlib.Path = absolute_path(directory)
         self._embedding = embedding
         self._feature_config = feature_config_to_json(embedding.feature_config)
         self._optimizers = layout.optimizers_to_json(
@@ -144,16 +145,13 @@ class Checkpointer:
           OSError: if the disk fails, now or in the save before.
         """
         step = int(state.step)
+        if not self._is_swept:
+            self._sweep()
         if not force and not self._manager.should_save(step):
             return False
-        if not self._is_swept and jax.process_index() == 0:
-            steps.remove_unfinished(self.directory)
-        self._is_swept = True
         tables, slots, _ = self._embedding.canonical_on_host(state)
         slots = {name: value for name, value in slots.items() if value}
-        leaves = (
-            {} if model is None else {key: _as_array(key, leaf) for key, leaf in flat_arrays(model).items()}
-        )
+        leaves = {} if model is None else {key: as_array(key, leaf) for key, leaf in flat_arrays(model).items()}
         if model is not None and not leaves:
             raise ValueError(f"model has no arrays, got {model!r:.80}; leave it out.")
         digests = iter(
@@ -172,9 +170,9 @@ class Checkpointer:
                 "slots": jax.tree.map(lambda _: next(digests), slots),
             },
         }
-        items: dict[str, Any] = {layout.TABLES: _save_arrays(_encode(tables))}
+        items: dict[str, Any] = {layout.TABLES: save_arrays(encode(tables))}
         if slots:
-            items[layout.SLOTS] = _save_arrays(_encode({name: _encode(value) for name, value in slots.items()}))
+            items[layout.SLOTS] = save_arrays(encode({name: encode(value) for name, value in slots.items()}))
         if model is not None:
             manifest["digests"][layout.MODEL] = {key: next(digests) for key in leaves}
             items[layout.MODEL] = ocp.args.PyTreeSave(model)
@@ -270,6 +268,17 @@ class Checkpointer:
     def _open_manager(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self.directory, options=self._options)
 
+    def _sweep(self) -> None:
+        """Makes way for the first save; others may only be reading here."""
+        if jax.process_index() == 0:
+            steps.remove_unfinished(self.directory)
+            for path in steps.set_aside(self.directory):
+                warnings.warn(f"A step that lacks a file was set aside: {path}.", RuntimeWarning, stacklevel=3)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("jaxembed_sweep")
+        self._manager.reload()
+        self._is_swept = True
+
     @contextlib.contextmanager
     def _afresh_after_errors(self) -> Iterator[None]:
         """A manager raises the error of a save that failed again in the next ones: another takes its place."""
@@ -283,19 +292,3 @@ class Checkpointer:
             if failed is None:
                 raise
             raise failed from e
-
-
-def _save_arrays(arrays: Any) -> Any:
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
-    return ocp.args.PyTreeSave(arrays, save_args=save_args)
-
-
-def _as_array(key: str, leaf: Any) -> Any:
-    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    if not jax.numpy.issubdtype(array.dtype, np.number) and array.dtype != bool:
-        raise ValueError(f"model must hold arrays of numbers to be saved, got {array.dtype} at {key!r}.")
-    return array
-
-
-def _encode(arrays: dict[str, Any]) -> dict[str, Any]:
-    return {layout.encode_name(name): value for name, value in arrays.items()}

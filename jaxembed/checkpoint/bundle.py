@@ -38,7 +38,7 @@ from jaxembed.checkpoint.bundle_reading import (
 )
 from jaxembed.checkpoint.bundle_tables import TableReport, plan_table, write_table
 from jaxembed.checkpoint.digests import digest_arrays, digest_bytes
-from jaxembed.checkpoint.files import sync_folder, write_file
+from jaxembed.checkpoint.files import absolute_path, sync_folder, write_file
 from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
 from jaxembed.checkpoint.safetensors_file import header_of
 from jaxembed.checkpoint.scratch import check_place, scratch_folder
@@ -143,7 +143,7 @@ def check_version(
         raise ValueError(f"version must be an int of at least 0, got {number!r}.")
     if delta_from is not None and not 0 <= delta_from < number:
         raise ValueError(f"delta_from must be a version below {number}, got {delta_from!r}.")
-    target = pathlib.Path(out).expanduser().absolute() / str(number)
+    target = absolute_path(out) / str(number)
     if os.path.lexists(target):
         raise ValueError(f"{target} exists, and may be in use; pass another version or remove it.")
     check_place(target)

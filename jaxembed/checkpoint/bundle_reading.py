@@ -15,7 +15,7 @@ import numpy as np
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.bundle_table_reading import fitting, map_part, open_table
 from jaxembed.checkpoint.digests import CheckpointError, Digests, digest_bytes
-from jaxembed.checkpoint.files import read_regular
+from jaxembed.checkpoint.files import absolute_path, is_number, read_regular
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.checkpoint.stored_quantized import StoredQuantized
 from jaxembed.checkpoint.table_form import CODES, ROWS
@@ -156,7 +156,7 @@ def open_bundle(path: str | pathlib.Path, version: int | None = None) -> Bundle:
       FileNotFoundError: if there is no such version.
       CheckpointError: if it is damaged or not a bundle.
     """
-    directory = _directory(pathlib.Path(path).expanduser().absolute(), version)
+    directory = _directory(absolute_path(path), version)
     (directory, manifest), *deltas = reversed(_chain(directory))
     bundle = read_bundle(directory, manifest, None)
     for directory, manifest in deltas:
@@ -273,7 +273,7 @@ def _directory(path: pathlib.Path, version: int | None) -> pathlib.Path:
 def _versions(path: pathlib.Path) -> list[int]:
     if not path.is_dir():
         return []
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and (p / MANIFEST_FILE).is_file())
+    return sorted(int(p.name) for p in path.iterdir() if is_number(p.name) and (p / MANIFEST_FILE).is_file())
 
 
 def _build(structure: Any, leaves: dict[str, np.ndarray]) -> Any:

@@ -47,6 +47,24 @@ def read_regular(file: pathlib.Path, max_bytes: int) -> bytes:
     return content
 
 
+def absolute_path(path: str | pathlib.Path) -> pathlib.Path:
+    """Absolute, with ~ for the user's home and without "..", which tensorstore refuses.
+
+    What leads to a ".." is followed where it is a link, as the system does; the rest stays as it was named.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    parts = path.parts
+    if ".." in parts:
+        last = len(parts) - 1 - parts[::-1].index("..")
+        path = pathlib.Path(os.path.realpath(pathlib.Path(*parts[: last + 1])), *parts[last + 1 :])
+    return pathlib.Path("/", *path.parts[1:]) if path.root == "//" else path
+
+
+def is_number(name: str) -> bool:
+    """Whether a folder may be that of a step or version: "7", not "007"."""
+    return name.isdecimal() and name == str(int(name))
+
+
 def read_named(file: str | pathlib.Path, max_bytes: int) -> bytes:
     """All of a file that the user named, which may be a link, with ~ for the user's home.
 
@@ -54,7 +72,7 @@ def read_named(file: str | pathlib.Path, max_bytes: int) -> bytes:
       FileNotFoundError: if there is none.
       CheckpointError: as `read_regular`.
     """
-    path = pathlib.Path(file).expanduser().absolute()
+    path = absolute_path(file)
     if not path.exists():
         raise FileNotFoundError(f"nothing is at {path}.")
     return read_regular(path.resolve(), max_bytes)

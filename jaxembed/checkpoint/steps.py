@@ -10,21 +10,23 @@ import shutil
 import time
 
 from jaxembed.checkpoint import layout
-from jaxembed.checkpoint.files import read_regular
+from jaxembed.checkpoint.files import absolute_path, is_number, read_regular
 from jaxembed.checkpoint.stored_files import missing_file
 from jaxembed.serialization import strict_json
 
 #: In bytes: what Orbax says about a step.
 MAX_ORBAX = 1 << 20
 METADATA = "_CHECKPOINT_METADATA"
+#: What the name of a step that is not whole ends with, once it has been set aside.
+ASIDE = ".incomplete"
 
 
 def whole_steps(directory: str | pathlib.Path) -> list[int]:
     """The steps below `directory` that can be restored, in order."""
-    directory = pathlib.Path(directory)
+    directory = absolute_path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if _is_number(p.name) and _missing(p) is None)
+    return sorted(int(p.name) for p in directory.iterdir() if is_number(p.name) and _missing(p) is None)
 
 
 def latest_step(directory: str | pathlib.Path) -> int | None:
@@ -47,6 +49,22 @@ def remove_unfinished(directory: pathlib.Path, seconds: float = 10.0) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def set_aside(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Renames the steps that are not whole, so that they do not stand in the way of new ones; for the only writer.
+
+    Returns:
+      Where they are now.
+    """
+    aside = []
+    for path in list(directory.iterdir()):
+        if not is_number(path.name) or _missing(path) is None:
+            continue
+        suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+        places = (directory / f"{path.name}{ASIDE}{suffix}" for suffix in suffixes)
+        aside.append(path.rename(next(place for place in places if not place.exists())))
+    return aside
+
+
 def remove_deleted(directory: pathlib.Path) -> None:
     """Removes the steps that Orbax has renamed away, which it never does itself; for the only writer."""
     for path in (directory / layout.DELETING).glob("*"):
@@ -60,7 +78,7 @@ def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib
     Raises:
       FileNotFoundError: if there is no such whole step.
     """
-    path = pathlib.Path(path).expanduser().absolute()
+    path = absolute_path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint at {path}: it is not a directory.")
     if step is None and _missing(path) is None:
@@ -82,10 +100,6 @@ def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib
             "jaxembed.train.Checkpointer, or one step in it."
         )
     raise FileNotFoundError(f"no step {step} at {path}; whole steps are {steps}.")
-
-
-def _is_number(name: str) -> bool:
-    return name.isdecimal() and name == str(int(name))
 
 
 def _missing(step: pathlib.Path) -> pathlib.Path | None:

@@ -6,9 +6,8 @@ jaxembed inspect dlrm.safetensors --keys keys.json
 """
 
 import argparse
-import pathlib
 
-from jaxembed.checkpoint.files import replace_file
+from jaxembed.checkpoint.files import absolute_path, replace_file
 from jaxembed.convert.keys import keys_in_file
 from jaxembed.inspection import describe, html_report
 
@@ -38,6 +37,6 @@ def run(options: argparse.Namespace) -> int:
         print(describe(options.path, step=options.step, stats=options.stats, progress=progress, keys=keys))
         return 0
     page = html_report(options.path, step=options.step, progress=progress, keys=keys)
-    replace_file(pathlib.Path(options.html).expanduser().absolute(), page.encode())
+    replace_file(absolute_path(options.html), page.encode())
     print(f"wrote {options.html}")
     return 0

@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.digests import BlockDigester
+from jaxembed.checkpoint.files import absolute_path
 from jaxembed.checkpoint.stored import StoredArray
 
 #: A table's name, and a slot's or None.
@@ -216,8 +217,8 @@ def stored(what: str, shape: Any, dtype: Any, read_rows: Callable[[int, int], np
 
 
 def path_of(path: str | pathlib.Path) -> pathlib.Path:
-    """Absolute, with ~ for the user's home."""
-    return pathlib.Path(path).expanduser().absolute()
+    """Absolute, with ~ for the user's home and without ".."."""
+    return absolute_path(path)
 
 
 def _max_error(rows: np.ndarray, cast: np.ndarray) -> float:

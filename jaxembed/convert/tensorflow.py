@@ -141,6 +141,8 @@ def _prefix(path: pathlib.Path) -> pathlib.Path:
     names = sorted(p.name.removesuffix(".index") for p in path.glob("*.index"))
     if len(names) == 1:
         return path / names[0]
+    if not names:
+        raise FileNotFoundError(f"no checkpoint of TensorFlow at {path}: no *.index file is in it.")
     tf: Any = needed("tensorflow", "tensorflow")
     latest = pathlib.Path(tf.train.latest_checkpoint(str(path)) or "")
     if latest.name in names and latest.parent == path:

@@ -203,6 +203,50 @@ def test_half_deleted_steps_are_not_listed(tmp_path, writer):
     assert not any(listed[name] for name in gone | {"manifest", "manifest/metadata", "_CHECKPOINT_METADATA"})
 
 
+def test_a_step_that_is_not_whole_makes_way(tmp_path):
+    """It would stop a job that goes on from the step before it, for ever."""
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(at_step(own, step))
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "2" / "tables" / "d")
+        assert whole_steps(tmp_path) == [1]
+        with Checkpointer(tmp_path, own) as checkpointer:
+            assert checkpointer.restore().step == 1
+            assert (tmp_path / "2").exists()  # whoever only reads moves nothing
+            with pytest.warns(RuntimeWarning, match=r"lacks a file was set aside: .*/2\.incomplete"):
+                assert checkpointer.save(at_step(own, 2))
+            assert checkpointer.save(at_step(own, 3))
+        assert whole_steps(tmp_path) == [1, 2, 3]
+        shutil.rmtree(tmp_path / "3")
+    assert sorted(path.name for path in tmp_path.glob("*.incomplete*")) == ["2.incomplete", "2.incomplete-2"]
+
+
+@pytest.mark.parametrize("place", ["../steps", "./a/../b/steps", "link/../steps", "//{}/steps"])
+def test_places_that_are_not_named_straight(tmp_path, monkeypatch, place):
+    here = tmp_path / "here"
+    (here / "a").mkdir(parents=True)
+    (tmp_path / "far" / "folder").mkdir(parents=True)
+    (here / "link").symlink_to(tmp_path / "far" / "folder")
+    monkeypatch.chdir(here)
+    place = place.format(str(tmp_path).lstrip("/"))
+    own = embedding(1)
+    with Checkpointer(place, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+        checkpointer.wait()
+        assert checkpointer.restore().step == 1
+    assert whole_steps(place) == [1]
+    assert (here / place / "1").is_dir()
+    expected = read_checkpoint(here.joinpath(place).resolve())
+    assert main(["convert", place, f"{place}-as-bundle", "--to", "serving"]) == 0
+    read = read_checkpoint(f"{place}-as-bundle")
+    jax.tree.map(np.testing.assert_array_equal, read.tables, expected.tables)
+    assert convert(place, f"{place}-again", dry_run=True).path == convert(place, f"{place}-again").path
+    shutil.rmtree(here / place / "1" / "tables" / "d")
+    assert whole_steps(place) == []
+
+
 def test_a_half_deleted_step_is_passed_over(tmp_path):
     """Also where the folders that Orbax has beside the data have gone with it."""
     own = embedding(1, large_config())
