@@ -19,7 +19,7 @@ _LISTED = 100
 
 _NOTES = """\
 - Bags are summed, ids are int32 and ragged, their lengths uniform in [0, 2 valency]; jaxembed, torch and (for float32)
-  FBGEMM read one and the same table in memory, on huge pages.
+  FBGEMM read one and the same table in memory; all tables are on huge pages.
 - torch is `F.embedding_bag`, and `quantized::embedding_bag_byte_rowwise_offsets` for int8. FBGEMM is
   `IntNBitTableBatchedEmbeddingBagsCodegen` without its bounds check; it has no bfloat16 rows, so float16 rows with
   bfloat16 output stand in.
