@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TARGET = "jaxembed_embedding_bags"
 #: Name of the slices that `merged_embedding_bags` returns, in a program's text.
 MERGED_SCOPE = "jaxembed_columns"
+_NUMBERS = 17  # that describe a feature, see native/decode.h
 _LAYOUTS = {"dense": 0, "ragged": 1, "sparse": 2}
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
 _ROW_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -38,9 +39,12 @@ def _load() -> str | None:
     if path is None:
         return "the kernel was not built when jaxembed was installed"
     try:
-        handler = ctypes.CDLL(str(path)).JaxembedEmbeddingBags
+        kernel = ctypes.CDLL(str(path))
+        handler, numbers = kernel.JaxembedEmbeddingBags, kernel.JaxembedNumbers()
     except (OSError, AttributeError) as e:
-        return f"{path} cannot be loaded ({e})"
+        return f"{path} cannot be loaded ({e}); reinstall jaxembed"
+    if numbers != _NUMBERS:
+        return f"{path} was built from the sources of another version; reinstall jaxembed"
     try:
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
     except RuntimeError as e:

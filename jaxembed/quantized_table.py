@@ -67,6 +67,8 @@ class QuantizedTable:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {tuple(KINDS)}, got {self.kind!r}.")
+        if not isinstance(self.dim, int | np.integer) or self.dim < 1:
+            raise ValueError(f"dim must be an int of at least 1, got {self.dim!r}.")
         dtype = jnp.dtype(self.dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {dtype.name}.")
@@ -98,9 +100,20 @@ class QuantizedTable:
           scale: float32 [V].
           bias: float32 [V].
           dtype: of what is looked up.
+
+        Raises:
+          ValueError: if an argument is of another type or shape.
         """
+        codes, scale, bias = (np.asarray(array) for array in (codes, scale, bias))
+        if codes.ndim != 2 or codes.dtype not in (np.uint8, np.int8):
+            raise ValueError(f"codes must be uint8 or int8 [V, D], got {codes.dtype}{list(codes.shape)}.")
+        for name, array in (("scale", scale), ("bias", bias)):
+            if array.shape != codes.shape[:1] or array.dtype.kind not in "fiu":
+                raise ValueError(
+                    f"{name} must be float32 [V] = [{codes.shape[0]}], got {array.dtype}{list(array.shape)}."
+                )
         if codes.dtype == np.int8:
-            codes = np.asarray(codes).view(np.uint8) ^ np.uint8(128)
+            codes = codes.view(np.uint8) ^ np.uint8(128)
             bias = (bias - np.float64(128) * scale).astype(np.float32)
         return cls("int8", codes.shape[1], fused(codes, scale, bias), dtype=dtype)
 
@@ -149,7 +162,7 @@ class QuantizedTable:
                 scale_bias = jax.lax.bitcast_convert_type(words, np.float32)
         if KINDS[self.kind] == 2:
             codes = xp.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
-            codes = codes.reshape(codes.shape[0], -1)[:, : self.dim]
+            codes = codes.reshape(codes.shape[0], 2 * codes.shape[1])[:, : self.dim]
         if scale_bias is None:
             return xp.asarray(self.codebook)[codes.astype(np.int32)]
         return codes.astype(np.float32) * scale_bias[:, :1] + scale_bias[:, 1:]

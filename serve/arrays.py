@@ -1,5 +1,6 @@
 """Reads the ids and weights of one feature that came as arrays: ragged, sparse or one id a row."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +29,10 @@ def plain_bags(leaves: Sequence[Any]) -> tuple[list[np.ndarray], np.ndarray] | N
     if not {array.dtype for array in (*ids, *splits)} <= _INTEGERS:
         return None
     ends = np.concatenate(splits).reshape(len(splits), -1)
-    used = ends[:, -1].tolist()
-    if used != list(map(len, ids)):
+    used, sizes = ends[:, -1].tolist(), list(map(len, ids))
+    if np.count_nonzero(ends[:, 0]) or any(map(operator.gt, used, sizes)):
+        return None  # changed since they were checked; they are checked again
+    if used != sizes:
         ids = [array[:count] for array, count in zip(ids, used, strict=True)]
     return ids, ends
 
@@ -118,9 +121,9 @@ def _converted(feature: ServedFeature, value: Any) -> Any:
 
 def _ragged(feature: ServedFeature, leaf: RaggedTensor) -> tuple[np.ndarray, np.ndarray]:
     splits, values = leaf.row_splits, leaf.values
-    if type(splits) is not np.ndarray or type(values) is not np.ndarray:
-        leaf = RaggedTensor(np.asarray(values), np.asarray(splits))  # checks splits that were on a device
-        splits, values = leaf.row_splits, leaf.values
+    # Checks splits that were on a device, or that have changed.
+    leaf = RaggedTensor(np.asarray(values), np.asarray(splits))
+    splits, values = leaf.row_splits.astype(np.int64, copy=False), leaf.values
     return values[: splits[-1]], splits
 
 

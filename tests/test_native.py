@@ -129,6 +129,33 @@ def test_row_splits_that_features_share_are_read_in_place(dtype):
         jax.block_until_ready(call((TABLE, IDS, jnp.asarray(splits, jnp.int32)), num_bags=3, out=(3, 3)))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dim", [31, 32, 64, 256])
+def test_long_bags_of_row_wise_codes_lose_no_digits(kind, dim):
+    """Codes and biases must not be summed apart: both sums are large where the result is not."""
+    rng = np.random.default_rng(dim)
+    table = quantize(rng.normal(size=(500, dim)).astype(np.float32), kind)
+    ids = rng.integers(0, 500, 4000).astype(np.int32)
+    (out,), _ = embedding_bags(
+        [Bag("ragged", 1)], [BagOperands(table, ids, np.array([0, 4000], np.int32))], "native"
+    )
+    expected = table.host_rows(0, 500).astype(np.float64)[ids].sum(axis=0)
+    assert np.sqrt(np.mean((out[0] - expected) ** 2) / np.mean(expected**2)) < 1e-5
+
+
+def test_a_kernel_of_other_sources_is_not_called(monkeypatch):
+    monkeypatch.setattr(bag_native, "_NUMBERS", 16)
+    bag_native._load.cache_clear()
+    try:
+        assert "was built from the sources of another version; reinstall" in str(
+            bag_native.unavailable_reason()
+        )
+    finally:
+        monkeypatch.undo()
+        bag_native._load.cache_clear()
+    assert bag_native.available()
+
+
 @pytest.mark.parametrize("path", ["native", "xla"])
 def test_bags_by_a_row_of_shared_splits(path):
     splits = jnp.array([[0, 1, 4], [1, 1, 2]], jnp.int32)

@@ -175,6 +175,38 @@ def test_codes_of_other_libraries():
     np.testing.assert_array_equal(signed.codes, made.codes)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"codes": np.zeros((V, D), np.int32)}, r"codes must be uint8 or int8 \[V, D\], got int32\[23, 7\]"),
+        ({"codes": np.zeros(V, np.uint8)}, r"codes must be uint8 or int8 \[V, D\], got uint8\[23\]"),
+        ({"scale": np.ones(1, np.float32)}, r"scale must be float32 \[V\] = \[23\], got float32\[1\]"),
+        ({"bias": np.ones((V, 1), np.float32)}, r"bias must be float32 \[V\] = \[23\], got float32\[23, 1\]"),
+    ],
+)
+def test_codes_that_do_not_fit(arguments, message):
+    fitting = {
+        "codes": np.zeros((V, D), np.uint8),
+        "scale": np.ones(V, np.float32),
+        "bias": np.ones(V, np.float32),
+    }
+    with pytest.raises(ValueError, match=message):
+        je.QuantizedTable.from_codes(**fitting | arguments)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("path", ["xla", "native"])
+def test_requests_without_ids(how, path):
+    made = quantize(table(), how)
+    config = je.TableConfig(V, D, combiner="sum", name="t")
+    with je.use_backend(path):
+        out = je.serving_embedding_lookup(
+            {"f": je.RaggedTensor.from_lists([[], []])}, None, {config: made}, {"f": je.FeatureConfig(config)}
+        )
+    np.testing.assert_array_equal(out["f"], np.zeros((2, D)))
+    assert made.host_rows(2, 2).shape == (0, D)
+
+
 def test_int8_rows_are_those_of_torch():
     torch = pytest.importorskip("torch")
     rows = np.linspace(-2, 2, V * D, dtype=np.float32).reshape(V, D)
@@ -204,6 +236,8 @@ def test_refusals():
         dataclasses.replace(made, kind="int4")
     with pytest.raises(ValueError, match="kind must be one of"):
         dataclasses.replace(made, kind="int2")
+    with pytest.raises(ValueError, match="dim must be an int of at least 1, got 0"):
+        dataclasses.replace(made, dim=0)
     with pytest.raises(ValueError, match="dtype must be a floating point type, got int8"):
         dataclasses.replace(made, dtype=np.int8)
     with pytest.raises(ValueError, match=r"table must be \[23, 7\], got \[22, 7\]"):

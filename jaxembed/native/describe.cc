@@ -1,4 +1,7 @@
 // What the kernel tells of itself.
+#include <cstdint>
+
+#include "decode.h"
 #include "instances.h"
 
 // The instruction set of the hot loop that this processor gets: "baseline", "v3" or "v4".
@@ -7,3 +10,6 @@ extern "C" __attribute__((visibility("default"))) const char* JaxembedInstructio
   for (const jaxembed::Instance& instance : jaxembed::FindInstances().of) name = instance.run ? instance.name : name;
   return name;
 }
+
+// How many numbers describe a feature: a caller of other sources sends more or fewer.
+extern "C" __attribute__((visibility("default"))) int64_t JaxembedNumbers() { return jaxembed::kFields; }

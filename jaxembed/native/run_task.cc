@@ -556,7 +556,7 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
       FloatsOf<kN> acc[NV];
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[v] = FloatsOf<kN>{};
-      float biases = 0, divisor = 0;
+      float divisor = 0;
       for (int64_t i = begin; i < end; ++i) {
         if (i < fetch_end) {
           const uint8_t* row = base + ids[i + kAhead] * row_bytes;
@@ -565,19 +565,21 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
           if (Affine(T) && block == 0) __builtin_prefetch(row + to_end - 1, 0, 3);
         }
         const uint8_t* row = base + ids[i] * row_bytes;
-        float w = 1.0f;
+        float w = 1.0f, bias = 0.0f;
         if constexpr (kWeighted) {
           w = bag.weights[i];
           divisor += combiner == Combiner::kSqrtn ? w * w : w;
         }
         if constexpr (Affine(T)) {
-          biases += w * AtEnd(row + to_end, 1);
+          bias = w * AtEnd(row + to_end, 1);
           w *= AtEnd(row + to_end, 0);
         }
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) {
           const FloatsOf<kN> x = Load<T, kN>(t, row, kN * v);
-          if constexpr (Affine(T) || kWeighted) {
+          if constexpr (Affine(T)) {
+            acc[v] += w * x + bias;  // not the biases apart: two large sums would cancel
+          } else if constexpr (kWeighted) {
             acc[v] += w * x;
           } else {
             acc[v] += x;
@@ -589,7 +591,6 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
       const int64_t at = b * bag.out_stride + block * kColumns;
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) {
-        if constexpr (Affine(T)) acc[v] += biases;
         if (combiner != Combiner::kSum) acc[v] = divisor == 0.0f ? FloatsOf<kN>{} : acc[v] / divisor;
         Store<T, kN>(bag.out, at + kN * v, acc[v]);
       }

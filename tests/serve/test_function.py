@@ -288,3 +288,12 @@ def test_model_must_return_rows():
     function = ServingFunction(EMBEDDING, lambda params, activations, dense: {"x": jnp.ones(3)}, **SIZES)
     with pytest.raises(ValueError, match=r"leading dimension B, got shape \[3\] for B = 1 at output\['x'\]"):
         function(requests.random_inputs(0, 1))
+
+
+def test_row_splits_that_changed_after_they_were_checked(lookup):
+    inputs = requests.random_inputs(0, 2)
+    ragged = {path: RaggedTensor.from_lists(requests.feature(path, inputs)) for path in requests.PATHS}
+    path = next(iter(ragged))
+    ragged[path].row_splits[:] = [1, 1, 1]
+    with pytest.raises(ValueError, match="row_splits must start at 0, got 1"):
+        lookup(requests.nest(ragged))
