@@ -91,7 +91,10 @@ class Form:
         """
         for start, rows in array.blocks():
             try:
-                parts, written = self._encode(start, rows)
+                with np.errstate(over="ignore"):
+                    parts, written = self._encode(start, rows)
+                if not self.is_exact:
+                    _refuse_overflow(start, rows, written)
             except UnquantizableError as e:
                 raise UnquantizableError(f"table {self.config.name!r} cannot be quantized: {e}") from None
             if errors is not None and not self.is_exact:
@@ -107,6 +110,16 @@ class Form:
         if self.config.quantization_config is not None:
             written = simulate_on_host(written, self.config.quantization_config)
         return {ROWS: written}, written
+
+
+def _refuse_overflow(start: int, rows: np.ndarray, written: np.ndarray) -> None:
+    lost = ~np.isfinite(written.astype(np.float32)) & np.isfinite(rows.astype(np.float32))
+    if lost.any():
+        row, column = np.argwhere(lost)[0]
+        raise UnquantizableError(
+            f"it holds {rows[row, column]} at row {start + row}, column {column}, which would become infinite; leave it "
+            "unquantized."
+        )
 
 
 def form_of(array: StoredArray, config: TableConfig, quantize: str | None) -> Form:

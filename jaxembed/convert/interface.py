@@ -164,13 +164,26 @@ class Stream:
           change: what becomes of the rows before they are written, of the same shape and type.
         """
         for start, rows in self._array.blocks():
-            cast = np.ascontiguousarray(rows, self.dtype)
+            with np.errstate(over="ignore"):
+                cast = np.ascontiguousarray(rows, self.dtype)
+            if rows.dtype != self.dtype:
+                self._refuse_overflow(start, rows, cast)
             cast = cast if change is None else np.ascontiguousarray(change(cast), self.dtype)
             if rows.dtype != self.dtype or change is not None:
                 self._max_error = max(self._max_error, _max_error(rows, cast))
             self._digester.update(cast)
             self._advance(rows.nbytes)
             yield start, cast
+
+    def _refuse_overflow(self, start: int, rows: np.ndarray, cast: np.ndarray) -> None:
+        lost = np.isinf(cast.astype(np.float32)) & np.isfinite(rows)
+        if lost.any():
+            row, column = np.argwhere(lost)[0]
+            slot = "" if self.slot is None else f", slot {self.slot}"
+            raise ValueError(
+                f"table {self.table!r}{slot} holds {rows[row, column]} at row {start + row}, column {column}, which is too "
+                f"large for {self.dtype.name}; leave dtype (--dtype) out, or pass one of a larger range."
+            )
 
     def report(self) -> ArrayReport:
         """Of what has been written; of a stream not yet read to its end, without a digest."""

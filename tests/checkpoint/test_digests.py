@@ -54,7 +54,7 @@ def test_one_digest_everywhere(checkpoint, tmp_path, capsys):
     there, back = tmp_path / "t.safetensors", tmp_path / "back"
     assert shown(capsys, "convert", checkpoint, there) == [a, b, slot_a, slot_b]
     assert shown(capsys, "inspect", there) == []
-    assert shown(capsys, "inspect", there, "--stats") == [a, b]
+    assert shown(capsys, "inspect", there, "--stats") == [a, slot_a, b, slot_b]
     assert shown(capsys, "convert", there, back) == [a, b, slot_a, slot_b]
     assert shown(capsys, "inspect", back) == [a, slot_a, b, slot_b]
     assert shown(capsys, "convert", back, "--to", "serving", tmp_path / "out") == [a, b]

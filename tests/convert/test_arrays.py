@@ -175,6 +175,25 @@ def test_arrays_of_others(tmp_path, capsys):
         np.testing.assert_array_equal(read.tables["other"], biased)
 
 
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (1e6, ["--dtype", "float16"], "holds -1000000.0 at row 1, column 1, which is too large for float16"),
+        (3e38, ["--to", "serving", "--quantize", "int8"], r"at row 1, column \d, which would become infinite"),
+        (
+            3.4028235e38,
+            ["--to", "serving", "--quantize", "bfloat16"],
+            r"at row 1, column \d, which would become infinite",
+        ),
+    ],
+)
+def test_values_that_would_become_infinite(tmp_path, capsys, value, options, message):
+    np.savez(tmp_path / "t.npz", t=np.float32([[1, 2, 3], [0, -value, value]]))
+    assert main(["convert", str(tmp_path / "t.npz"), str(tmp_path / "out"), *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_keys_configuration_and_serving(tmp_path, capsys):
     table = np.arange(60, dtype=np.float64).reshape(20, 3) / 7
     np.savez(tmp_path / "a.npz", w=table, sums=np.ones((20, 3), np.float32))

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxembed.checkpoint import read_checkpoint, whole_steps
+from jaxembed.checkpoint import CheckpointError, read_checkpoint, whole_steps
 from jaxembed.train import data
 from jaxembed.train.engines.auto_plan import ids_and_bags
 from jaxembed.train.job import TrainingDiverged, load_config, open_sources, train
@@ -196,6 +197,22 @@ def test_a_finished_job_does_nothing(whole):
     jax.tree.map(np.testing.assert_array_equal, again.state.params, result.state.params)
     canonical = [r.trainer.embedding.to_canonical(r.state.embedding) for r in (again, result)]
     jax.tree.map(np.testing.assert_array_equal, *canonical)
+
+
+def test_a_damaged_latest_step_says_how_to_go_on(whole, tmp_path):
+    config, result = whole
+    run = shutil.copytree(result.checkpoints.parent, tmp_path / "run")
+    for file in (run / "checkpoints" / "9" / "tables" / "d").iterdir():
+        file.write_bytes(b"")
+    moved = dataclasses.replace(config, out=type(config.out)(run))
+    with pytest.raises(
+        CheckpointError, match=r"go on from the step before it, move it away: mv (.*/9) \1\.damaged$"
+    ):
+        train(moved)
+    (run / "checkpoints" / "9").rename(run / "checkpoints" / "9.damaged")
+    again = train(moved)
+    assert again.step == 9
+    jax.tree.map(np.testing.assert_array_equal, again.state.params, result.state.params)
 
 
 def test_nan_stops_and_the_last_good_checkpoint_stays(tmp_path):

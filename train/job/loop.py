@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from pydantic import TypeAdapter
 
+from jaxembed.checkpoint import CheckpointError
+
 from ..checkpoint import Checkpointer, Restored
 from ..trainer import Trainer, TrainState
 from .building import build_trainer, start_processes
@@ -144,7 +146,13 @@ class Job:
         if latest is None:
             return fresh, None
         like = {"params": fresh.params, "opt_state": fresh.opt_state}
-        restored = self._checkpointer.restore(latest, model=like)
+        try:
+            restored = self._checkpointer.restore(latest, model=like)
+        except CheckpointError as e:
+            folder = self._checkpointer.directory / str(latest)
+            raise CheckpointError(
+                f"{e} To go on from the step before it, move it away: mv {folder} {folder}.damaged"
+            ) from e
         self._check_batches(restored)
         self.trainer.embedding.reserve(restored.metadata.get("capacities", {}))
         self._watch.last_good = restored.step
