@@ -273,7 +273,9 @@ class Checkpointer:
         if jax.process_index() == 0:
             steps.remove_unfinished(self.directory)
             for path in steps.set_aside(self.directory):
-                warnings.warn(f"A step that lacks a file was set aside: {path}.", RuntimeWarning, stacklevel=3)
+                warnings.warn(
+                    f"A step that cannot be restored was set aside: {path}.", RuntimeWarning, stacklevel=3
+                )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("jaxembed_sweep")
         self._manager.reload()

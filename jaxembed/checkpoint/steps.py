@@ -6,6 +6,7 @@ delete one may leave some of its parts.
 
 import itertools
 import pathlib
+import re
 import shutil
 import time
 
@@ -26,7 +27,7 @@ def whole_steps(directory: str | pathlib.Path) -> list[int]:
     directory = absolute_path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if is_number(p.name) and _missing(p) is None)
+    return sorted(int(p.name) for p in directory.iterdir() if is_number(p.name) and _is_whole(p))
 
 
 def latest_step(directory: str | pathlib.Path) -> int | None:
@@ -50,14 +51,14 @@ def remove_unfinished(directory: pathlib.Path, seconds: float = 10.0) -> None:
 
 
 def set_aside(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Renames the steps that are not whole, so that they do not stand in the way of new ones; for the only writer.
+    """Renames the steps that are not listed, so that they do not stand in the way of new ones; for the only writer.
 
     Returns:
       Where they are now.
     """
     aside = []
     for path in list(directory.iterdir()):
-        if not is_number(path.name) or _missing(path) is None:
+        if not is_number(path.name) or _is_whole(path):
             continue
         suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
         places = (directory / f"{path.name}{ASIDE}{suffix}" for suffix in suffixes)
@@ -89,6 +90,10 @@ def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib
     if step in steps:
         return path / str(step)
     named = path if step is None else path / str(step)
+    if (named / METADATA).is_file() and _missing(named) is None:
+        raise FileNotFoundError(
+            f"checkpoint {named} was saved as step {_saved_as(named)}; give it back its name, or restore another step."
+        )
     if (named / METADATA).is_file():
         raise FileNotFoundError(
             f"checkpoint {named} is not whole, or of another program: {_missing(named)} is missing or cannot be read; "
@@ -100,6 +105,17 @@ def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib
             "jaxembed.train.Checkpointer, or one step in it."
         )
     raise FileNotFoundError(f"no step {step} at {path}; whole steps are {steps}.")
+
+
+def _is_whole(step: pathlib.Path) -> bool:
+    return _missing(step) is None and _saved_as(step) in (None, int(step.name))
+
+
+def _saved_as(step: pathlib.Path) -> int | None:
+    """The number that a whole step was saved under, which its manifest begins with; None where it does not say."""
+    with open(step / layout.MANIFEST / "metadata", "rb") as f:
+        found = re.search(rb'"step": ?([0-9]{1,19})\b', f.read(512))
+    return found and int(found[1])
 
 
 def _missing(step: pathlib.Path) -> pathlib.Path | None:

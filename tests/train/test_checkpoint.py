@@ -203,6 +203,21 @@ def test_half_deleted_steps_are_not_listed(tmp_path, writer):
     assert not any(listed[name] for name in gone | {"manifest", "manifest/metadata", "_CHECKPOINT_METADATA"})
 
 
+def test_copies_of_a_step_under_another_number_are_not_listed(tmp_path):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 3))
+    shutil.copytree(tmp_path / "3", tmp_path / "30")
+    (tmp_path / "8").symlink_to(tmp_path / "3")
+    assert whole_steps(tmp_path) == [3]
+    assert read_checkpoint(tmp_path).step == 3
+    with pytest.raises(FileNotFoundError, match=r"30 was saved as step 3; give it back its name"):
+        read_checkpoint(tmp_path, 30)
+    with Checkpointer(tmp_path, own) as checkpointer, pytest.warns(RuntimeWarning, match="was set aside"):
+        assert checkpointer.save(at_step(own, 4))
+    assert whole_steps(tmp_path) == [3, 4]
+
+
 def test_a_step_that_is_not_whole_makes_way(tmp_path):
     """It would stop a job that goes on from the step before it, for ever."""
     own = embedding(1)
@@ -215,7 +230,7 @@ def test_a_step_that_is_not_whole_makes_way(tmp_path):
         with Checkpointer(tmp_path, own) as checkpointer:
             assert checkpointer.restore().step == 1
             assert (tmp_path / "2").exists()  # whoever only reads moves nothing
-            with pytest.warns(RuntimeWarning, match=r"lacks a file was set aside: .*/2\.incomplete"):
+            with pytest.warns(RuntimeWarning, match=r"cannot be restored was set aside: .*/2\.incomplete"):
                 assert checkpointer.save(at_step(own, 2))
             assert checkpointer.save(at_step(own, 3))
         assert whole_steps(tmp_path) == [1, 2, 3]
