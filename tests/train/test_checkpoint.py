@@ -305,11 +305,11 @@ def test_parts_of_other_steps_are_refused(tmp_path):
             checkpointer.save(at_step(own, step), data={"at": step})
         checkpointer.wait()
         shutil.copytree(tmp_path / "1", tmp_path / "3")
-        for read in (checkpointer.restore, lambda: read_checkpoint(tmp_path)):
-            with pytest.raises(
-                CheckpointError, match=r"/3 was saved as step 1: it was renamed, or copied over"
-            ):
-                read()
+        assert checkpointer.restore().step == read_checkpoint(tmp_path).step == 2
+        with pytest.raises(FileNotFoundError, match=r"/3 was saved as step 1; give it back its name"):
+            checkpointer.restore(3)
+        with pytest.raises(CheckpointError, match=r"/3 was saved as step 1: it was renamed, or copied over"):
+            read_checkpoint(tmp_path / "3")
         shutil.copy(tmp_path / "1" / "data" / "metadata", tmp_path / "2" / "data" / "metadata")
         with pytest.raises(CheckpointError, match=r"2/data/metadata is damaged, or of another step"):
             checkpointer.restore(2)
