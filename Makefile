@@ -33,7 +33,7 @@ docs: $(VENV)/.docs
 	cp -r jaxembed build/api/ && cp -r train serve build/api/jaxembed/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# The second test loads the instrumented library in place of the installed one. Python itself is not
+# The tests of Python load the instrumented libraries in place of the installed ones. Python itself is not
 # instrumented: the sanitizer's library must come first, with the C++ one whose exceptions it watches.
 SANITIZED := build/sanitize
 CXX ?= c++
@@ -45,7 +45,7 @@ sanitize: $(VENV)/.test
 	cmake --install $(SANITIZED) --prefix $(SANITIZED)/install
 	PYTHONPATH=$(SANITIZED)/install ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc JAXEMBED_SANITIZED=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(PYTEST) tests/test_native.py
+	  $(PYTEST) tests/test_native.py tests/serve/test_native_packing.py
 
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user, and neither XLA nor Python.
 AARCH64 := build/aarch64

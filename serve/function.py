@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxembed.shapes import HostIds, HostLengths, Inputs, Weights
 
+from .buffers import Buffers, Pool
 from .compiling import Compiler
 from .computation import make_computation
 from .dense import DenseInputs, pad
@@ -16,6 +17,7 @@ from .embedding import EmbeddingForServing, cpu_device
 from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
 from .ladder import Rung, make_ladder
 from .layout import pack_alone
+from .native_packing import NativePacker
 from .packing import Packer, Request
 from .program import Program
 from .progress import Progress, reporter
@@ -94,7 +96,8 @@ class ServingFunction:
         if self._dense.shapes and model is None:
             raise ValueError(f"dense_inputs {list(self._dense.shapes)} need a model, got model=None.")
         features = served_features(embedding.feature_config, max_ids_per_row, weighted)
-        self._packer, self._reader = Packer(features), Reader(embedding.feature_config)
+        self._packer, self._native = Packer(features), NativePacker(features)
+        self._reader = Reader(embedding.feature_config)
         self._computation = make_computation(embedding, features, model, self._dense.shapes)
         self._compiler, self._layout = Compiler(self._computation), self._computation.layout
         self._limits = [feature.max_ids for feature in features]
@@ -103,7 +106,7 @@ class ServingFunction:
         )
         self._layout.check(self._ladder)
         self._programs: dict[Rung, Program] = {}
-        self._spare: dict[Rung, list[tuple[np.ndarray, np.ndarray | None]]] = {r: [] for r in self._ladder}
+        self._pool = Pool(self._layout, self._ladder)
         self._lock = threading.Lock()
         self._compile_count = 0
         self._jit_function = jax.jit(self._computation.structured)
@@ -159,11 +162,11 @@ class ServingFunction:
                 report(done, len(self._ladder))
             if rung in self._programs:
                 continue
-            program, (ids, weights) = self._program(rung), self._take(rung)
-            splits = np.zeros((len(self._layout.features), rung.batch + 1), np.int32)
+            program, buffers = self._program(rung), self._pool.take(rung)
+            buffers.splits[...] = 0
             dense = [np.zeros((rung.batch, *shape), np.float32) for shape in self._dense.shapes.values()]
-            program(rung.batch, self._constants, ids, splits, weights, dense)
-            self._spare[rung].append((ids, weights))
+            program(rung.batch, self._constants, *buffers.operands, dense)
+            self._pool.give(rung, buffers)
         if report:
             report(len(self._ladder), len(self._ladder))
         return self
@@ -186,21 +189,30 @@ class ServingFunction:
           ValueError: naming the feature, row, position, id and limit, if the request is not of the form
             above, an id lies outside [0, V), or a number is not finite.
         """
-        request, arrays = self._read(inputs, weights, dense)
+        leaves = self._reader.inputs(inputs)
+        if weights is None and self._layout.shared:
+            rows = self._native.rows(leaves)
+            if rows is not None and rows <= self._ladder.batch_sizes[-1]:
+                rung, arrays = self._ladder.rung(rows, (), ()), self._dense.read(dense, rows)
+                buffers = self._pool.take(rung)
+                if self._native.write(leaves, rows, buffers):
+                    return self._run(rung, rows, buffers, arrays)
+                self._pool.give(rung, buffers)
+        request, arrays = self._measure(leaves, weights, dense)
         rows = request.rows
         if rows > self._ladder.batch_sizes[-1]:
             return self.run(Rows(pack_alone(self._packer, request), arrays))
         rung = self._rung(rows, request)
-        return self._run(
-            rung, rows, lambda ids, w: self._layout.write(self._packer, request, rung, ids, w), arrays
-        )
+        buffers = self._pool.take(rung)
+        self._layout.write(self._packer, request, rung, buffers)
+        return self._run(rung, rows, buffers, arrays)
 
     def pack(self, inputs: Any, weights: Any = None, dense: Mapping[str, Any] | None = None) -> Rows:
         """Reads and checks one request, to be `run` alone or (see `rows.concatenate`) with others.
 
         Args and Raises are those of a call.
         """
-        request, arrays = self._read(inputs, weights, dense)
+        request, arrays = self._measure(self._reader.inputs(inputs), weights, dense)
         return Rows(pack_alone(self._packer, request), arrays)
 
     @property
@@ -230,11 +242,9 @@ class ServingFunction:
             last = min(first + largest, len(rows))
             counts = packed.splits[:, last] - packed.splits[:, first]
             rung = self._ladder.rung(last - first, counts.tolist(), self._limits)
-
-            def copy(ids, weights, first=first, last=last, rung=rung):
-                return self._layout.copy(packed, first, last, rung, ids, weights)
-
-            parts.append(self._run(rung, last - first, copy, [array[first:last] for array in rows.dense]))
+            buffers = self._pool.take(rung)
+            self._layout.copy(packed, first, last, rung, buffers)
+            parts.append(self._run(rung, last - first, buffers, [array[first:last] for array in rows.dense]))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     def padded_size(self, rows: int) -> int:
@@ -256,8 +266,7 @@ class ServingFunction:
             self._compiler, self._programs = other._compiler, {**other._programs, **self._programs}
         return True
 
-    def _read(self, inputs: Any, weights: Any, dense: Any) -> tuple[Request, list[np.ndarray]]:
-        leaves = self._reader.inputs(inputs)
+    def _measure(self, leaves: Any, weights: Any, dense: Any) -> tuple[Request, list[np.ndarray]]:
         request = self._packer.measure(leaves, None if weights is None else self._reader.weights(weights))
         return request, self._dense.read(dense, request.rows)
 
@@ -268,22 +277,13 @@ class ServingFunction:
         counts[request.order] = request.lengths.sum(axis=1)
         return self._ladder.rung(rows, counts.tolist(), self._limits)
 
-    def _run(self, rung: Rung, rows: int, fill: Callable[..., np.ndarray], dense: list[np.ndarray]) -> Any:
-        ids, weights = buffers = self._take(rung)
-        splits = fill(ids, weights)
+    def _run(self, rung: Rung, rows: int, buffers: Buffers, dense: list[np.ndarray]) -> Any:
         padded = [array if rows == rung.batch else pad(array, rung.batch) for array in dense]
         program = self._programs.get(rung) or self._program(rung)
-        result = program(rows, self._constants, ids, splits, weights, padded)
+        result = program(rows, self._constants, *buffers.operands, padded)
         # Nothing reads the buffers any more, now that the outputs are there.
-        self._spare[rung].append(buffers)
+        self._pool.give(rung, buffers)
         return result
-
-    def _take(self, rung: Rung) -> tuple[np.ndarray, np.ndarray | None]:
-        try:
-            return self._spare[rung].pop()
-        except IndexError:
-            ids = self._layout.buffer(rung, np.int32)
-            return ids, self._layout.buffer(rung, np.float32) if self._layout.weighted else None
 
     def _program(self, rung: Rung) -> Program:
         with self._lock:

@@ -1,16 +1,18 @@
 """How ids lie in the buffers of a rung: on the host, where they are written, and in the traced program."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxembed.inputs import RaggedTensor
-from jaxembed.memory import aligned_empty
 
 from .features import ServedFeature
 from .ladder import Ladder, Rung
 from .packing import Packed, Packer, Request
+
+if TYPE_CHECKING:
+    from .buffers import Buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,6 @@ class Layout:
                 "or max_ids_per_row."
             )
 
-    def buffer(self, rung: Rung, dtype: Any) -> np.ndarray:
-        """A buffer for ids or weights, not initialized."""
-        return aligned_empty((self.size(rung),), dtype)
-
     def inputs(self, rung: Rung, ids: Any, splits: Any, weights: Any) -> tuple[list[Any], list[Any]]:
         """The ids and the weights (None for features without) of every feature; for traced arrays."""
         ragged_ids, ragged_weights, start = [], [], 0
@@ -65,31 +63,28 @@ class Layout:
             ragged_weights.append(RaggedTensor(weights[region], splits[f]) if feature.weighted else None)
         return ragged_ids, ragged_weights
 
-    def write(self, packer: Packer, request: Request, rung: Rung, ids: Any, weights: Any) -> np.ndarray:
-        """Writes a whole request to the buffers of `rung` and returns the splits."""
+    def write(self, packer: Packer, request: Request, rung: Rung, buffers: "Buffers") -> None:
+        """Writes a whole request to the buffers of `rung`."""
         if self.shared:
-            return packer.write(request, ids, weights, rung.batch).splits
-        packed = pack_alone(packer, request)
-        return self.copy(packed, 0, request.rows, rung, ids, weights)
+            buffers.splits[...] = packer.write(request, buffers.ids, buffers.weights, rung.batch).splits
+        else:
+            self.copy(pack_alone(packer, request), 0, request.rows, rung, buffers)
 
-    def copy(
-        self, packed: Packed, first: int, last: int, rung: Rung, ids: np.ndarray, weights: Any
-    ) -> np.ndarray:
-        """Copies rows [first, last) of a packed request to the buffers of `rung` and returns the splits."""
+    def copy(self, packed: Packed, first: int, last: int, rung: Rung, buffers: "Buffers") -> None:
+        """Copies rows [first, last) of a packed request to the buffers of `rung`."""
         if self.shared and first == 0 and last == packed.rows and _is_dense(packed):
-            return _copy_whole(packed, rung, ids, weights)
+            return _copy_whole(packed, buffers)
         part = packed.splits[:, first : last + 1]
         counts = part[:, -1] - part[:, 0]
         room = counts if self.shared else self.capacities(rung)
         starts = np.concatenate([[0], np.cumsum(room)]).astype(np.int32)[:-1]
         for source, target, count in zip(part[:, 0].tolist(), starts.tolist(), counts.tolist(), strict=True):
-            ids[target : target + count] = packed.ids[source : source + count]
-            if weights is not None and packed.weights is not None:
-                weights[target : target + count] = packed.weights[source : source + count]
-        splits = np.empty((len(self.features), rung.batch + 1), np.int32)
-        splits[:, : last - first + 1] = part - part[:, :1]
-        splits[:, last - first + 1 :] = counts[:, None]
-        return splits + starts[:, None] if self.shared else splits
+            buffers.ids[target : target + count] = packed.ids[source : source + count]
+            if buffers.weights is not None and packed.weights is not None:
+                buffers.weights[target : target + count] = packed.weights[source : source + count]
+        begin = starts[:, None] if self.shared else 0
+        buffers.splits[:, : last - first + 1] = part - part[:, :1] + begin
+        buffers.splits[:, last - first + 1 :] = counts[:, None] + begin
 
 
 def _is_dense(packed: Packed) -> bool:
@@ -98,17 +93,13 @@ def _is_dense(packed: Packed) -> bool:
     return splits[0, 0] == 0 and np.array_equal(splits[1:, 0], splits[:-1, packed.rows])
 
 
-def _copy_whole(packed: Packed, rung: Rung, ids: np.ndarray, weights: Any) -> np.ndarray:
+def _copy_whole(packed: Packed, buffers: "Buffers") -> None:
     rows, total = packed.rows, packed.splits[-1, packed.rows]
-    ids[:total] = packed.ids[:total]
-    if weights is not None and packed.weights is not None:
-        weights[:total] = packed.weights[:total]
-    if packed.splits.shape[1] == rung.batch + 1:
-        return packed.splits
-    splits = np.empty((len(packed.splits), rung.batch + 1), np.int32)
-    splits[:, : rows + 1] = packed.splits[:, : rows + 1]
-    splits[:, rows + 1 :] = packed.splits[:, rows : rows + 1]
-    return splits
+    buffers.ids[:total] = packed.ids[:total]
+    if buffers.weights is not None and packed.weights is not None:
+        buffers.weights[:total] = packed.weights[:total]
+    buffers.splits[:, : rows + 1] = packed.splits[:, : rows + 1]
+    buffers.splits[:, rows + 1 :] = packed.splits[:, rows : rows + 1]
 
 
 def pack_alone(packer: Packer, request: Request) -> Packed:

@@ -12,9 +12,11 @@ from numpy.typing import DTypeLike
 from jaxembed.inputs.ids import is_host, narrow_ids
 from jaxembed.shapes import AnyIds, AnyPadded, AnyRowLengths, AnyRowSplits, AnyValues
 
+_FEW = 64  # of so many row splits Python checks the order faster than numpy
+
 
 @jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
 class RaggedTensor:
     """B bags of ids (or of weights) of any length, as a pytree.
 
@@ -39,12 +41,20 @@ class RaggedTensor:
     values: AnyValues
     row_splits: AnyRowSplits
 
-    def __post_init__(self) -> None:
-        values, splits = self.values, self.row_splits
+    def __init__(self, values: AnyValues, row_splits: AnyRowSplits):
+        fields = self.__dict__
+        fields["values"], fields["row_splits"] = values, row_splits
         # The usual case by itself: requests hold one of these for every feature.
-        on_host = type(values) is np.ndarray is type(splits)
-        if on_host and values.ndim == 1 == splits.ndim and splits.size and splits.dtype.kind in "iu":
-            return check_row_splits(splits, values.size)
+        on_host = type(values) is np.ndarray is type(row_splits) and values.ndim == 1 == row_splits.ndim
+        if on_host and len(row_splits) and row_splits.dtype.kind in "iu":
+            if len(row_splits) <= _FEW:
+                rows = row_splits.tolist()
+                if rows[0] == 0 and rows[-1] <= len(values) and rows == sorted(rows):
+                    return
+            return check_row_splits(row_splits, len(values))
+        self._check()
+
+    def _check(self) -> None:
         for field in ("values", "row_splits"):
             value = getattr(self, field)
             if isinstance(value, list | tuple):
@@ -191,9 +201,7 @@ def check_row_splits(row_splits: np.ndarray, num_values: int, what: str = "Ragge
     """Raises ValueError unless row_splits rises from 0 to at most `num_values`."""
     first, last = row_splits.item(0), row_splits.item(-1)
     # count_nonzero is faster than any().
-    if first == 0 <= last <= num_values and (
-        row_splits.size <= 2 or not np.count_nonzero(row_splits[1:] < row_splits[:-1])
-    ):
+    if first == 0 <= last <= num_values and not np.count_nonzero(row_splits[1:] < row_splits[:-1]):
         return
     if first != 0:
         raise ValueError(f"{what}: row_splits must start at 0, got {first}.")

@@ -1,42 +1,19 @@
 """NativeReader: the usual requests, read by native code straight into the buffers of a lookup."""
 
 import ctypes
-import functools
-import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxembed.serve.native_library import library
 from jaxembed.serve.packing import Packed
 from jaxembed.serve.rows import Rows
 
 from .request import ROW_SPLITS
 from .signature import Signature
 
-_NAMES = ("libjaxembed_requests.so", "libjaxembed_requests.dylib")
 _SIZES = 3 + 2 * 64  # rows, ids, number of spans, spans
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The native code; None where it was not built."""
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    # An editable install keeps the sources in one place and the built library in site-packages.
-    for folder in (pathlib.Path(p) / "jaxembed" / "native" for p in sys.path if p):
-        for name in _NAMES:
-            if (folder / name).is_file():
-                try:
-                    found = ctypes.CDLL(str(folder / name))
-                except OSError:
-                    return None
-                found.JaxembedReaderNew.restype = pointer
-                found.JaxembedReaderDelete.argtypes = [pointer]
-                found.JaxembedReaderRead.argtypes = [pointer, ctypes.c_char_p, size, size, pointer]
-                found.JaxembedReaderWrite.argtypes = [pointer, pointer, pointer, pointer]
-                return found
-    return None
 
 
 def make_reader(signature: Signature) -> "NativeReader | None":

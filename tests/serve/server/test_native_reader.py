@@ -8,11 +8,12 @@ import pytest
 
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.serve.features import ServedFeature
+from jaxembed.serve.native_library import library
 from jaxembed.serve.packing import Packer
 from jaxembed.serve.server import v2_grpc, v2_json
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.messages import METHODS
-from jaxembed.serve.server.native_reader import library, make_reader
+from jaxembed.serve.server.native_reader import make_reader
 from jaxembed.serve.server.request import Flat
 from jaxembed.serve.server.signature import Signature
 

@@ -1,0 +1,63 @@
+"""Buffers: the memory in which the requests of one rung lie, on the host and as the program takes it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxembed.memory import aligned_empty
+
+from .embedding import cpu_device
+from .ladder import Rung
+from .layout import Layout
+
+
+class Buffers:
+    """Used by one request at a time, and by the next one once the outputs of that one are there.
+
+    Attributes:
+      batch: B of the rung.
+      ids: [N] int32.
+      splits: [F, B + 1] int32.
+      weights: [N] float32, or None.
+      operands: ids, splits and weights for the program: the same memory as arrays of the CPU device, which takes
+        it to be a new value in every call. A host array would be made one of these in each.
+    """
+
+    def __init__(self, layout: Layout, rung: Rung):
+        self.batch: int = rung.batch
+        self.ids: np.ndarray = aligned_empty((layout.size(rung),), np.int32)
+        self.splits: np.ndarray = aligned_empty((len(layout.features), rung.batch + 1), np.int32)
+        self.splits[...] = 0
+        self.weights: np.ndarray | None = None
+        if layout.weighted:
+            self.weights = aligned_empty(self.ids.shape, np.float32)
+        self.addresses: tuple[int, int] = (self.ids.ctypes.data, self.splits.ctypes.data)
+        self.operands: tuple[Any, ...] = tuple(map(_shared, (self.ids, self.splits, self.weights)))
+
+
+class Pool:
+    """The buffers of all rungs that no request uses."""
+
+    def __init__(self, layout: Layout, rungs: Any):
+        self._layout = layout
+        self._spare: dict[Rung, list[Buffers]] = {rung: [] for rung in rungs}
+
+    def take(self, rung: Rung) -> Buffers:
+        """Buffers for one request; made where none is spare."""
+        try:
+            return self._spare[rung].pop()
+        except IndexError:
+            return Buffers(self._layout, rung)
+
+    def give(self, rung: Rung, buffers: Buffers) -> None:
+        """Puts back what `take` gave, once nothing reads it any more."""
+        self._spare[rung].append(buffers)
+
+
+def _shared(array: np.ndarray | None) -> Any:
+    """`array` as an array of the CPU device that lies in the same memory; itself where that cannot be had."""
+    if array is None:
+        return None
+    shared = jax.device_put(array, cpu_device())
+    return shared if shared.unsafe_buffer_pointer() == array.ctypes.data else array
