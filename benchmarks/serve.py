@@ -8,7 +8,6 @@ client and server share the machine.
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -23,12 +22,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import dlrm
 import numpy as np
+import uvloop
+from grpc_load import GrpcConnection
 from load import Connection, Load, Send, http_request, run_load
 
 LIMIT = 0.010
 UNDER_WAY = (1, 2, 4, 8, 16, 32)
 HERE = pathlib.Path(__file__).resolve().parent
 INFER = "/v2/models/model/infer"
+MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for transport in options.transports:
                     for rows in options.rows:
                         key = (name, transport, rows)
-                        scores[key], best[key] = asyncio.run(measure(ports, transport, rows, options.seconds))
+                        scores[key], best[key] = uvloop.run(measure(ports, transport, rows, options.seconds))
                         print(name, transport, rows, best[key], file=sys.stderr)
     show(best, options.rows)
     return check(scores)
@@ -140,17 +142,12 @@ async def senders(
     """`count` ways to send a request, and the scores of the first."""
     async with contextlib.AsyncExitStack() as stack:
         if transport == "grpc":
-            import grpc
-
             messages = [dlrm.as_grpc(body) for body in bodies]
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{ports[1]}"))
-            method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-
-            async def send(number: int) -> int:
-                await method(messages[number % len(messages)])
-                return 200
-
-            yield [send] * count, grpc_scores(await method(messages[0]))
+            made = [GrpcConnection(ports[1], MODEL_INFER, messages) for _ in range(count)]
+            connections = [await stack.enter_async_context(connection) for connection in made]
+            if await connections[0].send(0) != 200:
+                raise RuntimeError("the first request failed")
+            yield [connection.send for connection in connections], grpc_scores(connections[0].body)
             return
         encode = dlrm.as_json if transport == "json" else dlrm.as_binary
         requests = [http_request(INFER, *encode(body)) for body in bodies]

@@ -4,7 +4,6 @@ python benchmarks/serve_cpu.py [--rows 1 16 128] [--seconds 0.8] [--only ours to
 """
 
 import argparse
-import asyncio
 import contextlib
 import pathlib
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 
 import dlrm
 import psutil
+import uvloop
 from load import run_load
 
 from serve import prepare, senders, server
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with server(name, folder) as ports:
                 for transport in ("json", "binary", "grpc"):
                     for rows in options.rows:
-                        spent = asyncio.run(measure(ports, transport, rows, options.seconds))
+                        spent = uvloop.run(measure(ports, transport, rows, options.seconds))
                         print(f"{name}, {transport}, B = {rows}: {spent * 1e6:,.0f} us", flush=True)
     return 0
 

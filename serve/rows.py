@@ -7,6 +7,9 @@ import numpy as np
 
 from .packing import Packed
 
+# Ids from which on a copy of its own costs less than as many entries of a gather.
+_LONG = 64
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
@@ -32,7 +35,7 @@ class Rows:
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """The rows of all parts, one part after the other.
 
-    All features of all parts are moved in one gather, so the cost does not grow with their number.
+    What a feature has in a part is copied by itself where that is long, and moved in one gather where it is short.
     """
     if len(parts) == 1:
         return parts[0]
@@ -42,17 +45,30 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     merged[:, 1:] = np.concatenate([split[:, 1:] - split[:, :-1] for split in splits], axis=1)
     flat = merged.reshape(-1)
     np.add.accumulate(flat, out=flat)
-    # Where each (feature, part) lies in the ids of all parts put end to end.
-    sizes = np.array([len(part.packed.ids) for part in parts])
+    move = _move_pieces if flat[-1] > _LONG * len(merged) * len(parts) else _gather
+    ids = move([part.packed.ids for part in parts], splits)
+    weights = [part.packed.weights for part in parts if part.packed.weights is not None]
+    dense = [np.concatenate(arrays) for arrays in zip(*(part.dense for part in parts), strict=True)]
+    return Rows(Packed(rows, ids, merged, move(weights, splits) if weights else None), dense)
+
+
+def _move_pieces(arrays: Sequence[np.ndarray], splits: Sequence[np.ndarray]) -> np.ndarray:
+    """What each feature has in each part, feature by feature: a copy of each."""
+    pieces = [
+        (array, split[:, 0].tolist(), split[:, -1].tolist())
+        for array, split in zip(arrays, splits, strict=True)
+    ]
+    return np.concatenate(
+        [array[starts[f] : ends[f]] for f in range(len(splits[0])) for array, starts, ends in pieces]
+    )
+
+
+def _gather(arrays: Sequence[np.ndarray], splits: Sequence[np.ndarray]) -> np.ndarray:
+    """The same in one gather, whose cost does not grow with the number of pieces."""
+    # Where each (feature, part) lies in the arrays of all parts put end to end.
+    sizes = np.array([len(array) for array in arrays])
     starts = np.stack([split[:, 0] for split in splits], axis=1) + (np.cumsum(sizes) - sizes)
     counts = np.stack([split[:, -1] - split[:, 0] for split in splits], axis=1).ravel()
     ends = np.cumsum(counts)
     where = np.repeat(starts.ravel() - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
-    ids = np.concatenate([part.packed.ids for part in parts])[where]
-    weights = None
-    if parts[0].packed.weights is not None:
-        weights = np.concatenate([part.packed.weights for part in parts if part.packed.weights is not None])[
-            where
-        ]
-    dense = [np.concatenate(arrays) for arrays in zip(*(part.dense for part in parts), strict=True)]
-    return Rows(Packed(rows, ids, merged, weights), dense)
+    return np.concatenate(arrays)[where]

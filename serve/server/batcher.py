@@ -18,6 +18,10 @@ from .served import ServedModel
 
 # A batch that takes less runs in the event loop: handing it to a thread and back would take about as long.
 _INLINE_SECONDS = 0.001
+# Fewer requests than this came during a batch, on average: they come one by one.
+_ALONE = 0.1
+# Of batches that run in the event loop, where nobody can come, so many until one on the thread shows who would.
+_LOOKS = 16
 _FORGET = 0.02
 
 
@@ -28,6 +32,7 @@ class _Entry:
     arrived: float
     timed: float
     deadline: float
+    accepted_slowly: bool
     result: asyncio.Future[list[np.ndarray]]
     timer: asyncio.TimerHandle | None = None
 
@@ -37,7 +42,8 @@ class Batcher:
 
     A request that finds nothing running runs at once, with all that the event loop reads together with it, or
     after at most `wait` seconds in which others may join it. Batches that are known to be quick run in the event
-    loop, others on a thread. A request whose deadline passed, or that nobody waits for, is never run. All rows of
+    loop, others on a thread; of gRPC, which takes the loop several turns to accept a call, only while hardly any come
+    beside another. A request whose deadline passed, or that nobody waits for, is never run. All rows of
     a batch are of one version. Used from one event loop.
 
     Args:
@@ -52,6 +58,7 @@ class Batcher:
         self._metrics = metrics
         self._queue: collections.deque[_Entry] = collections.deque()
         self._queued_rows = 0
+        self._inline, self._company = 0, 0.0
         # Seconds that batches took of late, by the number of bits of their rows.
         self._seconds: dict[int, float] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-run")
@@ -80,13 +87,16 @@ class Batcher:
             await asyncio.wait([self._running])
         self._thread.shutdown()
 
-    async def submit(self, model: ServedModel, rows: Rows, deadline: float) -> list[np.ndarray]:
+    async def submit(
+        self, model: ServedModel, rows: Rows, deadline: float, accepted_slowly: bool = False
+    ) -> list[np.ndarray]:
         """The outputs of some rows, in the order of the model's signature.
 
         Args:
           model: that packed them.
           rows: of a request.
           deadline: in the time of `time.monotonic`; that of the event loop may be coarser.
+          accepted_slowly: of a kind of which each takes the event loop several turns until it is here.
 
         Raises:
           RequestError: if there is no room, or the deadline passed first.
@@ -96,7 +106,9 @@ class Batcher:
         loop = self._loop
         if loop is None:
             raise RequestError(503, "the server is stopping.", retry_after=1)
-        entry = _Entry(model, rows, monotonic(), perf_counter(), deadline, loop.create_future())
+        entry = _Entry(
+            model, rows, monotonic(), perf_counter(), deadline, accepted_slowly, loop.create_future()
+        )
         self._queue.append(entry)
         self._queued_rows += len(rows)
         if self._running is not None or self._wait:
@@ -126,7 +138,7 @@ class Batcher:
         model, parts = batch[0].model, [entry.rows for entry in batch]
         total = sum(map(len, parts))
         assert self._loop is not None
-        if self._seconds.get(total.bit_length(), 1.0) < _INLINE_SECONDS:
+        if self._runs_inline(batch, total):
             try:
                 outcome = self._run(model, parts)
             except Exception as e:
@@ -139,6 +151,15 @@ class Batcher:
                 self._arm(entry)
         self._running = self._loop.run_in_executor(self._thread, self._run, model, parts)
         self._running.add_done_callback(functools.partial(self._ran, batch, total))
+
+    def _runs_inline(self, batch: list[_Entry], total: int) -> bool:
+        if self._seconds.get(total.bit_length(), 1.0) >= _INLINE_SECONDS:
+            return False
+        if not batch[0].accepted_slowly:
+            return True
+        # While the event loop runs a batch none of these get here, so that each would run alone.
+        self._inline += 1
+        return self._company < _ALONE and self._inline % _LOOKS != 0
 
     def _next_batch(self) -> list[_Entry]:
         batch: list[_Entry] = []
@@ -167,6 +188,7 @@ class Batcher:
 
     def _ran(self, batch: list[_Entry], total: int, running: asyncio.Future[Any]) -> None:
         self._running = None
+        self._company += 0.1 * (len(self._queue) - self._company)
         self._finish(batch, total, running.exception() or running.result())
 
     def _finish(self, batch: list[_Entry], total: int, outcome: Any) -> None:

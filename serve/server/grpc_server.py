@@ -124,7 +124,7 @@ class Methods:
                 if remaining is not None:
                     timeout = remaining if read.timeout is None else min(remaining, read.timeout)
                     read = dataclasses.replace(read, timeout=timeout)
-                outputs = await service.infer(model, read, arrived)
+                outputs = await service.infer(model, read, arrived, accepted_slowly=True)
                 written = perf_counter()
                 response = v2_grpc.write(model, name, read, outputs)
                 service.metrics.stage("write", perf_counter() - written)

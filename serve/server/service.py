@@ -97,7 +97,7 @@ class Service:
             self._admitted -= 1
 
     async def infer(
-        self, model: ServedModel, request: InferenceRequest, begin: float
+        self, model: ServedModel, request: InferenceRequest, begin: float, accepted_slowly: bool = False
     ) -> list[tuple[str, np.ndarray]]:
         """Runs a request.
 
@@ -105,6 +105,7 @@ class Service:
           model: the version that serves it.
           request: as a protocol read it.
           begin: when it arrived, in the time of `time.monotonic`; its timeout counts from there.
+          accepted_slowly: as of `Batcher.submit`.
 
         Returns:
           The outputs that it asked for, by name.
@@ -121,7 +122,7 @@ class Service:
         timeout = self.config.default_timeout
         if request.timeout is not None:
             timeout = min(timeout, request.timeout)
-        arrays = await self.batcher.submit(model, rows, begin + timeout)
+        arrays = await self.batcher.submit(model, rows, begin + timeout, accepted_slowly)
         if wanted is names:
             return list(zip(names, arrays, strict=True))
         outputs = dict(zip(names, arrays, strict=True))

@@ -37,13 +37,15 @@ def dense_of(rows, seed=0):
     return {"dense": np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)}
 
 
-@given(st.lists(requests.requests(rows=(0, 1, 2, 5)), min_size=1, max_size=5))
-def test_together_as_alone(drawn):
+@given(st.lists(requests.requests(rows=(0, 1, 2, 5)), min_size=1, max_size=5), st.sampled_from([-1, 64]))
+def test_together_as_alone(drawn, long):
     parts, expected = [], []
     for i, (inputs, weights, _, rows) in enumerate(drawn):
         parts.append(FUNCTION.pack(inputs, weights, dense_of(rows, i)))
         expected.append(FUNCTION(inputs, weights, dense_of(rows, i)))
-    merged = concatenate(parts)
+    with pytest.MonkeyPatch.context() as patch:  # each piece by itself, or all in one gather
+        patch.setattr("jaxembed.serve.rows._LONG", long)
+        merged = concatenate(parts)
     assert len(merged) == sum(map(len, parts))
     assert merged.num_ids == sum(part.num_ids for part in parts)
     result = FUNCTION.run(merged)

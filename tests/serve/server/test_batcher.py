@@ -18,7 +18,7 @@ class Model:
     """Answers each row with its number; `gate` holds it until it is set."""
 
     def __init__(self):
-        self.batches, self.gate, self.error = [], threading.Event(), None
+        self.batches, self.gate, self.error, self.threads = [], threading.Event(), None, []
         self.gate.set()
 
     def run(self, parts):
@@ -26,6 +26,7 @@ class Model:
         if self.error:
             raise self.error
         self.batches.append([int(part.dense[0][0]) for part in parts])
+        self.threads.append(threading.current_thread() is threading.main_thread())
         return [np.concatenate([part.dense[0] for part in parts])], sum(map(len, parts))
 
 
@@ -150,6 +151,37 @@ def test_a_failing_model_fails_its_batch_and_nothing_else():
         assert caught.value.status == 503
         model.error = None
         assert (await batcher.submit(model, rows(1), soon()))[0].tolist() == [1.0]
+        await batcher.stop()
+
+    run(check())
+
+
+def test_quick_batches_run_in_the_loop_unless_others_would_come_meanwhile():
+    async def check():
+        model, batcher = Model(), await started()
+
+        async def submit(count, accepted_slowly):
+            model.threads.clear()
+            for i in range(count):
+                await batcher.submit(model, rows(i), soon(), accepted_slowly)
+            return model.threads.count(True)
+
+        await submit(1, False)  # now it is known to be quick
+        assert await submit(32, False) == 32
+        assert await submit(32, True) == 30  # and two to see whether others come
+        for _ in range(3):
+            model.gate.clear()
+            batcher._seconds.clear()
+            tasks = [asyncio.create_task(batcher.submit(model, rows(0), soon(), True))]
+            await settle()
+            tasks += [asyncio.create_task(batcher.submit(model, rows(i), soon(), True)) for i in range(1, 4)]
+            await settle()
+            model.gate.set()
+            await asyncio.gather(*tasks)
+        assert await submit(8, True) == 0
+        assert await submit(8, False) == 8
+        await submit(64, True)
+        assert await submit(32, True) == 30  # alone again
         await batcher.stop()
 
     run(check())
