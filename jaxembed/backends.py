@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 
-from jaxembed import bag_native
+from jaxembed import kernel
 
 BACKENDS = ("auto", "native", "xla")
 ENVIRONMENT_VARIABLE = "JAXEMBED_BACKEND"
@@ -35,17 +35,17 @@ def backend() -> str:
         raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {BACKENDS}, got {wanted!r}.")
     if wanted == "xla":
         return "xla"
-    if bag_native.available():
+    if kernel.available():
         return "native"
     if wanted == "native":
         raise RuntimeError(
-            f"the native kernel is not available: {bag_native.unavailable_reason()}; install jaxembed "
+            f"the native kernel is not available: {kernel.unavailable_reason()}; install jaxembed "
             "where a C++ compiler is, or take the plain JAX path with JAXEMBED_BACKEND=xla."
         )
     if "fallback" not in _said:
         _said.add("fallback")
         warnings.warn(
-            f"jaxembed looks tables up in plain JAX: {bag_native.unavailable_reason()}. Reinstall with a "
+            f"jaxembed looks tables up in plain JAX: {kernel.unavailable_reason()}. Reinstall with a "
             "C++ compiler for the native kernel, or set JAXEMBED_BACKEND=xla to silence this.",
             RuntimeWarning,
             stacklevel=2,

@@ -1,9 +1,6 @@
 """The native path of embedding_bag: one call of a C++ kernel for all features, on CPU."""
 
-import ctypes
 import functools
-import pathlib
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,86 +11,35 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jaxembed import bag_xla
-from jaxembed.quantized_table import QuantizedTable
+from jaxembed import bag_xla, kernel
+from jaxembed.quantized_table import KINDS, QuantizedTable
+from jaxembed.resident_table import ResidentTable
 from jaxembed.splits import SplitsRow
 
 if TYPE_CHECKING:
     from jaxembed.bag import Bag, BagOperands
 
-#: Name of the kernel as an XLA FFI target; a program exported with it needs it registered.
-TARGET = "jaxembed_embedding_bags"
 #: Name of the slices that `merged_embedding_bags` returns, in a program's text.
 MERGED_SCOPE = "jaxembed_columns"
-_NUMBERS = 17  # that describe a feature, see native/decode.h
 _LAYOUTS = {"dense": 0, "ragged": 1, "sparse": 2}
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
-_ROW_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-_CODE_TYPES = {"int8": 3, "int4": 4, "codes8": 5, "codes4": 6}
-
-
-@functools.cache
-def _load() -> str | None:
-    """Registers the kernel; returns why it cannot be, or None."""
-    path = library()
-    if path is None:
-        return "the kernel was not built when jaxembed was installed"
-    try:
-        kernel = ctypes.CDLL(str(path))
-        handler, numbers = kernel.JaxembedEmbeddingBags, kernel.JaxembedNumbers()
-    except (OSError, AttributeError) as e:
-        return f"{path} cannot be loaded ({e}); reinstall jaxembed"
-    if numbers != _NUMBERS:
-        return f"{path} was built from the sources of another version; reinstall jaxembed"
-    try:
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
-    except RuntimeError as e:
-        # A kernel built with the headers of a newer jaxlib than the one that runs.
-        return f"the kernel was built for another jaxlib ({e})"
-    return None
-
-
-def library() -> pathlib.Path | None:
-    """The file that the kernel is in, or None."""
-    here = pathlib.Path(__file__).parent / "native"
-    # An editable install keeps the sources here and the built library in site-packages.
-    for folder in (here, *(pathlib.Path(p) / "jaxembed" / "native" for p in sys.path if p)):
-        for name in ("libjaxembed_native.so", "libjaxembed_native.dylib"):
-            if (folder / name).is_file():
-                return folder / name
-    return None
-
-
-def available() -> bool:
-    """Whether the kernel can be called."""
-    return _load() is None
-
-
-def unavailable_reason() -> str | None:
-    """Why it cannot, or None."""
-    return _load()
-
-
-def instruction_set() -> str | None:
-    """The instruction set of the kernel's hot loop on this processor, or None where there is no kernel."""
-    if not available():
-        return None
-    describe = ctypes.CDLL(str(library())).JaxembedInstructionSet
-    describe.restype = ctypes.c_char_p
-    return describe().decode()
+_ROW_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "codes8": 5, "codes4": 6}
 
 
 def supports(bags: Sequence["Bag"], operands: Sequence["BagOperands"]) -> bool:
     """Whether the kernel covers these lookups."""
-    return available() and all(_row_type(op.table) is not None for op in operands)
+    return kernel.available() and all(_row_type(op.table) is not None for op in operands)
 
 
 def _row_type(table: Any) -> int | None:
-    if isinstance(table, QuantizedTable):
-        return _CODE_TYPES[table.kind]
-    if isinstance(table, jax.Array | np.ndarray):
-        return _ROW_TYPES.get(table.dtype.name)
-    return None
+    kind = _kind(table)
+    return None if kind in KINDS and isinstance(table, jax.Array | np.ndarray) else _ROW_TYPES.get(kind)
+
+
+def _kind(table: Any) -> str:
+    if isinstance(table, ResidentTable):
+        return table.form.kind
+    return table.kind if isinstance(table, QuantizedTable) else table.dtype.name
 
 
 def embedding_bags(
@@ -177,13 +123,14 @@ def _kernel(*arrays, bags, tree, places, in_exports, merged):
             _row_type(op.table),
             op.table.shape[1],
             op.bags.row if isinstance(op.bags, SplitsRow) else 0,
+            *((op.table.shape[0], op.table.row) if isinstance(op.table, ResidentTable) else (-1, 0)),
             *place,
             *(-1 if array is None else index[id(array)] for array in _arrays(op)),
         ]
     # Of quantized tables the kernel gives what it accumulates.
     given = [jax.ShapeDtypeStruct(out.shape, out.kernel_dtype) for out in outs]
     counts = jax.ShapeDtypeStruct((len(bags),), jnp.int32)
-    *outputs, bad = jax.ffi.ffi_call(TARGET, [*given, counts])(*arrays, meta=np.asarray(meta, np.int64))
+    *outputs, bad = jax.ffi.ffi_call(kernel.TARGET, [*given, counts])(*arrays, meta=np.asarray(meta, np.int64))
     return [*(array.astype(out.dtype) for array, out in zip(outputs, outs, strict=True)), bad]
 
 
@@ -210,7 +157,7 @@ def _arranged(bags, operands, merged: bool) -> tuple[list[_Output], list[tuple[i
     places, groups = [], {}
     for bag, op in zip(bags, operands, strict=True):
         dtype, dim = op.table.dtype, op.table.shape[1]
-        kernel_dtype = jnp.dtype(jnp.float32) if isinstance(op.table, QuantizedTable) else dtype
+        kernel_dtype = jnp.dtype(jnp.float32) if _kind(op.table) in KINDS else dtype
         key = (bag.num_bags, dtype, kernel_dtype)
         if merged and not bag.sequence_length and key in groups:
             at = groups[key]
@@ -264,7 +211,7 @@ def _batch(arrays, axes, **parameters):
 
 #: Whether a program calls the kernel is decided when it is lowered: tracing does not tell whether it is for
 #: `jax.export`.
-_LOOKUP = Primitive(TARGET)
+_LOOKUP = Primitive(kernel.TARGET)
 _LOOKUP.multiple_results = True
 _LOOKUP.def_impl(_kernel)
 _LOOKUP.def_abstract_eval(_abstract)
@@ -276,6 +223,8 @@ batching.primitive_batchers[_LOOKUP] = _batch
 def _arrays(op: "BagOperands") -> tuple[Any, ...]:
     table, bags = op.table, op.bags
     rows, codebook = (table.codes, table.codebook) if isinstance(table, QuantizedTable) else (table, None)
+    if isinstance(table, ResidentTable):
+        rows = table.addresses
     if isinstance(bags, SplitsRow):
         bags = bags.splits
     return rows, codebook, op.ids, bags, op.columns, op.weights

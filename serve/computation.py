@@ -14,6 +14,7 @@ from jaxembed.config import TableConfig
 from jaxembed.features import FeatureInput
 from jaxembed.inputs import RaggedTensor
 from jaxembed.lookup import Lookup, plan_lookup, serving_embedding_lookup
+from jaxembed.resident_table import ResidentTable, TableForm, addresses
 from jaxembed.splits import SplitsRow
 
 from .embedding import EmbeddingForServing, cpu_device
@@ -33,6 +34,7 @@ class Computation:
       dense: by name, the shape of one row of the dense inputs.
       layout: of ids and weights in a rung's buffers.
       path: of the lookup: "native", "xla" or "auto".
+      resident: forms of the tables, where the programs take their addresses in place of them; or None.
     """
 
     feature_config: Any
@@ -41,6 +43,17 @@ class Computation:
     dense: Mapping[str, tuple[int, ...]]
     layout: Layout
     path: str
+    resident: tuple[TableForm, ...] | None
+
+    def constants(self, embedding: EmbeddingForServing, params: Any) -> tuple[Any, Any, Any]:
+        """The arguments of `packed` that are the same in every call, as few levels deep as can be.
+
+        The tables whose addresses they may hold are those of `embedding.host_tables`, to be kept by the caller.
+        """
+        tables: Any = tuple(embedding.embedding_tables.values())
+        if self.resident is not None and embedding.host_tables is not None:
+            tables = addresses(embedding.host_tables)
+        return jax.device_put((tables, embedding.combiner_weights, params), cpu_device())
 
     def structured(
         self,
@@ -66,6 +79,8 @@ class Computation:
           merged: whether the native kernel writes the activations side by side.
         """
         tables, combiner_weights, params = constants
+        if self.resident is not None:
+            tables = [ResidentTable(tables, row, form) for row, form in enumerate(self.resident)]
         tables = dict(zip(self.tables, tables, strict=True))
         named = dict(zip(self.dense, dense, strict=True))
         ragged, parallel = self.layout.inputs(rung, ids, splits, weights)
@@ -114,7 +129,10 @@ def make_computation(
     """
     tables, path = embedding.embedding_tables, lookup_path()
     layout = Layout(features, shared=path != "xla" and _native_supports(features, tables))
-    return Computation(embedding.feature_config, tuple(tables), model, dense, layout, path)
+    resident = None
+    if layout.shared and embedding.host_tables is not None:
+        resident = tuple(map(TableForm.of, embedding.host_tables))
+    return Computation(embedding.feature_config, tuple(tables), model, dense, layout, path, resident)
 
 
 def _plan(

@@ -51,10 +51,13 @@ class EmbeddingForServing:
         combiner_weights: Mapping[str, AnyCombinerWeights] | None = None,
     ):
         self._feature_config = feature_config
-        self._tables = {
-            config: _on_cpu(name, config, table_of(tables, config))
+        given = {
+            config: _prepared(name, config, table_of(tables, config))
             for name, config in feature_tables(feature_config).items()
         }
+        self._tables = jax.device_put(given, cpu_device())
+        on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(given))
+        self._host_tables = tuple(given.values()) if on_host else None
         self._combiner_weights = jax.device_put(dict(combiner_weights or {}), cpu_device())
 
     @property
@@ -66,6 +69,11 @@ class EmbeddingForServing:
     def embedding_tables(self) -> dict[TableConfig, AnyTable]:
         """The [V, D] tables by TableConfig, on CPU; a pytree, to pass into a function of your own."""
         return dict(self._tables)
+
+    @property
+    def host_tables(self) -> tuple[Any, ...] | None:
+        """The memory of `embedding_tables`, as numpy arrays, where all of it is the host's: given, not computed."""
+        return self._host_tables
 
     @property
     def combiner_weights(self) -> dict[str, CombinerWeights]:
@@ -100,7 +108,7 @@ def cpu_device() -> Any:
     return jax.local_devices(backend="cpu")[0]
 
 
-def _on_cpu(name: str, config: TableConfig, table: Any) -> Any:
+def _prepared(name: str, config: TableConfig, table: Any) -> Any:
     if isinstance(table, np.ndarray | jax.Array):
         if not jnp.issubdtype(table.dtype, jnp.floating):
             raise ValueError(
@@ -109,5 +117,4 @@ def _on_cpu(name: str, config: TableConfig, table: Any) -> Any:
         if table.dtype == np.float64:
             table = table.astype(config.dtype)
         table = quantize_as_trained(table, config)
-    table = jax.tree.map(lambda array: aligned(array) if isinstance(array, np.ndarray) else array, table)
-    return jax.device_put(table, cpu_device())
+    return jax.tree.map(lambda array: aligned(array) if isinstance(array, np.ndarray) else array, table)

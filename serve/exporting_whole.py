@@ -7,7 +7,7 @@ import jax
 import jax.export  # not loaded by jax itself
 import numpy as np
 
-from jaxembed import bag_native, structure
+from jaxembed import kernel, structure
 from jaxembed.backends import use_backend
 from jaxembed.features import feature_tables
 from jaxembed.inputs import RaggedTensor
@@ -44,10 +44,10 @@ def export_whole(
     """
     config, weights_of_combiners = embedding.feature_config, embedding.combiner_weights
     tables = {table.name: array for table, array in embedding.embedding_tables.items()}
-    if batch_size is not None and not bag_native.available():
+    if batch_size is not None and not kernel.available():
         raise ValueError(
             f"batch_size={batch_size} exports a call of the native kernel, which is not available: "
-            f"{bag_native.unavailable_reason()}; export without batch_size."
+            f"{kernel.unavailable_reason()}; export without batch_size."
         )
 
     def whole(tables, params, inputs, weights, dense):
@@ -83,7 +83,7 @@ def export_whole(
         {f.path: shape((n,), np.float32) for f, n in zip(features, symbols, strict=False) if f.weighted},
         {name: shape((batch, *row), np.float32) for name, row in dense.items()},
     )
-    checks = [jax.export.DisabledSafetyCheck.custom_call(bag_native.TARGET)]
+    checks = [jax.export.DisabledSafetyCheck.custom_call(kernel.TARGET)]
     with without_locations():
         exported = jax.export.export(
             jax.jit(whole), platforms=list(platforms), disabled_checks=[] if batch_size is None else checks

@@ -13,7 +13,7 @@ from .buffers import Buffers, Pool
 from .compiling import Compiler
 from .computation import make_computation
 from .dense import DenseInputs, pad
-from .embedding import EmbeddingForServing, cpu_device
+from .embedding import EmbeddingForServing
 from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
 from .ladder import Rung, make_ladder
 from .layout import pack_alone
@@ -86,12 +86,6 @@ class ServingFunction:
         batch_sizes: Sequence[int] | None = None,
         row_lengths: Sequence[int] | None = None,
     ):
-        # Arguments that are the same in every call, as few levels deep as can be.
-        self._constants = (
-            tuple(embedding.embedding_tables.values()),
-            embedding.combiner_weights,
-            jax.device_put(params, cpu_device()),
-        )
         self._dense = DenseInputs(dense_inputs or {})
         if self._dense.shapes and model is None:
             raise ValueError(f"dense_inputs {list(self._dense.shapes)} need a model, got model=None.")
@@ -99,6 +93,8 @@ class ServingFunction:
         self._packer, self._native = Packer(features), NativePacker(features)
         self._reader = Reader(embedding.feature_config)
         self._computation = make_computation(embedding, features, model, self._dense.shapes)
+        self._constants = self._computation.constants(embedding, params)
+        self._host_tables = embedding.host_tables  # kept for the constants, which may hold their addresses
         self._compiler, self._layout = Compiler(self._computation), self._computation.layout
         self._limits = [feature.max_ids for feature in features]
         self._ladder = make_ladder(

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 
@@ -44,6 +45,11 @@ class Ladder:
             if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
                 raise ValueError(f"{name} must be rising ints of at least 1, got {list(sizes)}.")
 
+    @functools.cached_property
+    def _only(self) -> dict[int, Rung]:
+        """Where there is one row length: rungs by batch size, made beforehand."""
+        return {batch: Rung(batch, self.row_lengths[-1]) for batch in self.batch_sizes}
+
     def __iter__(self) -> Iterator[Rung]:
         return (Rung(batch, length) for batch in self.batch_sizes for length in self.row_lengths)
 
@@ -53,6 +59,8 @@ class Ladder:
     def rung(self, rows: int, ids: Sequence[int], limits: Sequence[int]) -> Rung:
         """The smallest rung with room for `rows` rows and, by feature, `ids` ids."""
         batch = self._batch(rows)
+        if len(self.row_lengths) == 1:
+            return self._only[batch]
         for length in self.row_lengths[:-1]:
             rung = Rung(batch, length)
             if all(n <= rung.capacity(limit) for n, limit in zip(ids, limits, strict=True)):

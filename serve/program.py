@@ -1,6 +1,7 @@
 """One compiled rung: packed buffers in, the model's outputs as numpy out."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,12 +31,19 @@ class Program:
 
     def __call__(self, rows: int, *args: Any) -> Any:
         """The result's first `rows` rows, as numpy."""
-        outputs = [np.asarray(out) for out in self.compiled(*args)]
+        outputs = [np.asarray(out)[:rows] for out in self.compiled(*args)]
+        if self.is_one:
+            return outputs[0]
         leaves = []
         for at, columns, shape in self.leaves:
-            out = outputs[at][:rows]
+            out = outputs[at]
             leaves.append(out if columns is None else out[:, slice(*columns)].reshape(rows, *shape))
         return jax.tree.unflatten(self.treedef, leaves)
+
+    @functools.cached_property
+    def is_one(self) -> bool:
+        """Whether the result is an array."""
+        return jax.tree_util.treedef_is_leaf(self.treedef)
 
 
 def compile_program(function: Callable[..., Any], args: Sequence[Any], batch: int) -> Program:

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxembed as je
-from jaxembed import bag_native
+from jaxembed import kernel
 from tests.generate import lookups
 
 # Row r of the table holds 100 r + column, so that a wrong row shows.
@@ -23,8 +23,8 @@ FEATURE = je.FeatureConfig(TABLE)
 
 @pytest.fixture(params=["xla", "native"])
 def path(request):
-    if request.param == "native" and not bag_native.available():
-        pytest.skip(f"no native kernel: {bag_native.unavailable_reason()}")
+    if request.param == "native" and not kernel.available():
+        pytest.skip(f"no native kernel: {kernel.unavailable_reason()}")
     with je.use_backend(request.param):
         yield request.param
 
@@ -173,8 +173,8 @@ def test_refusals():
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(case=lookups())
 def test_native_equals_plain_jax_with_gradients(case):
-    if not bag_native.available():
-        pytest.skip(f"no native kernel: {bag_native.unavailable_reason()}")
+    if not kernel.available():
+        pytest.skip(f"no native kernel: {kernel.unavailable_reason()}")
 
     def run(table, weights):
         return je.serving_embedding_lookup(case.ids, weights, {"table": table}, case.feature)
@@ -235,7 +235,7 @@ def test_export_with_symbolic_sizes_and_without_custom_calls(backend):
     with je.use_backend(backend):
         direct = f(*concrete)
         # What a program has been compiled as says nothing of what it is exported as.
-        assert (bag_native.TARGET in f.lower(*concrete).as_text()) == (je.backend() == "native")
+        assert (kernel.TARGET in f.lower(*concrete).as_text()) == (je.backend() == "native")
         fixed = jax.export.export(f)(*concrete)
         exported = jax.export.export(f, platforms=("cpu", "tpu"))(*arguments)
     np.testing.assert_array_equal(jax.export.deserialize(fixed.serialize()).call(*concrete), direct)
@@ -245,16 +245,16 @@ def test_export_with_symbolic_sizes_and_without_custom_calls(backend):
 
 
 def test_export_with_the_kernel():
-    if not bag_native.available():
+    if not kernel.available():
         pytest.skip("the kernel was not built")
     ids = je.RaggedTensor.from_lists([[1], [2, 3]])
     arguments = (ids.values, ids.row_splits, ROWS)
     f = jax.jit(lambda values, splits, table: lookup(je.RaggedTensor(values, splits), table=table))
     with je.use_backend("native"):
         exported = jax.export.export(
-            f, disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(bag_native.TARGET)]
+            f, disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(kernel.TARGET)]
         )(*arguments)
-    assert bag_native.TARGET in exported.mlir_module()
+    assert kernel.TARGET in exported.mlir_module()
     np.testing.assert_array_equal(exported.call(*arguments), [ROWS[1], ROWS[2] + ROWS[3]])
 
 

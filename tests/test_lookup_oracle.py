@@ -6,7 +6,7 @@ Compiling takes far longer than looking up, so that the cases run 25 to a progra
 import jax
 import pytest
 
-from jaxembed import bag_native, serving_embedding_lookup, use_backend
+from jaxembed import kernel, serving_embedding_lookup, use_backend
 from tests import oracle
 
 CASES = oracle.load_cases()
@@ -17,8 +17,8 @@ GROUPS = {
 
 @pytest.fixture(params=["xla", "native"])
 def path(request):
-    if request.param == "native" and not bag_native.available():
-        pytest.skip(f"no native kernel: {bag_native.unavailable_reason()}")
+    if request.param == "native" and not kernel.available():
+        pytest.skip(f"no native kernel: {kernel.unavailable_reason()}")
     with use_backend(request.param):
         yield request.param
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxembed as je
-from jaxembed import bag_native
+from jaxembed import kernel
 from tests.generate import Generated, lookups
 
 pytestmark = pytest.mark.parity
@@ -41,8 +41,8 @@ def _tensor(x):
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(case=lookups())
 def test_equals_tensorflow(path, case):
-    if path == "native" and not bag_native.available():
-        pytest.skip(f"no native kernel: {bag_native.unavailable_reason()}")
+    if path == "native" and not kernel.available():
+        pytest.skip(f"no native kernel: {kernel.unavailable_reason()}")
     with je.use_backend(path):
         out = je.serving_embedding_lookup(case.ids, case.weights, {"table": case.table}, case.feature)
     np.testing.assert_allclose(out, with_tensorflow(case), rtol=1e-5, atol=1e-6)

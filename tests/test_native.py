@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import bag_native
+from jaxembed import QuantizationConfig, bag_native, kernel
 from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.quantization import quantize
+from jaxembed.resident_table import ResidentTable, TableForm, addresses
 from jaxembed.splits import SplitsRow
 
-pytestmark = pytest.mark.skipif(not bag_native.available(), reason="the kernel was not built")
+pytestmark = pytest.mark.skipif(not kernel.available(), reason="the kernel was not built")
 
 # In the order of `Field` in decode.h.
 FIELDS = dict.fromkeys(("layout", "combiner", "prune_ids", "prune_weights", "num_bags"), 0)
-FIELDS |= {"sequence_length": 0, "row_type": 0, "dim": 0, "splits_row": 0, "to": 0, "column": 0}
-FIELDS |= {"rows": 0, "codebook": -1}
+FIELDS |= {"sequence_length": 0, "row_type": 0, "dim": 0, "splits_row": 0, "vocabulary": -1, "table_row": 0}
+FIELDS |= {"to": 0, "column": 0, "rows": 0, "codebook": -1}
 FIELDS |= {"ids": 1, "bags": 2, "columns": -1, "weights": -1}
 RAGGED, SPARSE = 1, 2
 # What jax makes of it depends on whether the call was dispatched at once.
@@ -42,7 +43,7 @@ def call(arguments=(TABLE, IDS, SPLITS), out=(2, 3), dtype=np.float32, counts=1,
 def test_the_library_under_test_is_the_instrumented_one():
     if "JAXEMBED_SANITIZED" not in os.environ:
         pytest.skip("only for `make sanitize`")
-    path = bag_native.library()
+    path = kernel.library()
     assert path is not None
     assert b"__asan_init" in path.read_bytes()
 
@@ -54,6 +55,7 @@ def test_hand_made_numbers_are_those_that_are_sent():
 
 
 HUGE = 2**62
+NOWHERE = (jnp.zeros((2, 4), jnp.int32), IDS, SPLITS)
 REFUSED = {
     "layout": ({"layout": 3}, r"layout must be in \[0, 2\], got 3"),
     "negative layout": ({"layout": -1}, "layout must be in"),
@@ -81,6 +83,18 @@ REFUSED = {
     "rows of another type": ({"row_type": 1}, r"must be bfloat16 \[V, 3\], got float32"),
     "no table": ({"rows": -1}, "got none"),
     "table out of range": ({"rows": HUGE}, "got none"),
+    "table for addresses": (
+        {"vocabulary": 6},
+        r"addresses of tables must be int32 \[T, 4\] .* float32 \[6, 3\]",
+    ),
+    "addresses for a table": ({"arguments": NOWHERE}, r"must be float32 \[V, 3\], got int32 \[2, 4\]"),
+    "row of addresses": ({"arguments": NOWHERE, "vocabulary": 6, "table_row": 2}, "with T above 2"),
+    "negative row": ({"arguments": NOWHERE, "vocabulary": 6, "table_row": -1}, "with T above -1"),
+    "huge vocabulary": ({"arguments": NOWHERE, "vocabulary": HUGE}, "for a table of 4611686018427387904 rows"),
+    "no address": (
+        {"arguments": NOWHERE, "vocabulary": 6, "table_row": 1},
+        "row 1 of the addresses of tables holds none",
+    ),
     "no ids": ({"ids": -5}, "ids must be int32 or int64"),
     "ids of another type": ({"ids": 0}, "ids must be int32 or int64"),
     "no splits": ({"bags": 3}, r"row_splits must be int32 or int64 \[B \+ 1\] = \[3\], got none"),
@@ -95,7 +109,7 @@ REFUSED = {
     "dense sequence": ({"layout": 0, "sequence_length": 1}, "the dense layout has no sequences"),
     "few numbers": ({"numbers": [1] * 16}, "make up a call; got 16 numbers"),
     "no numbers": ({"numbers": []}, r"counts of bad ids must be int32 \[F\] = \[0\]"),
-    "numbers of two features": ({"numbers": [0] * 34}, r"counts of bad ids must be int32 \[F\] = \[2\]"),
+    "numbers of two features": ({"numbers": [0] * 38}, r"counts of bad ids must be int32 \[F\] = \[2\]"),
     "counts": ({"counts": 2}, r"counts of bad ids must be int32 \[F\] = \[1\]"),
     "output type": ({"dtype": np.int32}, "the output must hold 3 columns of float32 .* got int32"),
 }
@@ -144,16 +158,14 @@ def test_long_bags_of_row_wise_codes_lose_no_digits(kind, dim):
 
 
 def test_a_kernel_of_other_sources_is_not_called(monkeypatch):
-    monkeypatch.setattr(bag_native, "_NUMBERS", 16)
-    bag_native._load.cache_clear()
+    monkeypatch.setattr(kernel, "_NUMBERS", 16)
+    kernel._load.cache_clear()
     try:
-        assert "was built from the sources of another version; reinstall" in str(
-            bag_native.unavailable_reason()
-        )
+        assert "was built from the sources of another version; reinstall" in str(kernel.unavailable_reason())
     finally:
         monkeypatch.undo()
-        bag_native._load.cache_clear()
-    assert bag_native.available()
+        kernel._load.cache_clear()
+    assert kernel.available()
 
 
 @pytest.mark.parametrize("path", ["native", "xla"])
@@ -213,6 +225,31 @@ def test_many_features_in_one_call_share_what_they_share(kind, dim):
             np.asarray(ours, np.float32), np.asarray(theirs, np.float32), rtol=tolerance, atol=1e-6
         )
     np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("dim", [7, 32])
+def test_tables_are_found_by_their_addresses(dim, merged):
+    rows = np.random.default_rng(dim).integers(-8, 8, (40, dim)).astype(np.float32)
+    tables = [rows, rows.astype(jnp.bfloat16), rows.astype(np.float16)]
+    tables += [quantize(rows, kind) for kind in ("int8", "int4")]
+    tables += [quantize(rows, QuantizationConfig(buckets, -8, 8)) for buckets in (256, 16)]
+    tables = jax.tree.map(np.asarray, tables)
+    ids, splits = jnp.arange(12, dtype=jnp.int32) * 3 + 15, jnp.array([0, 0, 5, 5, 12], jnp.int32)
+    bags = [Bag("ragged", 4, "mean")] * len(tables)
+    lookup = bag_native.merged_embedding_bags if merged else bag_native.embedding_bags
+    where = addresses(tables)
+
+    def run(given):
+        return lookup(bags, [BagOperands(table, ids, splits) for table in given])
+
+    resident = [ResidentTable(where, row, TableForm.of(table)) for row, table in enumerate(tables)]
+    found, expected = jax.jit(run)(resident), jax.jit(run)(tables)
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert int(found[1][0]) > 0
 
 
 @pytest.mark.parametrize("what", ["table", "weights", "everything"])

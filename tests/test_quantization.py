@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import jaxembed as je
-from jaxembed import bag_native
+from jaxembed import kernel
 from jaxembed.buckets import Buckets
 from jaxembed.quantization import (
     quantization_error,
@@ -35,8 +35,8 @@ simulate = jax.jit(simulate_quantization, static_argnums=1)
 
 @pytest.fixture(params=["xla", "native"])
 def path(request):
-    if request.param == "native" and not bag_native.available():
-        pytest.skip(f"no native kernel: {bag_native.unavailable_reason()}")
+    if request.param == "native" and not kernel.available():
+        pytest.skip(f"no native kernel: {kernel.unavailable_reason()}")
     with je.use_backend(request.param):
         yield request.param
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import bag_native
+from jaxembed import kernel
 from jaxembed.bag import Bag, BagOperands, embedding_bags, row_gradients
 from jaxembed.optimizers import SGD, sparse_update
 
@@ -32,8 +32,8 @@ for combiner in ("sum", "mean", "sqrtn"):
 @pytest.mark.parametrize("path", ["xla", "native"])
 @pytest.mark.parametrize("case", CASES)
 def test_rows_add_up_to_the_dense_gradient(case, path):
-    if path == "native" and not bag_native.available():
-        pytest.skip(f"no native kernel: {bag_native.unavailable_reason()}")
+    if path == "native" and not kernel.available():
+        pytest.skip(f"no native kernel: {kernel.unavailable_reason()}")
     bag, operands = CASES[case]
 
     def forward(table):

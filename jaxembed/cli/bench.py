@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import jaxembed as je
-from jaxembed import bag_native
+from jaxembed import kernel
 
 _NUM_BATCHES = 8
 
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _makers() -> dict[str, Callable[..., Callable[[int], Any]]]:
     makers: dict[str, Callable[..., Callable[[int], Any]]] = {}
-    if bag_native.available():
+    if kernel.available():
         makers["native"] = lambda *arrays: _jaxembed("native", *arrays)
     makers["plain JAX"] = lambda *arrays: _jaxembed("xla", *arrays)
     if importlib.util.find_spec("torch"):

@@ -82,17 +82,17 @@ def _core() -> str | None:
         import numpy as np
 
         import jaxembed as je
-        from jaxembed import bag_native
+        from jaxembed import kernel
 
         kinds = [f"{device.platform} {device.device_kind}" for device in jax.devices()]
         print("devices: " + ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)))
         limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
         if limit:
             print(f"memory of a device: {_gib(limit)}")
-        reason = bag_native.unavailable_reason()
-        print(f"kernel: {f'plain JAX, as {reason}' if reason else f'native ({bag_native.library()})'}")
+        reason = kernel.unavailable_reason()
+        print(f"kernel: {f'plain JAX, as {reason}' if reason else f'native ({kernel.library()})'}")
         if not reason:
-            chosen = bag_native.instruction_set() or "unknown"
+            chosen = kernel.instruction_set() or "unknown"
             print(f"instructions of the kernel: {_INSTRUCTIONS.get(chosen, chosen)}")
         with warnings.catch_warnings(action="ignore"):  # the line above says so
             print(f"lookups on CPU: {je.backend()}; training engine: {_engine(jax.devices()[0])}")

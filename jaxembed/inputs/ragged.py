@@ -43,13 +43,14 @@ class RaggedTensor:
 
     def __init__(self, values: AnyValues, row_splits: AnyRowSplits):
         fields = self.__dict__
-        fields["values"], fields["row_splits"] = values, row_splits
+        fields["values"] = values
+        fields["row_splits"] = row_splits
         # The usual case by itself: requests hold one of these for every feature.
         on_host = type(values) is np.ndarray is type(row_splits) and values.ndim == 1 == row_splits.ndim
-        if on_host and len(row_splits) and row_splits.dtype.kind in "iu":
-            if len(row_splits) <= _FEW:
+        if on_host and row_splits.dtype.kind in "iu" and (size := len(row_splits)):
+            if size <= _FEW:
                 rows = row_splits.tolist()
-                if rows[0] == 0 and rows[-1] <= len(values) and rows == sorted(rows):
+                if rows[0] == 0 <= rows[-1] <= len(values) and (size <= 2 or rows == sorted(rows)):
                     return
             return check_row_splits(row_splits, len(values))
         self._check()

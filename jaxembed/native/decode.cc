@@ -1,5 +1,6 @@
 #include "decode.h"
 
+#include <cstring>
 #include <initializer_list>
 
 namespace jaxembed {
@@ -128,7 +129,31 @@ Type StoredAs(RowType type) {
   }
 }
 
+constexpr int64_t kMaxVocabulary = int64_t{1} << 40;
+
+bool HasCodebook(RowType type) { return type == RowType::kCodes8 || type == RowType::kCodes4; }
+
+std::string DecodeResident(Reader& read, Table* table) {
+  const auto all = read.Get(read.meta[kRows]);
+  const int64_t row = read.meta[kTableRow], vocabulary = read.meta[kVocabulary];
+  if (!all || all->element_type() != Type::S32 || all->dimensions().size() != 2 || all->dimensions()[1] != 4 || row < 0 ||
+      row >= all->dimensions()[0] || vocabulary > kMaxVocabulary) {
+    return "addresses of tables must be int32 [T, 4] with T above " + std::to_string(row) + ", for a table of " +
+           std::to_string(vocabulary) + " rows, got " + Described(all);
+  }
+  uint64_t at[2];
+  std::memcpy(at, static_cast<const char*>(all->untyped_data()) + row * sizeof at, sizeof at);
+  table->rows = reinterpret_cast<const void*>(at[0]);
+  table->codebook = reinterpret_cast<const float*>(at[1]);
+  table->vocabulary = vocabulary;
+  if (!table->rows || (HasCodebook(table->type) && !table->codebook)) {
+    return "row " + std::to_string(row) + " of the addresses of tables holds none";
+  }
+  return "";
+}
+
 std::string DecodeTable(Reader& read, Table* table) {
+  if (read.meta[kVocabulary] >= 0) return DecodeResident(read, table);
   const auto rows = read.Get(read.meta[kRows]);
   const Type type = StoredAs(table->type);
   const int64_t columns = table->row_bytes() / static_cast<int64_t>(ffi::ByteWidth(type));

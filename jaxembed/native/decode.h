@@ -10,11 +10,12 @@
 namespace jaxembed {
 
 // The static half of a feature, as `bag_native.py` writes it. Those from kRows on are positions of
-// arguments, or -1. Row splits may be the row kSplitsRow of those of many features. The result goes to the
+// arguments, or -1. Row splits may be the row kSplitsRow of those of many features. With kVocabulary, which else is
+// -1, kRows holds the addresses of many tables, of which this one's are the row kTableRow. The result goes to the
 // output kOut, from its column kColumn on.
 enum Field : int {
   kLayout, kCombiner, kPruneIds, kPruneWeights, kNumBags, kSequenceLength, kRowType, kDim, kSplitsRow,
-  kOut, kColumn, kRows, kCodebook, kIds, kBags, kColumns, kWeights, kFields
+  kVocabulary, kTableRow, kOut, kColumn, kRows, kCodebook, kIds, kBags, kColumns, kWeights, kFields
 };
 
 // Fills `bag`; `outs` is the number of outputs that may be written. An empty string, or what is wrong.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxembed.backends import backend
-from jaxembed.bag_native import library
+from jaxembed.kernel import library
 from jaxembed.optimizers.base import Optimizer, Slots
 from jaxembed.optimizers.rules import SGD, Adagrad
 

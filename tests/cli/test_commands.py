@@ -34,7 +34,7 @@ def test_doctor(capsys):
 
 
 def test_doctor_says_what_is_broken(monkeypatch, capsys):
-    monkeypatch.setattr("jaxembed.bag_native.unavailable_reason", lambda: 1 / 0)
+    monkeypatch.setattr("jaxembed.kernel.unavailable_reason", lambda: 1 / 0)
     assert main(["doctor"]) == 1
     assert "core: ZeroDivisionError" in capsys.readouterr().out
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import jaxembed as je
-from jaxembed import bag_native
+from jaxembed import bag_native, kernel
 from jaxembed.bag import Bag, BagOperands
 from jaxembed.quantization import quantize
 from jaxembed.serve import EmbeddingForServing, ServingFunction
 
-pytestmark = pytest.mark.skipif(not bag_native.available(), reason="no native kernel")
+pytestmark = pytest.mark.skipif(not kernel.available(), reason="no native kernel")
 
 V, DIMS = 50, {"a": 3, "b": 8, "c": 16}
 RNG = np.random.default_rng(0)

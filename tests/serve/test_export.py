@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import RaggedTensor, bag_native
+from jaxembed import RaggedTensor, kernel
 from jaxembed.serve import ServingModel
 from tests.serve import bundles, requests
 
@@ -92,12 +92,12 @@ def test_any_batch_without_jaxembed(served, tmp_path):
     assert_same(results, served, [request for request, _ in asked])
 
 
-@pytest.mark.skipif(not bag_native.available(), reason="no native kernel")
+@pytest.mark.skipif(not kernel.available(), reason="no native kernel")
 def test_fixed_batch_with_the_kernel(served, tmp_path):
     artefact = served.export(batch_size=3)
     assert b"jaxembed_embedding_bags" in artefact
     asked = [arguments(served, seed, 3) for seed in range(2)]
-    results = run_elsewhere(tmp_path, artefact, str(bag_native.library()), [program for _, program in asked])
+    results = run_elsewhere(tmp_path, artefact, str(kernel.library()), [program for _, program in asked])
     assert_same(results, served, [request for request, _ in asked])
 
 

@@ -1,5 +1,6 @@
 """ServingFunction: equal to serving_embedding_lookup, and never compiling once warm."""
 
+import gc
 import threading
 from functools import partial
 
@@ -13,12 +14,13 @@ from jaxembed import (
     FeatureConfig,
     RaggedTensor,
     TableConfig,
-    bag_native,
     initializers,
+    kernel,
     serving_embedding_lookup,
     use_backend,
 )
 from jaxembed.combiners import CustomCombiner
+from jaxembed.quantization import quantize
 from jaxembed.serve import EmbeddingForServing, ServingFunction
 from jaxembed.serve.ladder import Rung
 from tests.serve import requests
@@ -28,7 +30,7 @@ EMBEDDING = EmbeddingForServing(requests.FEATURE_CONFIG, TABLES)
 SIZES = {"batch_sizes": (1, 4, 8), "max_ids_per_row": requests.MAX_IDS}
 PATHS = [
     "xla",
-    pytest.param("native", marks=pytest.mark.skipif(not bag_native.available(), reason="no native kernel")),
+    pytest.param("native", marks=pytest.mark.skipif(not kernel.available(), reason="no native kernel")),
 ]
 
 
@@ -128,11 +130,37 @@ def test_rungs():
     assert function.rungs == [Rung(b, n) for b in (1, 4, 16, 20) for n in (8, 64)]
 
 
-@pytest.mark.skipif(not bag_native.available(), reason="no native kernel")
+@pytest.mark.skipif(not kernel.available(), reason="no native kernel")
 def test_rungs_of_the_native_kernel():
     with use_backend("native"):
         function = ServingFunction(EMBEDDING)
     assert [rung.row_length for rung in function.rungs] == [128] * 20
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_tables_of_the_host_and_of_the_device_give_the_same(quantized):
+    tables = {table: quantize(rows, "int8") if quantized else rows for table, rows in TABLES.items()}
+    given = EmbeddingForServing(requests.FEATURE_CONFIG, jax.tree.map(jnp.asarray, tables))
+    assert given.host_tables is None
+    on_device = ServingFunction(given, **SIZES)
+    on_host = ServingFunction(EmbeddingForServing(requests.FEATURE_CONFIG, tables), **SIZES)
+    assert not on_host.share_programs(on_device)
+    inputs = requests.random_inputs(5, 3)
+    for one, other in zip(jax.tree.leaves(on_device(inputs)), jax.tree.leaves(on_host(inputs)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_tables_live_as_long_as_the_function():
+    table = TableConfig(100_000, 16, name="table")
+    embedding = EmbeddingForServing(FeatureConfig(table), {"table": np.full((100_000, 16), 3, np.float32)})
+    function = ServingFunction(embedding, batch_sizes=(1,))
+    for rows in embedding.embedding_tables.values():
+        rows.delete()
+    del embedding, rows
+    gc.collect()
+    other = np.full((100_000, 16), 7, np.float32)  # where the memory would be that is not kept
+    np.testing.assert_array_equal(function([[99_999]]), np.full((1, 16), 3))
+    assert other[0, 0] == 7
 
 
 def test_progress(capsys):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxembed import RaggedTensor, bag_native
+from jaxembed import RaggedTensor, kernel
 from jaxembed.checkpoint import CheckpointError
 from jaxembed.serve import EmbeddingForServing, ServingFunction, ServingModel, export_model
 from jaxembed.serve.exported import ArraySpec, ExportedModel
@@ -193,7 +193,7 @@ def test_compile_cache(bundle, tmp_path, compilations):
     jax.monitoring.register_event_listener(listen)
     results = []
     # Four rungs and, of the first one, the form that was not kept.
-    for expected in (0, 5 if bag_native.available() else 4):
+    for expected in (0, 5 if kernel.available() else 4):
         model = ServingModel(bundle, max_batch_size=2, compile_cache=tmp_path / "cache").warm_up()
         assert len(hits) == expected
         results.append(model(requests.random_inputs(0, 2), dense=bundles.dense_rows(2)))
