@@ -87,8 +87,8 @@ def exchanged_bytes(text: str) -> dict[str, int]:
 def whole_copies(text: str, shapes: set[tuple[int, ...]]) -> list[Instruction]:
     """Instructions that write a whole array of one of these shapes, or give it another layout.
 
-    Scatters in place, loops and what passes arrays on do not count; arguments of another layout than that
-    of the parameters do.
+    Scatters in place, kernels that update their operands, loops and what passes arrays on do not count; arguments
+    of another layout than that of the parameters do.
     """
     every = list(instructions(text))
     roots = {i.computation: i for i in every}  # the last instruction of a computation is its root
@@ -102,6 +102,8 @@ def whole_copies(text: str, shapes: set[tuple[int, ...]]) -> list[Instruction]:
             root = roots[root.calls]
         # A SparseCore's program is a call of its own.
         passed_on = i.opcode == "call-start" or i.opcode.endswith(("while", "tuple", "conditional", "-done"))
+        if root.opcode == "custom-call" and _is_in_place(root, shapes):
+            continue
         if root.opcode not in _NO_COPY and not passed_on:
             found.append(i)
     return found
@@ -116,6 +118,19 @@ def size_of(shape: str) -> int:
             size *= int(dim)
         total += size
     return total
+
+
+def _is_in_place(call: Instruction, shapes: set[tuple[int, ...]]) -> bool:
+    """Whether every whole array that a custom call gives is one of its operands."""
+    found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", call.rest)
+    aliased = re.findall(r"\{(\d*)\}: \(", found[1]) if found else []
+    results = [m[0] for m in re.finditer(_ARRAY, call.shape)]
+    return all(
+        # The only result of a call has no number.
+        str(i) in aliased or (len(results) == 1 and "" in aliased)
+        for i, result in enumerate(results)
+        if _is_whole(result, shapes)
+    )
 
 
 def _is_whole(shape: str, shapes: set[tuple[int, ...]]) -> bool:

@@ -20,6 +20,7 @@ from .engines.batch import ShardedBatch, ShardedWeights
 from .engines.called import called_now, called_values
 from .engines.canonical import CanonicalTables
 from .engines.initial import initial_rows, whole_slots, whole_tables
+from .engines.pallas_rows import check_row_kernels
 from .engines.planner import ShardingPlan
 from .engines.sparsecore_stacks import sparse_cores
 from .engines.stacking import mesh_axes, shardings_of, stacks_of
@@ -58,6 +59,10 @@ class ShardedEmbedding(ShardedInputs):
         "auto", the one that moves fewer bytes.
       engine: "xla"; "sparsecore" (v5p, v6e and later, with jax-tpu-embedding installed), which leaves tables
         that SparseCores cannot hold to "xla", and says so; or "auto", the latter where the mesh has them.
+      row_kernels: what reads and updates rows of float32 tables of the `xla` engine where D is a multiple of 128:
+        "xla"; "pallas", kernels that move single rows (`engines.pallas_rows`), on TPUs, where they have been
+        compiled but never run; or "pallas_interpreted", these in JAX's interpreter, on CPU, for tests. Other
+        tables stay on "xla", which is said.
       capacity: entries that a shard has room for in each stack, of all its features together. None takes
         what the batches need, in steps of a thirty-second, and never less than before.
       example_batch: of `plan="auto"`: a batch of this host like those to come.
@@ -97,6 +102,7 @@ class ShardedEmbedding(ShardedInputs):
         plan: Mapping[str, str] | ShardingPlan | str | None = None,
         exchange: str = "auto",
         engine: str = "auto",
+        row_kernels: str = "xla",
         capacity: int | None = None,
         example_batch: Any = None,
         overrides: Mapping[str, str] | None = None,
@@ -112,7 +118,8 @@ class ShardedEmbedding(ShardedInputs):
         shardings = shardings_of(plan, self.tables, num_shards)
         stacks = stacks_of(self.tables, optimizer, shardings, num_shards, cores)
         super().__init__(feature_config, stacks, mesh, axes, capacity)
-        self._program = StepProgram(self.stacks, self.mesh, self.axes, exchange)
+        check_row_kernels(row_kernels, self.stacks.values(), self.mesh.devices.flat[0])
+        self._program = StepProgram(self.stacks, self.mesh, self.axes, exchange, row_kernels)
         self._canonical = CanonicalTables(
             self.stacks, list(self.tables), self.mesh, self.axes, self._program.shardings()
         )

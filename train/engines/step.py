@@ -27,13 +27,22 @@ class StepProgram:
       mesh: with automatic axes.
       axes: those over which batch and tables are sharded.
       exchange: "all_gather", "all_to_all" or "auto".
+      row_kernels: of `pallas_rows.ROW_KERNELS`.
     """
 
-    def __init__(self, stacks: Mapping[str, Stack], mesh: Mesh, axes: tuple[str, ...], exchange: str):
+    def __init__(
+        self,
+        stacks: Mapping[str, Stack],
+        mesh: Mesh,
+        axes: tuple[str, ...],
+        exchange: str,
+        row_kernels: str = "xla",
+    ):
         self.stacks: dict[str, Stack] = dict(stacks)
         self.mesh: Mesh = mesh
         self.axes: tuple[str, ...] = axes
         self.exchange: str = exchange
+        self.row_kernels: str = row_kernels
         self.look_up: jax.stages.Wrapped = jax.jit(self._look_up)
         self.update: jax.stages.Wrapped = jax.jit(self._update)
 
@@ -95,7 +104,9 @@ class StepProgram:
         if exchange == "auto":
             exchange = cheaper_exchange(config, num_segments, capacity)
         window = pair_window(capacity, config.num_shards) if exchange == "all_to_all" else capacity
-        return xla.StackExchange(config, exchange, self.axes, num_segments, window)
+        # SparseCores keep rows as lines, which no kernel here reads.
+        kernels = "xla" if config.cores else self.row_kernels
+        return xla.StackExchange(config, exchange, self.axes, num_segments, window, kernels)
 
     def predicted_bytes(self, batch: ShardedBatch) -> int:
         """Bytes that one shard exchanges for a lookup and an update of a batch without weights."""
