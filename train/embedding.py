@@ -20,8 +20,8 @@ from .engines.batch import ShardedBatch, ShardedWeights
 from .engines.called import called_now, called_values
 from .engines.canonical import CanonicalTables
 from .engines.initial import initial_rows, whole_slots, whole_tables
-from .engines.pallas_rows import check_row_kernels
 from .engines.planner import ShardingPlan
+from .engines.row_kernels import check_row_kernels
 from .engines.sparsecore_stacks import sparse_cores
 from .engines.stacking import mesh_axes, shardings_of, stacks_of
 from .engines.step import StepProgram
@@ -59,10 +59,9 @@ class ShardedEmbedding(ShardedInputs):
         "auto", the one that moves fewer bytes.
       engine: "xla"; "sparsecore" (v5p, v6e and later, with jax-tpu-embedding installed), which leaves tables
         that SparseCores cannot hold to "xla", and says so; or "auto", the latter where the mesh has them.
-      row_kernels: what reads and updates rows of float32 tables of the `xla` engine where D is a multiple of 128:
-        "xla"; "pallas", kernels that move single rows (`engines.pallas_rows`), on TPUs, where they have been
-        compiled but never run; or "pallas_interpreted", these in JAX's interpreter, on CPU, for tests. Other
-        tables stay on "xla", which is said.
+      row_kernels: what reads and updates rows of float32 tables on the "xla" engine where D is a multiple of 128:
+        "xla", or "pallas", kernels for TPUs that move single rows (`engines.pallas_rows`): compiled and
+        interpreted, never run on a TPU. Other tables stay on "xla", and the log says which and why.
       capacity: entries that a shard has room for in each stack, of all its features together. None takes
         what the batches need, in steps of a thirty-second, and never less than before.
       example_batch: of `plan="auto"`: a batch of this host like those to come.

@@ -20,7 +20,8 @@ json.dump([dataclasses.asdict(c) for c in costs], sys.stdout)
 """
 READER = """
 import json, sys, tpu_compile, hlo, jax
-from jax.experimental import topologies
+from jax.experimental import pallas as pl, topologies
+from jax.experimental.pallas import tpu as pltpu
 
 (device, *_) = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 shape = (400_000, 128)
@@ -32,6 +33,20 @@ def copies(function, *donated):
     text = jax.jit(function, donate_argnums=donated).lower(table, ids).compile().as_text()
     return len(hlo.whole_copies(text, {shape}))
 
+def kernel(ids, table, out, semaphore):
+    pltpu.make_async_copy(out.at[pl.ds(ids[1], 1)], out.at[pl.ds(ids[0], 1)], semaphore).start()
+    pltpu.make_async_copy(out.at[pl.ds(ids[1], 1)], out.at[pl.ds(ids[0], 1)], semaphore).wait()
+
+def by_kernel(aliases):
+    return lambda table, ids: pl.pallas_call(
+        kernel,
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        out_shape=jax.ShapeDtypeStruct(shape, "float32"),
+        scratch_shapes=[pltpu.SemaphoreType.DMA],
+        input_output_aliases=aliases,
+    )(ids, table)
+
 update = lambda table, ids: table.at[ids].add(1.0)
 json.dump(
     {
@@ -39,6 +54,9 @@ json.dump(
         "not donated": copies(update),
         "another layout": copies(lambda table, ids: table.T, 0),
         "every row": copies(lambda table, ids: table * 2.0, 0),
+        "kernel in place": copies(by_kernel({1: 0}), 0),
+        "kernel, not donated": copies(by_kernel({1: 0})),
+        "kernel with a result of its own": copies(by_kernel({}), 0),
     },
     sys.stdout,
 )
@@ -115,6 +133,9 @@ def test_the_reader_finds_copies_where_there_are_some():
     assert found["not donated"] > 0
     assert found["another layout"] > 0
     assert found["every row"] > 0
+    assert found["kernel in place"] == 0
+    assert found["kernel, not donated"] > 0
+    assert found["kernel with a result of its own"] > 0
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

@@ -1,18 +1,16 @@
 """Reads and updates rows of a table on a TPU by copies of single rows: kernels in Pallas.
 
-XLA's gathers and scatters of rows count (and scatters move) whole tiles of 8 rows. Here every row is one copy of its
-own between the table, which stays in HBM, and where it is needed:
+For XLA's gathers and scatters of rows the compiler counts whole tiles of 8 rows. Here every row is one copy of its own
+between the table, which stays where it is, and where it is needed:
 
-    gather    row by row from the table to the result, both in HBM; the copies of a block are in flight while those
-              of the block before it finish
+    gather    row by row from the table to the result; the copies of a block are in flight while those of the block
+              before it finish
     update    a block of rows and slots comes in while the rule runs on the block before it and the one before that
               goes out: three buffers. Rows differ, so that no copy waits for another block's.
 
 Both are compiled for TPU topologies and interpreted on CPU in the tests; they have not run on a TPU.
 """
 
-import logging
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,87 +19,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxembed.optimizers import FTRL, SGD, Adagrad, AdagradMomentum, Adam, Optimizer
+from jaxembed.optimizers import Optimizer
 from jaxembed.optimizers.base import Slots
 
 from .pallas_scalars import split_rule
-from .placement import Stack
 
-_LOG = logging.getLogger("jaxembed")
 #: Values of a block of rows: 128 KB, 32 registers.
 _BLOCK_VALUES = 256 * 128
-_LANES, _SUBLANES = 128, 8
-#: What may read and update rows, and how Pallas is told to run its kernels.
-ROW_KERNELS: dict[str, Any] = {
-    "xla": None,
-    "pallas": False,
-    "pallas_interpreted": pltpu.InterpretParams(),
-}
-_RULES = (SGD, Adagrad, AdagradMomentum, FTRL, Adam)
+_SUBLANES = 8
 
 
-def holds(dtype: Any, dim: int) -> bool:
-    """Whether rows of a table lie so that each can be copied by itself: float32, D a multiple of 128."""
-    return dtype == jnp.float32 and dim % _LANES == 0 and dim > 0
-
-
-def why_not(optimizer: Optimizer, dtype: Any, dim: int) -> str | None:
-    """Why the rows of such a table are not updated here, or None where they are."""
-    if not holds(dtype, dim):
-        return f"rows of {jnp.dtype(dtype).name} [{dim}], not float32 of a multiple of {_LANES}"
-    if type(optimizer) not in _RULES:
-        return f"the rule of {type(optimizer).__name__}"
-    if not optimizer.is_lazy:
-        return "an optimizer that updates every row"
-    if not optimizer.use_gradient_accumulation:
-        return "occurrences of an id applied one by one"
-    return None
-
-
-def check_row_kernels(row_kernels: str, stacks: Iterable[Stack], device: Any) -> None:
-    """Checks the choice, and says which tables it leaves to XLA.
-
-    Args:
-      row_kernels: of `ROW_KERNELS`.
-      stacks: all of them.
-      device: of the mesh.
-
-    Raises:
-      ValueError: if there is no such choice, or it is not one for such a device.
-    """
-    if row_kernels not in ROW_KERNELS:
-        raise ValueError(f"row_kernels must be one of {tuple(ROW_KERNELS)}, got {row_kernels!r}.")
-    if row_kernels == "xla":
-        return
-    platform = "tpu" if row_kernels == "pallas" else "cpu"
-    if device.platform != platform:
-        raise ValueError(
-            f"row_kernels={row_kernels!r} is for devices of the platform {platform!r}, got {device.platform!r}; "
-            "use 'xla'."
-        )
-    refused = {}
-    for stack in stacks:
-        columns = stack.dim // stack.num_shards if stack.kind == "column" else stack.dim
-        reason = why_not(stack.optimizer, stack.dtype, columns)
-        if stack.cores:
-            reason = "held by SparseCores"
-        elif stack.kind == "replicated":
-            reason = "replicated"
-        if reason:
-            refused |= {p.table.name: reason for p in stack.placements}
-    if refused:
-        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
-        _LOG.warning("Tables whose rows XLA updates in spite of row_kernels=%r: %s.", row_kernels, reasons)
-
-
-def gather(table: jax.Array, rows: jax.Array, *, block: int | None = None, interpret: Any = False) -> jax.Array:
+def gather(table: jax.Array, rows: jax.Array, *, block: int | None = None) -> jax.Array:
     """The rows of a table, [N, D].
 
     Args:
-      table: [R, D], as `holds` says.
+      table: [R, D], one that `row_kernels.holds`.
       rows: int32 [N]; those outside [0, R) are clipped.
       block: how many rows are in flight, a multiple of 8; None takes those of 128 KB.
-      interpret: `pltpu.InterpretParams` runs the kernel on CPU.
     """
     size, dim = rows.shape[0], table.shape[1]
     if not size:
@@ -141,7 +75,6 @@ def gather(table: jax.Array, rows: jax.Array, *, block: int | None = None, inter
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=2 * size * dim * table.dtype.itemsize + 4 * rows.size
         ),
-        interpret=interpret,
         name="gather_rows",
     )(rows, table)
 
@@ -156,12 +89,11 @@ def update_unique(
     step: Any,
     *,
     block: int | None = None,
-    interpret: Any = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`jaxembed.optimizers.update_unique`, by a kernel; in place where table and slots are donated.
 
     Args:
-      optimizer: of which `why_not` says nothing.
+      optimizer: of which `row_kernels.why_not` says nothing.
       table: [R, D].
       slots: by name.
       rows: int32 [N], ascending, each once, then padding of R.
@@ -169,7 +101,6 @@ def update_unique(
       learning_rate: float32 scalar.
       step: int scalar.
       block: how many rows are updated at a time, a multiple of 8; None takes those of 128 KB.
-      interpret: `pltpu.InterpretParams` runs the kernel on CPU.
 
     Returns:
       The table and slots, updated.
@@ -229,7 +160,6 @@ def update_unique(
         cost_estimate=pl.CostEstimate(
             flops=8 * size * dim, transcendentals=0, bytes_accessed=moved + 8 * ids.size
         ),
-        interpret=interpret,
         name="update_rows",
     )(count, ids, ids, gradients, *(x[None] for x in split.scalars), *arrays)
     return new[0], dict(zip(names, new[1:], strict=True))

@@ -27,7 +27,7 @@ class StepProgram:
       mesh: with automatic axes.
       axes: those over which batch and tables are sharded.
       exchange: "all_gather", "all_to_all" or "auto".
-      row_kernels: of `pallas_rows.ROW_KERNELS`.
+      row_kernels: one of `row_kernels.ROW_KERNELS`.
     """
 
     def __init__(

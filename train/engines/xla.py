@@ -9,11 +9,12 @@ from jax import lax
 
 from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.buckets import simulate_quantization
-from jaxembed.optimizers import dedupe, native, sparse_update, update_unique
+from jaxembed.optimizers import dedupe, native, sparse_update
 
-from . import gathering, pallas_rows, routing
+from . import gathering, routing
 from .batch import FeatureLayout
 from .placement import Stack
+from .row_kernels import is_by_kernel, take_rows, update_unique
 from .segments import add_segments, scale
 from .traffic import pair_window
 
@@ -32,7 +33,7 @@ class StackExchange:
       axes: of the mesh.
       num_segments: S, on one shard.
       window: how many rows are taken at a time.
-      row_kernels: of `pallas_rows.ROW_KERNELS`, what reads and updates rows where it can.
+      row_kernels: what reads and updates rows where it can, one of `row_kernels.ROW_KERNELS`.
     """
 
     stack: Stack
@@ -128,7 +129,7 @@ def look_up(
     stack, alone = ex.stack, jnp.int32(0)
 
     def rows_of(rows):
-        values = _take_rows(ex, table, rows).astype(jnp.float32)
+        values = take_rows(ex.row_kernels, table, rows).astype(jnp.float32)
         # Gradients pass it straight through: those below are of the rows themselves.
         return values if stack.quantization is None else simulate_quantization(values, stack.quantization)
 
@@ -188,7 +189,7 @@ def update(
         )
 
     def apply(carry: tuple[Any, Any], rows, sums):
-        return _update_unique(ex, *carry, rows, sums, learning_rate, step)
+        return update_unique(ex.row_kernels, optimizer, *carry, rows, sums, learning_rate, step)
 
     return _for_each_row(ex, apply, (table, slots), positions, segments, weights, gradients)
 
@@ -202,10 +203,10 @@ def _update_alone(ex, table, slots, positions, segments, weights, gradients, lea
         values = values if weights is None else values * weights[:, None]
         if by_kernel:
             rows, sums = dedupe(positions, values, table.shape[0])
-            return _update_unique(ex, table, slots, rows, sums, learning_rate, step)
+            return update_unique(ex.row_kernels, optimizer, table, slots, rows, sums, learning_rate, step)
         return sparse_update(optimizer, table, slots, positions, values, step, learning_rate=learning_rate)
 
-    by_kernel = _is_updated_by_kernel(ex, table)
+    by_kernel = is_by_kernel(ex.row_kernels, optimizer, table)
     arguments = (table, slots, positions, segments, weights, gradients, learning_rate, step)
     if by_kernel or not native.supports(optimizer, table):
         return portable(*arguments)
@@ -267,24 +268,6 @@ def _for_each_row(ex, function, carry, positions, segments, weights, gradients):
     return gathering.for_each_owned_row(
         function, carry, owned, _own_columns(ex, gradients), stack.num_rows, ex.window
     )
-
-
-def _take_rows(ex: StackExchange, table: jax.Array, rows: jax.Array) -> jax.Array:
-    if ex.row_kernels == "xla" or not pallas_rows.holds(table.dtype, table.shape[1]):
-        return table.at[rows].get(mode="clip", wrap_negative_indices=False)
-    return pallas_rows.gather(table, rows, interpret=pallas_rows.ROW_KERNELS[ex.row_kernels])
-
-
-def _is_updated_by_kernel(ex: StackExchange, table: jax.Array) -> bool:
-    refused = pallas_rows.why_not(ex.stack.optimizer, table.dtype, table.shape[1])
-    return ex.row_kernels != "xla" and refused is None
-
-
-def _update_unique(ex: StackExchange, table, slots, rows, sums, learning_rate, step):
-    arguments = (ex.stack.optimizer, table, slots, rows, sums, learning_rate, step)
-    if not _is_updated_by_kernel(ex, table):
-        return update_unique(*arguments)
-    return pallas_rows.update_unique(*arguments, interpret=pallas_rows.ROW_KERNELS[ex.row_kernels])
 
 
 def _own_columns(ex: StackExchange, gradients: jax.Array) -> jax.Array:

@@ -42,6 +42,7 @@ def build_trainer(config: JobConfig, sources: Sources) -> Trainer:
         plan=tables.plan,
         exchange=tables.exchange,
         engine=tables.engine,
+        row_kernels=tables.row_kernels,
         capacity=tables.capacity,
         **planned,
     )
