@@ -13,7 +13,13 @@ PANELS = {
     "MB temporary": "MB of temporary memory a device",
     "compiled in s": "seconds to compile",
 }
-COLORS = {"all_gather": "#1f77b4", "all_to_all": "#d62728", "sparsecore": "#2ca02c"}
+COLORS = {
+    "all_gather": "#1f77b4",
+    "all_gather, row kernels": "#9ecae1",
+    "all_to_all": "#d62728",
+    "all_to_all, row kernels": "#f4a6a6",
+    "sparsecore": "#2ca02c",
+}
 
 
 def read_table(text: str) -> list[dict[str, str]]:
@@ -37,7 +43,7 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path) -> None:
         for i, (exchange, color) in enumerate(COLORS.items()):
             found = {(r["topology"], r["V a table"]): r[column] for r in rows if r["exchange"] == exchange}
             at = [(g, float(found[group])) for g, group in enumerate(groups) if found.get(group, "-") != "-"]
-            axis.bar([g + 0.27 * (i - 1) for g, _ in at], [y for _, y in at], 0.25, color=color, label=exchange)
+            axis.bar([g + 0.17 * (i - 2) for g, _ in at], [y for _, y in at], 0.16, color=color, label=exchange)
         labels = [f"{topology}\nV {int(v.replace(',', '')) // 1_000_000} M" for topology, v in groups]
         axis.set_xticks(range(len(groups)), labels, fontsize=8)
         axis.set_title(title, fontsize=10)

@@ -44,7 +44,7 @@ VOCABULARIES = (1_000_000, 10_000_000)
 EXCHANGES = ("all_gather", "all_to_all", "sparsecore")
 #: What reads and updates rows on the `xla` engine.
 ROW_KERNELS = ("xla", "pallas")
-#: Measured on 2026-11-25 with libtpu 0.0.42.1, each operation compiled alone.
+#: Measured on 2026-11-25 and 2026-11-27 with libtpu 0.0.42.1; operations compiled alone unless a step is meant.
 WHERE_BYTES_GO = """
 ## Where the bytes go
 
@@ -55,6 +55,29 @@ gather and two scatters for the update: 2.0 GB. An update that reads the rows, a
 a gather and 234 MB for a scatter of both. Taken apart and put together again for the rule, an update would count 1.05 GB
 in place of 1.83 and a lookup 0.23 GB in place of 0.35, with 78 MB of memory for the pairs: 2.9 GB for the step, by these
 parts. Such a step was not built. [V, 1, 128] and [V, 256] count as [V, 128] does, or more.
+
+Row kernels (2026-11-27, v5e:4x4, V 1,000,000, all_to_all, windows of 72,832 rows, 37.3 MB):
+
+| of a step | by XLA, as the compiler counts it | by kernels, as their copies move it |
+|---|---:|---:|
+| gather of the lookup | 336 MB | 75 MB: rows read and written |
+| update of Adagrad | 1,604 MB: a gather and two scatters | 187 MB: gradients, and rows and accumulators read and written |
+| all else, as the compiler counts it | 1.88 GB | 1.71 GB |
+| temporary memory | 46.6 MB | 8.4 MB |
+
+A row of 128 float32 is one piece of 512 bytes of its tile, and a copy moves that and no more; of wider rows, each 128 values are
+one. New rows and slots wait for no scatter, so that they are not written to memory first. XLA then keeps the rows between
+lookup, exchange and sums in the 128 MB of fast memory of a v5e: hence the temporary memory. In the compiled text table and
+accumulators are operands of the kernel as they are, `f32[1625000,128]{1,0:T(8,128)}`, and its results by
+`output_to_operand_aliasing`, within the loop of rounds as well: no copy and no other layout.
+
+What Mosaic takes, tried alone on v5e, v5p and v6e: copies of one row of a float32 [V, D] in HBM at any row number, D 128 and 256,
+with the table as it is. Seen as [V, 1, 128] (v5e) a table costs no copy either, as [V, 1, 256] it is copied whole. Mosaic has no
+`expm1`: the bias correction of Adam is computed outside of the kernel.
+
+What is left of the 1.97 GB, by the sizes of operands and results of each operation, largest first: gradients put into one array
+feature by feature, 10.4 MB for each of 24, as the whole array counts each time; two exchanges of rows, 75 MB each; the sums of bags, of the rows
+that are sent and of those that come, 41 to 75 MB each; then the dense model, below 20 MB an operation.
 
 Tried on 2026-11-27, on a v5e, each operation compiled alone with 72,832 rows; none is in the library:
 
