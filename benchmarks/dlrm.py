@@ -24,9 +24,13 @@ def parameters(seed: int = 0) -> dict[str, np.ndarray]:
     return {name: rng.normal(0, shape[0] ** -0.5, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def table(feature: int) -> np.ndarray:
+def table(feature: int, version: int = 0) -> np.ndarray:
     """The table of a feature."""
-    return np.random.default_rng(100 + feature).normal(0, 0.1, (VOCABULARY, DIM)).astype(np.float32)
+    return (
+        np.random.default_rng(100 + feature + FEATURES * version)
+        .normal(0, 0.1, (VOCABULARY, DIM))
+        .astype(np.float32)
+    )
 
 
 def forward(params: Any, activations: Any, dense: Any) -> Any:
@@ -38,8 +42,8 @@ def forward(params: Any, activations: Any, dense: Any) -> Any:
     return {"score": jax.nn.sigmoid(hidden @ params["w2"])[:, 0]}
 
 
-def write_bundle(folder: pathlib.Path) -> None:
-    """The bundle of the model, version 0."""
+def write_bundle(folder: pathlib.Path, version: int = 0) -> None:
+    """The bundle of the model, with other tables in each version."""
     from jaxembed import FeatureConfig, TableConfig
     from jaxembed.checkpoint import convert_to_bundle
     from jaxembed.optimizers import SGD
@@ -48,10 +52,11 @@ def write_bundle(folder: pathlib.Path) -> None:
     config = {n: FeatureConfig(TableConfig(VOCABULARY, DIM, combiner="sum", name=n)) for n in NAMES}
     own = ShardedEmbedding(config, SGD(0.1), jax.make_mesh((1,), ("d",)))
     tables, slots, _ = own.to_canonical(own.init(jax.random.key(0)))
-    tables = {name: jnp.asarray(table(i)) for i, name in enumerate(NAMES)}
-    with Checkpointer(folder / "checkpoint", own) as checkpointer:
-        checkpointer.save(own.from_canonical(tables, slots, 0), model=parameters())
-    convert_to_bundle(folder / "checkpoint", folder / "bundles")
+    tables = {name: jnp.asarray(table(i, version)) for i, name in enumerate(NAMES)}
+    checkpoint = folder / f"checkpoint{version}"
+    with Checkpointer(checkpoint, own) as checkpointer:
+        checkpointer.save(own.from_canonical(tables, slots, version), model=parameters())
+    convert_to_bundle(checkpoint, folder / "bundles")
 
 
 def request(rows: int, seed: int) -> dict[str, np.ndarray]:

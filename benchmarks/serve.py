@@ -3,12 +3,15 @@
 The most that each answers with a 99th percentile of at most 10 ms, by rows a request, on one worker process;
 client and server share the machine.
 
-    python benchmarks/serve.py [--rows 1 16 128] [--seconds 1.5] [--only ours torch TensorFlow]
+    python benchmarks/serve.py [--rows 1 16 128] [--seconds 1.5] [--only ours memory torch TensorFlow]
         [--transports json binary grpc]
+
+"ours" maps its tables from the bundle, "memory" is `--tables memory`; the others have their tables in memory.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -26,6 +29,8 @@ import uvloop
 from grpc_load import GrpcConnection
 from load import Connection, Load, Send, http_request, run_load
 
+CONTENDERS = ("ours", "memory", "torch", "TensorFlow")
+OURS = CONTENDERS[:2]
 LIMIT = 0.010
 UNDER_WAY = (1, 2, 4, 8, 16, 32)
 HERE = pathlib.Path(__file__).resolve().parent
@@ -38,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--only", nargs="+", default=["ours", "torch", "TensorFlow"])
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--transports", nargs="+", default=["json", "binary", "grpc"])
     parser.add_argument("--folder", type=pathlib.Path, help="keeps the bundle and the SavedModel, to use again")
     options = parser.parse_args(arguments)
@@ -73,11 +78,12 @@ def server(name: str, folder: pathlib.Path, *options: str) -> Iterator[tuple[int
     """(HTTP port, gRPC port) of a server in a process of its own."""
     ports = free_port(), free_port()
     command = [sys.executable, "serve_peer.py", name, str(ports[0]), str(ports[1]), str(folder / "saved")]
-    if name == "ours":
+    if name in OURS:
         command = [sys.executable, "-c", "import sys; from jaxembed.cli import main; sys.exit(main())", "serve"]
         command += [str(folder / "bundles"), "--model", "dlrm:forward", "--dense", f"dense={dlrm.DENSE}"]
         command += ["--max-ids-per-row", str(dlrm.MAX_IDS), "--http-port", str(ports[0])]
         command += ["--grpc-port", str(ports[1]), "--compile-cache", str(folder / "programs"), *options]
+        command += ["--tables", "memory"] if name == "memory" else []
     process = subprocess.Popen(
         command, cwd=HERE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(HERE)}
     )
@@ -183,15 +189,12 @@ def show(best: dict[tuple[str, str, int], Load | None], rows: Sequence[int]) -> 
     print(f"{'':24}" + "".join(f"{f'B = {count}':>12}" for count in rows))
     for name, transport in dict.fromkeys((name, transport) for name, transport, _ in best):
         print(f"{name + ', ' + transport:24}" + "".join(f"{rate(name, transport, c):12,.0f}" for c in rows))
-    for peer in ("torch", "TensorFlow"):
-        for transport in ("json", "binary", "grpc"):
-            cells = []
-            for count in rows:
-                # A peer that met the limit at no load gives nan.
-                cells.append(rate("ours", transport, count) / rate(peer, transport, count))
-            if not np.isnan(cells).all():
-                texts = ("-" if np.isnan(cell) else f"{cell:.2f}x" for cell in cells)
-                print(f"{f'ours / {peer}, {transport}':24}" + "".join(f"{text:>12}" for text in texts))
+    for ours, peer, transport in itertools.product(OURS, CONTENDERS[2:], ("json", "binary", "grpc")):
+        # A peer that met the limit at no load gives nan.
+        cells = [rate(ours, transport, count) / rate(peer, transport, count) for count in rows]
+        if not np.isnan(cells).all():
+            texts = ("-" if np.isnan(cell) else f"{cell:.2f}x" for cell in cells)
+            print(f"{f'{ours} / {peer}, {transport}':24}" + "".join(f"{text:>12}" for text in texts))
 
 
 def check(scores: dict[tuple[str, str, int], np.ndarray]) -> int:

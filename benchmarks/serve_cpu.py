@@ -1,6 +1,6 @@
 """Processor time of the server for one request: a figure that holds on a machine that others use, too.
 
-python benchmarks/serve_cpu.py [--rows 1 16 128] [--seconds 0.8] [--only ours torch TensorFlow]
+python benchmarks/serve_cpu.py [--rows 1 16 128] [--seconds 0.8] [--only ours memory torch TensorFlow]
 """
 
 import argparse
@@ -15,7 +15,7 @@ import psutil
 import uvloop
 from load import run_load
 
-from serve import prepare, senders, server
+from serve import CONTENDERS, prepare, senders, server
 
 UNDER_WAY = 4
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--seconds", type=float, default=0.8)
-    parser.add_argument("--only", nargs="+", default=["ours", "torch", "TensorFlow"])
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--folder", type=pathlib.Path, help="keeps the bundle and the SavedModel, to use again")
     options = parser.parse_args(arguments)
     with contextlib.ExitStack() as stack:

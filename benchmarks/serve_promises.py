@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import pathlib
-import shutil
 import sys
 import tempfile
 import time
@@ -34,15 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("promise", choices=["swaps", "overload", "growth"])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--tables", choices=["mapped", "memory"], default="mapped")
     parser.add_argument("--folder", type=pathlib.Path, help="keeps the bundle, to use again")
     options = parser.parse_args(arguments)
     with contextlib.ExitStack() as stack:
         folder = options.folder or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder /= "promises"  # two versions, of which serve.py would serve the second
         prepare(folder, tensorflow=False)
         if not (folder / "bundles" / "1").exists():
-            shutil.copytree(folder / "bundles" / "0", folder / "bundles" / "1")
-        limits = ["--max-queue-requests", str(2 * UNDER_WAY)] if options.promise == "overload" else []
-        ports = stack.enter_context(server("ours", folder, *limits))
+            dlrm.write_bundle(folder, 1)
+        flags = ["--tables", options.tables]
+        flags += ["--max-queue-requests", str(2 * UNDER_WAY)] if options.promise == "overload" else []
+        ports = stack.enter_context(server("ours", folder, *flags))
         call = {"swaps": swaps, "overload": overload, "growth": growth}[options.promise]
         asyncio.run(call(ports[0], options))
     return 0

@@ -19,6 +19,7 @@ from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
 from .function import ServingFunction
 from .progress import Progress, part_of, reporter
 from .signature import Signature, make_signature
+from .table_memory import TABLES, in_memory
 
 
 class ServingModel:
@@ -28,12 +29,14 @@ class ServingModel:
         scores = model({"user": [7, 9], "history": [[1, 2], []]}, dense={"dense": dense})
 
     The dense model is the one that `export_model` put into the bundle; of a bundle without one, the
-    result is the activations. Tables are mapped, not read, and shared between processes. Shapes, padding and
-    large batches are those of `ServingFunction`. Thread-safe.
+    result is the activations. Tables are mapped, not read, and shared between processes, unless `tables` says
+    otherwise. Shapes, padding and large batches are those of `ServingFunction`. Thread-safe.
 
     Args:
       path: of a bundle's version, or of the folder of its versions; or a Bundle that was opened.
       version: default: the latest.
+      tables: "mapped", which opens at once; or "memory": copied into the process, on huge pages where the system
+        has them, which lookups in large tables are faster with.
       max_batch_size: rows that run at once; larger requests are split by rows.
       verify: compare the whole bundle with its digests first, which reads all of it.
       compile_cache: folder to keep compiled programs in, so that the next start is fast; whoever can write it
@@ -65,6 +68,7 @@ class ServingModel:
         path: str | pathlib.Path | Bundle,
         *,
         version: int | None = None,
+        tables: str = "mapped",
         max_batch_size: int = 1024,
         verify: bool = True,
         compile_cache: str | pathlib.Path | None = None,
@@ -72,6 +76,10 @@ class ServingModel:
         max_ids_per_row: int | Mapping[str, int] | None = None,
     ):
         bundle = path if isinstance(path, Bundle) else open_bundle(path, version)
+        if tables not in TABLES:
+            raise ValueError(f"tables must be one of {TABLES}, got {tables!r}.")
+        if tables == "memory":
+            bundle = in_memory(bundle)
         if verify:
             bundle.verify()
         load_vocabularies(bundle.feature_config)

@@ -14,6 +14,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from jaxembed.serve.table_memory import TABLES
+
 from . import logs
 from .config import ServerConfig
 from .workers import Supervisor
@@ -49,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weighted", action="append", default=[], metavar="FEATURE", help="may carry weights")
     parser.add_argument("--max-ids-per-row", type=int, help="default: what was exported, or 128")
+    parser.add_argument(
+        "--tables",
+        choices=TABLES,
+        default="mapped",
+        help="memory: copied once for all workers, on huge pages; faster to look up in, slower to load",
+    )
     parser.add_argument("--max-batch-rows", type=int, default=256)
     parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="how long a request waits for others")
     parser.add_argument("--max-queue-requests", type=int, default=512)
@@ -100,6 +108,7 @@ def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         dense_inputs=dict(_dense(text) for text in options.dense),
         weighted=tuple(options.weighted),
         max_ids_per_row=options.max_ids_per_row,
+        tables=options.tables,
         max_batch_rows=options.max_batch_rows,
         batch_wait_ms=options.batch_wait_ms,
         max_queue_requests=options.max_queue_requests,

@@ -10,6 +10,8 @@ import sys
 from importlib.machinery import PathFinder
 from typing import Any
 
+from jaxembed.serve.table_memory import TABLES
+
 MEGABYTE = 1 << 20
 CONFIG_VARIABLE = "JAXEMBED_SERVER_CONFIG"
 
@@ -26,6 +28,7 @@ class ServerConfig:
       dense_inputs: by name, the shape of one row of the dense inputs of that model.
       weighted: paths of the features for which requests may carry weights.
       max_ids_per_row: limit of ids of one row of one feature; None takes what was exported, or 128.
+      tables: "mapped" from their files, or copied into "memory", on huge pages.
       max_batch_rows: rows that run at once.
       batch_wait_ms: how long a request may wait for others to run with, at most.
       max_queue_requests: requests that are read, wait or run; more are refused.
@@ -59,6 +62,7 @@ class ServerConfig:
     dense_inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     weighted: tuple[str, ...] = ()
     max_ids_per_row: int | None = None
+    tables: str = "mapped"
     max_batch_rows: int = 256
     batch_wait_ms: float = 0.0
     max_queue_requests: int = 512
@@ -92,6 +96,8 @@ class ServerConfig:
             )
         if self.dense_inputs and self.model is None:
             raise ValueError(f"dense_inputs {list(self.dense_inputs)} need a model, got model=None.")
+        if self.tables not in TABLES:
+            raise ValueError(f"tables must be one of {TABLES}, got {self.tables!r}.")
         for field in (
             "max_ids_per_row",
             "max_batch_rows",

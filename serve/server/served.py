@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -18,11 +19,13 @@ from jaxembed.serve.features import DEFAULT_MAX_IDS
 from jaxembed.serve.function import ServingFunction
 from jaxembed.serve.model import ServingModel
 from jaxembed.serve.rows import Rows, concatenate
+from jaxembed.serve.table_memory import copy_arrays, in_memory
 
 from .config import ServerConfig
 from .errors import RequestError
 from .native_reader import NativeReader, make_reader
 from .request import Flat
+from .shared_tables import shared_tables
 from .signature import Output, Signature
 
 
@@ -59,7 +62,7 @@ class ServedModel(Protocol):
 
 
 class BundleModel:
-    """A version of a bundle, its tables mapped, compiled.
+    """A version of a bundle, its tables mapped or in memory, compiled.
 
     Args:
       config: of the server.
@@ -73,7 +76,7 @@ class BundleModel:
 
     def __init__(self, config: ServerConfig, version: int, previous: "ServedModel | None" = None):
         begin = time.monotonic()
-        bundle = open_bundle(config.directory, version)
+        bundle = _open(config, version)
         if config.verify:
             # Beside a version that serves on this thread alone, whose pace is set by who called.
             bundle.verify(rest=None if previous is None else 0.0)
@@ -160,6 +163,14 @@ class BundleModel:
         return tuple(
             Output(_join(path) or "output", leaf.shape[1:], np.dtype(leaf.dtype)) for path, leaf in leaves
         )
+
+
+def _open(config: ServerConfig, version: int) -> Bundle:
+    bundle = open_bundle(config.directory, version)
+    if config.tables == "mapped":
+        return bundle
+    shared = None if config.state is None else shared_tables(pathlib.Path(config.state).absolute())
+    return in_memory(bundle, copy_arrays if shared is None else shared.copy)
 
 
 def _with_model(config: ServerConfig, opened: ServingModel, bundle: Bundle) -> ServingFunction:

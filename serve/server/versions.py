@@ -8,6 +8,7 @@ until it changes; the old one goes on.
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -159,12 +160,15 @@ class Versions:
             self._metrics.log.error("a version cannot be served", extra={"version": version}, exc_info=e)
             return False
         self._current, self._identity = model, identity
+        before = None if old is None else old.version
+        del old
+        gc.collect(0)  # until then, JAX keeps host memory that none of its arrays needs any more
         self._failed.pop(version, None)
         self._metrics.version(version)
         self._metrics.log.info(
             "version switched",
             extra={
-                "from_version": None if old is None else old.version,
+                "from_version": before,
                 "version": version,
                 "seconds": round(loop.time() - begin, 3),
             },

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -102,6 +103,9 @@ def main() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # What loads a version beside the one that serves lets go of the interpreter after so long, instead of 5 ms.
     sys.setswitchinterval(0.0005)
+    if config.tables == "memory":  # each of them is an open file
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # The modules stay for good: without them a full collection, which stops all threads, is over in a moment.
     gc.collect()
     gc.freeze()

@@ -265,9 +265,10 @@ def test_a_deadline_that_passed(healthy):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_comes_back(shared_folder):
+@pytest.mark.parametrize("tables", ["mapped", "memory"])
+def test_a_worker_that_is_killed_comes_back(shared_folder, tables):
     """New connections are served all the while by the other one."""
-    with Process(shared_folder, "--workers", 2) as server:
+    with Process(shared_folder, "--workers", 2, "--tables", tables) as server:
         server.wait_for(lambda: len(server.workers()) == 2)
         victim, survivor = server.workers()
         os.kill(victim, signal.SIGKILL)

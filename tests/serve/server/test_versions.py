@@ -12,6 +12,7 @@ import pytest
 from jaxembed.serve.server.config import ServerConfig
 from jaxembed.serve.server.metrics import Metrics
 from jaxembed.serve.server.served import BundleModel
+from jaxembed.serve.server.shared_memory import is_available
 from jaxembed.serve.server.versions import Versions
 from tests.serve.server import bundles
 from tests.serve.server.servers import client_of, run
@@ -35,9 +36,13 @@ async def until(condition):
     raise AssertionError("it never happened")
 
 
-def test_newer_versions_deltas_and_rollback(folder, checkpoint):
+@pytest.mark.parametrize("tables", ["mapped", "memory"])
+def test_newer_versions_deltas_and_rollback(folder, checkpoint, tables, tmp_path, monkeypatch):
+    if tables == "memory":  # as if they were large
+        monkeypatch.setattr("jaxembed.serve.server.shared_tables.HUGE_PAGE", 1)
+
     async def check():
-        async with client_of(folder) as (client, service):
+        async with client_of(folder, tables=tables, state=str(tmp_path / "state")) as (client, service):
 
             async def serves(version):
                 return await version_of(client) == version
@@ -58,7 +63,11 @@ def test_newer_versions_deltas_and_rollback(folder, checkpoint):
             assert await serves(2)
             shutil.rmtree(folder / "2")
             await asyncio.sleep(0.2)
-            assert await serves(2)  # mapped, and never down by itself
+            assert await serves(2)  # mapped or copied, and never down by itself
+            if tables == "memory" and is_available():
+                ledger = json.loads((tmp_path / "state" / "tables.json").read_bytes())
+                # Of each version's users, and of the items that all have; the first version is gone by now or not.
+                assert 3 <= len(ledger) <= 4
 
     run(check())
 
