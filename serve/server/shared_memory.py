@@ -52,7 +52,7 @@ class SharedMemory:
         try:
             os.ftruncate(descriptor, size)
             for offset, array in pieces.items():
-                content = memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+                content = array.reshape(-1).view(np.uint8).data
                 done = 0
                 while done < len(content):
                     done += os.pwrite(descriptor, content[done : done + HUGE_PAGE], offset + done)

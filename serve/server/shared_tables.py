@@ -77,7 +77,9 @@ class SharedTables:
             entry = ledger[digest] = {"inode": memory.inode, "holders": []}
         entry["holders"].append([os.getpid(), memory.descriptor])
         for known in ledger.values():
-            known["holders"] = [holder for holder in known["holders"] if _holds(*holder, known["inode"])]
+            known["holders"] = [
+                holder for holder in known["holders"] if _holds(holder[0], holder[1], known["inode"])
+            ]
         scratch = self._folder / f".{_LEDGER}-{os.getpid()}"
         scratch.write_text(json.dumps({digest: known for digest, known in ledger.items() if known["holders"]}))
         os.replace(scratch, self._folder / _LEDGER)
