@@ -4,7 +4,7 @@ The most that each answers with a 99th percentile of at most 10 ms, by rows a re
 client and server share the machine.
 
     python benchmarks/serve.py [--rows 1 16 128] [--seconds 1.5] [--only ours memory torch TensorFlow]
-        [--transports json binary grpc]
+        [--transports json binary grpc] [--rounds 2]
 
 "ours" maps its tables from the bundle, "memory" is `--tables memory`; the others have their tables in memory.
 """
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--rounds", type=int, default=1, help="of each, in turns; the best one counts")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--transports", nargs="+", default=["json", "binary", "grpc"])
     parser.add_argument("--folder", type=pathlib.Path, help="keeps the bundle and the SavedModel, to use again")
@@ -52,13 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare(folder, "TensorFlow" in options.only)
         best: dict[tuple[str, str, int], Load | None] = {}
         scores: dict[tuple[str, str, int], np.ndarray] = {}
-        for name in options.only:
-            with server(name, folder) as ports:
-                for transport in options.transports:
-                    for rows in options.rows:
-                        key = (name, transport, rows)
-                        scores[key], best[key] = uvloop.run(measure(ports, transport, rows, options.seconds))
-                        print(name, transport, rows, best[key], file=sys.stderr)
+        # All are up, and take turns: what else the host does meets all of them.
+        ports = {name: stack.enter_context(server(name, folder)) for name in options.only}
+        for transport, rows, _, name in itertools.product(
+            options.transports, options.rows, range(options.rounds), options.only
+        ):
+            key = (name, transport, rows)
+            scores[key], found = uvloop.run(measure(ports[name], transport, rows, options.seconds))
+            known = best.get(key)
+            best[key] = found if known is None or (found is not None and found.rate > known.rate) else known
+            print(*key, found, file=sys.stderr)
     show(best, options.rows)
     return check(scores)
 
