@@ -108,7 +108,10 @@ def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib
 
 
 def _is_whole(step: pathlib.Path) -> bool:
-    return _missing(step) is None and _saved_as(step) in (None, int(step.name))
+    try:
+        return _missing(step) is None and _saved_as(step) in (None, int(step.name))
+    except FileNotFoundError:  # whoever writes here has deleted it meanwhile
+        return False
 
 
 def _saved_as(step: pathlib.Path) -> int | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxembed import FeatureConfig, TableConfig
-from jaxembed.checkpoint import CheckpointError, read_checkpoint, whole_steps
+from jaxembed.checkpoint import CheckpointError, read_checkpoint, steps, whole_steps
 from jaxembed.cli import main
 from jaxembed.convert import convert
 from jaxembed.train import Checkpointer
@@ -184,6 +184,23 @@ def test_parts_of_other_steps_are_refused(tmp_path):
         shutil.copy(tmp_path / "1" / "data" / "metadata", tmp_path / "2" / "data" / "metadata")
         with pytest.raises(CheckpointError, match=r"2/data/metadata is damaged, or of another step"):
             checkpointer.restore(2)
+
+
+def test_a_step_that_is_deleted_while_it_is_looked_at(tmp_path, monkeypatch):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(at_step(own, step))
+    look = steps._missing
+
+    def look_and_delete(step):
+        found = look(step)
+        if step.name == "1":
+            shutil.rmtree(step)
+        return found
+
+    monkeypatch.setattr(steps, "_missing", look_and_delete)
+    assert whole_steps(tmp_path) == [2]
 
 
 def test_nothing_there(tmp_path):
