@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 #: XLA reads host arrays in place from such addresses on, and copies others.
@@ -28,3 +29,14 @@ def aligned(array: np.ndarray) -> np.ndarray:
     copy = aligned_empty(array.shape, array.dtype)
     copy[...] = array
     return copy
+
+
+def shared(array: np.ndarray, device: Any) -> jax.Array | None:
+    """`array` as an array of a CPU device, in the same memory, which XLA keeps while a program uses it.
+
+    Returns:
+      None where the device would not take the memory as it is.
+    """
+    with jax.ensure_compile_time_eval():  # not a part of a program that is being traced
+        on_device = jax.device_put(array, device)
+        return on_device if on_device.unsafe_buffer_pointer() == array.ctypes.data else None

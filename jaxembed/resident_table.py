@@ -4,6 +4,7 @@ XLA takes about half a microsecond for every array that a program is called with
 tables, more than their lookups take. All the addresses are one array.
 """
 
+import ctypes
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxembed.memory import ALIGNMENT
 from jaxembed.quantized_table import QuantizedTable
 
 
@@ -39,7 +41,7 @@ class TableForm:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class ResidentTable:
-    """A table for lookups by the native kernel alone; whoever calls the program keeps its memory.
+    """A table for lookups by the native kernel alone, which finds it by its address.
 
     Args:
       addresses: [T, 4] int32 of T tables, as `addresses` makes it.
@@ -72,15 +74,20 @@ class ResidentTable:
 
 
 def addresses(tables: Sequence[Any]) -> np.ndarray:
-    """Where host tables lie, as they must from now on.
+    """Where host tables lie, as they must from now on; the result keeps them.
 
     Args:
       tables: T C-contiguous numpy arrays, or QuantizedTables of such.
 
     Returns:
-      [T, 4] int32: the addresses of rows and codebook (0: none), two words each.
+      [T, 4] int32, aligned as CPU devices like it: the addresses of rows and codebook (0: none), two words each.
     """
-    found = np.zeros((len(tables), 2), np.uint64)
+    # numpy arrays keep what their memory belongs to, and XLA keeps the array of a program that still runs, even if
+    # whoever called it was interrupted and is gone.
+    owner = _owner(16 * len(tables) + ALIGNMENT, tables)
+    memory = np.frombuffer(owner, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    found = memory[start : start + 16 * len(tables)].view(np.uint64).reshape(-1, 2)
     for i, table in enumerate(tables):
         arrays = (table.codes, table.codebook) if isinstance(table, QuantizedTable) else (table,)
         for j, array in enumerate(arrays):
@@ -89,3 +96,14 @@ def addresses(tables: Sequence[Any]) -> np.ndarray:
                 assert array.flags.c_contiguous
                 found[i, j] = array.ctypes.data
     return found.view(np.int32)
+
+
+def _owner(size: int, kept: Any) -> Any:
+    """Memory of zeros that keeps something; a numpy array of a subclass would not, as numpy looks past it."""
+
+    class Owner(ctypes.c_char * size):
+        kept: Any = None
+
+    owner = Owner()
+    owner.kept = kept
+    return owner

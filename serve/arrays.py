@@ -24,8 +24,10 @@ def plain_bags(leaves: Sequence[Any]) -> tuple[list[np.ndarray], np.ndarray] | N
     if set(map(type, leaves)) != {RaggedTensor}:
         return None
     ids, splits = [leaf.values for leaf in leaves], [leaf.row_splits for leaf in leaves]
-    if {*map(type, ids), *map(type, splits)} != {np.ndarray} or len(set(map(len, splits))) > 1:
+    if {*map(type, ids), *map(type, splits)} != {np.ndarray} or len(set(map(np.shape, splits))) > 1:
         return None
+    if splits[0].ndim != 1 or not len(splits[0]) or any(array.ndim != 1 for array in ids):
+        return None  # made by a transformation, which checks nothing
     if not {array.dtype for array in (*ids, *splits)} <= _INTEGERS:
         return None
     ends = np.concatenate(splits).reshape(len(splits), -1)

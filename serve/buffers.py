@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxembed.memory import aligned_empty
+from jaxembed.memory import aligned_empty, shared
 
 from .embedding import cpu_device
 from .ladder import Rung
@@ -33,7 +32,7 @@ class Buffers:
         if layout.weighted:
             self.weights = aligned_empty(self.ids.shape, np.float32)
         self.addresses: tuple[int, int] = (self.ids.ctypes.data, self.splits.ctypes.data)
-        self.operands: tuple[Any, ...] = tuple(map(_shared, (self.ids, self.splits, self.weights)))
+        self.operands: tuple[Any, ...] = tuple(map(_operand, (self.ids, self.splits, self.weights)))
 
 
 class Pool:
@@ -55,9 +54,6 @@ class Pool:
         self._spare[rung].append(buffers)
 
 
-def _shared(array: np.ndarray | None) -> Any:
-    """`array` as an array of the CPU device that lies in the same memory; itself where that cannot be had."""
-    if array is None:
-        return None
-    shared = jax.device_put(array, cpu_device())
-    return shared if shared.unsafe_buffer_pointer() == array.ctypes.data else array
+def _operand(array: np.ndarray | None) -> Any:
+    on_device = None if array is None else shared(array, cpu_device())
+    return array if on_device is None else on_device

@@ -14,7 +14,7 @@ from jaxembed.config import TableConfig
 from jaxembed.features import FeatureInput
 from jaxembed.inputs import RaggedTensor
 from jaxembed.lookup import Lookup, plan_lookup, serving_embedding_lookup
-from jaxembed.resident_table import ResidentTable, TableForm, addresses
+from jaxembed.resident_table import ResidentTable, TableForm
 from jaxembed.splits import SplitsRow
 
 from .embedding import EmbeddingForServing, cpu_device
@@ -46,14 +46,11 @@ class Computation:
     resident: tuple[TableForm, ...] | None
 
     def constants(self, embedding: EmbeddingForServing, params: Any) -> tuple[Any, Any, Any]:
-        """The arguments of `packed` that are the same in every call, as few levels deep as can be.
-
-        The tables whose addresses they may hold are those of `embedding.host_tables`, to be kept by the caller.
-        """
+        """The arguments of `packed` that are the same in every call, as few levels deep as can be."""
         tables: Any = tuple(embedding.embedding_tables.values())
-        if self.resident is not None and embedding.host_tables is not None:
-            tables = addresses(embedding.host_tables)
-        return jax.device_put((tables, embedding.combiner_weights, params), cpu_device())
+        if self.resident is not None:
+            tables = embedding.addresses
+        return tables, embedding.combiner_weights, jax.device_put(params, cpu_device())
 
     def structured(
         self,
@@ -130,8 +127,8 @@ def make_computation(
     tables, path = embedding.embedding_tables, lookup_path()
     layout = Layout(features, shared=path != "xla" and _native_supports(features, tables))
     resident = None
-    if layout.shared and embedding.host_tables is not None:
-        resident = tuple(map(TableForm.of, embedding.host_tables))
+    if layout.shared and embedding.addresses is not None:
+        resident = tuple(map(TableForm.of, tables.values()))
     return Computation(embedding.feature_config, tuple(tables), model, dense, layout, path, resident)
 
 

@@ -12,9 +12,10 @@ from jaxembed.checkpoint import read_checkpoint
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables, table_of
 from jaxembed.lookup import serving_embedding_lookup
-from jaxembed.memory import aligned
+from jaxembed.memory import aligned, shared
 from jaxembed.preprocessing import preprocess
 from jaxembed.quantization import quantize_as_trained
+from jaxembed.resident_table import addresses
 from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, CombinerWeights, Inputs, Weights
 
 
@@ -57,7 +58,7 @@ class EmbeddingForServing:
         }
         self._tables = jax.device_put(given, cpu_device())
         on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(given))
-        self._host_tables = tuple(given.values()) if on_host else None
+        self._addresses = shared(addresses(list(given.values())), cpu_device()) if on_host else None
         self._combiner_weights = jax.device_put(dict(combiner_weights or {}), cpu_device())
 
     @property
@@ -71,9 +72,12 @@ class EmbeddingForServing:
         return dict(self._tables)
 
     @property
-    def host_tables(self) -> tuple[Any, ...] | None:
-        """The memory of `embedding_tables`, as numpy arrays, where all of it is the host's: given, not computed."""
-        return self._host_tables
+    def addresses(self) -> jax.Array | None:
+        """Of the tables, as `resident_table.addresses` has them; None where not all lie in memory of the host's.
+
+        An array of JAX may be deleted or donated by others at any time, so its memory is nobody's to keep.
+        """
+        return self._addresses
 
     @property
     def combiner_weights(self) -> dict[str, CombinerWeights]:

@@ -94,7 +94,6 @@ class ServingFunction:
         self._reader = Reader(embedding.feature_config)
         self._computation = make_computation(embedding, features, model, self._dense.shapes)
         self._constants = self._computation.constants(embedding, params)
-        self._host_tables = embedding.host_tables  # kept for the constants, which may hold their addresses
         self._compiler, self._layout = Compiler(self._computation), self._computation.layout
         self._limits = [feature.max_ids for feature in features]
         self._ladder = make_ladder(
@@ -189,10 +188,10 @@ class ServingFunction:
         if weights is None and self._layout.shared:
             rows = self._native.rows(leaves)
             if rows is not None and rows <= self._ladder.batch_sizes[-1]:
-                rung, arrays = self._ladder.rung(rows, (), ()), self._dense.read(dense, rows)
+                rung = self._ladder.rung(rows, (), ())
                 buffers = self._pool.take(rung)
                 if self._native.write(leaves, rows, buffers):
-                    return self._run(rung, rows, buffers, arrays)
+                    return self._run(rung, rows, buffers, self._dense.read(dense, rows))
                 self._pool.give(rung, buffers)
         request, arrays = self._measure(leaves, weights, dense)
         rows = request.rows

@@ -37,7 +37,7 @@ class NativePacker:
         """The rows of a request that `write` may take, None for others."""
         if self._pack is None or set(map(type, leaves)) != {RaggedTensor}:
             return None
-        return len(leaves[0].row_splits) - 1
+        return len(leaves[0].row_splits) - 1 if len(leaves[0].row_splits) else None
 
     def write(self, leaves: Sequence[Any], rows: int, buffers: Buffers) -> bool:
         """Writes a request; False if it is none of the usual ones or something is wrong with it.
@@ -59,6 +59,11 @@ class NativePacker:
         try:  # the fastest way to put arrays end to end
             flat, ends = b"".join(ids), b"".join(splits)
         except TypeError:  # not contiguous
+            return False
+        # More values than rows, where the arrays are not of rank 1: transformations make such tensors unchecked.
+        if len(flat) != total * (8 if wide else 4) or len(ends) != len(ids) * (rows + 1) * (
+            8 if wide_splits else 4
+        ):
             return False
         packed = self._pack(
             flat,

@@ -43,7 +43,7 @@ class Program:
     @functools.cached_property
     def is_one(self) -> bool:
         """Whether the result is an array."""
-        return jax.tree_util.treedef_is_leaf(self.treedef)
+        return self.treedef.num_leaves == 1 and jax.tree_util.treedef_is_leaf(self.treedef)
 
 
 def compile_program(function: Callable[..., Any], args: Sequence[Any], batch: int) -> Program:

@@ -1,5 +1,7 @@
 """RaggedTensor and SparseTensor: constructors, padding, refusals."""
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -97,3 +99,13 @@ def test_converted_dense_ids_saturate_before_a_jit_could_wrap_them():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_subclass_with_fields_of_its_own_is_checked():
+    @dataclasses.dataclass(frozen=True)
+    class Named(je.RaggedTensor):
+        name: str = ""
+
+    assert Named(np.array([1]), np.array([0, 1]), "a").name == "a"
+    with pytest.raises(ValueError, match="row_splits must not decrease"):
+        Named(np.array([1]), np.array([0, 2, 1]))

@@ -53,9 +53,9 @@ class RaggedTensor:
                 if rows[0] == 0 <= rows[-1] <= len(values) and (size <= 2 or rows == sorted(rows)):
                     return
             return check_row_splits(row_splits, len(values))
-        self._check()
+        self.__post_init__()
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:  # what the __init__ of a subclass's own fields calls, too
         for field in ("values", "row_splits"):
             value = getattr(self, field)
             if isinstance(value, list | tuple):

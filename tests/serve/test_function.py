@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from functools import partial
 
 import jax
@@ -20,6 +21,7 @@ from jaxembed import (
     use_backend,
 )
 from jaxembed.combiners import CustomCombiner
+from jaxembed.memory import aligned_empty
 from jaxembed.quantization import quantize
 from jaxembed.serve import EmbeddingForServing, ServingFunction
 from jaxembed.serve.ladder import Rung
@@ -141,7 +143,7 @@ def test_rungs_of_the_native_kernel():
 def test_tables_of_the_host_and_of_the_device_give_the_same(quantized):
     tables = {table: quantize(rows, "int8") if quantized else rows for table, rows in TABLES.items()}
     given = EmbeddingForServing(requests.FEATURE_CONFIG, jax.tree.map(jnp.asarray, tables))
-    assert given.host_tables is None
+    assert given.addresses is None
     on_device = ServingFunction(given, **SIZES)
     on_host = ServingFunction(EmbeddingForServing(requests.FEATURE_CONFIG, tables), **SIZES)
     assert not on_host.share_programs(on_device)
@@ -161,6 +163,52 @@ def test_tables_live_as_long_as_the_function():
     other = np.full((100_000, 16), 7, np.float32)  # where the memory would be that is not kept
     np.testing.assert_array_equal(function([[99_999]]), np.full((1, 16), 3))
     assert other[0, 0] == 7
+
+
+def test_addresses_keep_their_tables():
+    """XLA keeps the arguments of a program that runs, even if whoever called it was interrupted and is gone."""
+    table = TableConfig(1000, 16, name="table")
+    rows = aligned_empty((1000, 16), np.float32)
+    rows[...], gone = 3, weakref.ref(rows)
+    embedding = EmbeddingForServing(FeatureConfig(table), {"table": rows})
+    where = embedding.addresses
+    del embedding, rows
+    gc.collect()
+    assert gone() is not None
+    del where
+    gc.collect()
+    assert gone() is None
+
+
+def test_inside_of_a_trace():
+    table = TableConfig(4, 1, name="table")
+    rows = np.arange(4, dtype=np.float32)[:, None]
+    function = ServingFunction(EmbeddingForServing(FeatureConfig(table), {"table": rows}), batch_sizes=(1,))
+    assert float(jax.jit(lambda x: x + function([[3]])[0, 0])(1.0)) == 4
+
+
+def test_a_model_without_results():
+    table = TableConfig(4, 1, name="table")
+    embedding = EmbeddingForServing(FeatureConfig(table), {"table": np.ones((4, 1), np.float32)})
+    assert ServingFunction(embedding, lambda params, activations, dense: {}, batch_sizes=(1,))([[1]]) == {}
+
+
+def test_tensors_that_a_transformation_made():
+    """It checks nothing, as it may hold anything there."""
+    table = TableConfig(50, 2, name="table")
+    embedding = EmbeddingForServing(
+        {name: FeatureConfig(table) for name in "ab"}, {"table": np.ones((50, 2), np.float32)}
+    )
+    function = ServingFunction(embedding, batch_sizes=(1, 2))
+    one, two = ({name: RaggedTensor.from_lists([[i, i + 1]]) for name in "ab"} for i in (1, 5))
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), one, two)
+    wide = {name: jax.tree.map(lambda x: x, tensor) for name, tensor in one.items()}
+    for tensor in wide.values():
+        tensor.values.shape = (1, 2)
+    empty = jax.tree.map(lambda x: x[:0], one)
+    for request in (stacked, wide, empty):
+        with pytest.raises(ValueError, match=r"must be \[N\]|must be \[B \+ 1\]"):
+            function(request)
 
 
 def test_progress(capsys):
