@@ -32,7 +32,9 @@ class SharedMemory:
 
     def __init__(self, descriptor: int):
         stat = os.fstat(descriptor)
-        self.descriptor, self.inode, self.size = descriptor, stat.st_ino, stat.st_size
+        self.descriptor: int = descriptor
+        self.inode: int = stat.st_ino
+        self.size: int = stat.st_size
         try:
             reserved, self._address = _map(descriptor, stat.st_size)
         except BaseException:
