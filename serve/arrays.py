@@ -1,6 +1,5 @@
 """Reads the ids and weights of one feature that came as arrays: ragged, sparse or one id a row."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,32 +10,6 @@ from jaxembed.inputs import RaggedTensor, SparseTensor, as_input
 
 from . import checks
 from .features import ServedFeature
-
-_INTEGERS = frozenset(map(np.dtype, ("int32", "int64")))
-
-
-def plain_bags(leaves: Sequence[Any]) -> tuple[list[np.ndarray], np.ndarray] | None:
-    """The usual case, in a few calls whatever the number of features: ragged ids on the host, used as they are.
-
-    Returns:
-      The ids of every leaf, and [F, B + 1] row splits; None if a leaf is something else.
-    """
-    if set(map(type, leaves)) != {RaggedTensor}:
-        return None
-    ids, splits = [leaf.values for leaf in leaves], [leaf.row_splits for leaf in leaves]
-    if {*map(type, ids), *map(type, splits)} != {np.ndarray} or len(set(map(np.shape, splits))) > 1:
-        return None
-    if splits[0].ndim != 1 or not len(splits[0]) or any(array.ndim != 1 for array in ids):
-        return None  # made by a transformation, which checks nothing
-    if not {array.dtype for array in (*ids, *splits)} <= _INTEGERS:
-        return None
-    ends = np.concatenate(splits).reshape(len(splits), -1)
-    used, sizes = ends[:, -1].tolist(), list(map(len, ids))
-    if np.count_nonzero(ends[:, 0]) or any(map(operator.gt, used, sizes)):
-        return None  # changed since they were checked; they are checked again
-    if used != sizes:
-        ids = [array[:count] for array, count in zip(ids, used, strict=True)]
-    return ids, ends
 
 
 def as_bags(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import checks
-from .arrays import as_bags, as_weights, plain_bags
+from .arrays import as_bags, as_weights
 from .features import ServedFeature
 
 
@@ -82,13 +82,6 @@ class Packer:
         Raises:
           ValueError: if a leaf is of no known kind, numbers of rows differ, or a row is too long.
         """
-        plain = plain_bags(leaves) if weights is None and self._cut is None else None
-        if plain is not None:
-            arrays, ends = plain
-            lengths = ends[:, 1:] - ends[:, :-1]
-            if np.count_nonzero(lengths > self._limits):  # faster than any()
-                raise checks.too_long(self.features, lengths)
-            return Request(lengths.shape[1], self._identity, lengths, 0, [], [], arrays, [])
         rows: list[Any] = []
         row_weights: list[Any] = []
         listed, arrayed, num_rows = [], [], -1
