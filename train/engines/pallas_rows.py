@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxembed.optimizers import Optimizer
 from jaxembed.optimizers.base import Slots
 
-from .pallas_scalars import split_rule
+from .pallas_scalars import SplitRule, split_rule
 
 #: Values of a block of rows: 128 KB, 32 registers.
 _BLOCK_VALUES = 256 * 128
@@ -111,18 +111,40 @@ def update_unique(
     if not size or not table.shape[0]:
         return table, {name: slots[name] for name in names}
     block = block or _block(dim)
+    split = _split(optimizer, (block, dim), learning_rate, step)
     count = jnp.sum(rows < table.shape[0], dtype=jnp.int32)[None]
     ids = _by_block(rows, block)
+    before = [count, ids, ids, gradients, *(x[None] for x in split.scalars)]
+    # What the copies of N rows read and write: less, where rows are padding.
+    moved = (1 + 2 * len(arrays)) * size * dim * 4 + 8 * ids.size
+    new = pl.pallas_call(
+        _UpdateKernel(split, len(arrays), block),
+        grid_spec=_update_grid(ids.shape[0], block, dim, len(split.scalars), len(arrays)),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
+        input_output_aliases={len(before) + i: i for i in range(len(arrays))},
+        cost_estimate=pl.CostEstimate(flops=8 * size * dim, transcendentals=0, bytes_accessed=moved),
+        name="update_rows",
+    )(*before, *arrays)
+    return new[0], dict(zip(names, new[1:], strict=True))
+
+
+def _split(optimizer: Optimizer, shape: tuple[int, int], learning_rate: Any, step: Any) -> SplitRule:
+    """The rule of an optimizer on the gradients, rows and slots of a block, taken apart."""
+    names = optimizer.slot_names
 
     def rule(gradient, row, *rest):
         row_slots, (learning_rate, step) = dict(zip(names, rest, strict=False)), rest[len(names) :]
         row, row_slots = optimizer.update_rows(gradient, row, row_slots, learning_rate, step)
         return row, *(row_slots[name] for name in names)
 
-    shape = jax.ShapeDtypeStruct((block, dim), jnp.float32)
-    scalars = jnp.asarray(learning_rate, jnp.float32), jnp.asarray(step)
-    split = split_rule(rule, [shape] * (1 + len(arrays)), scalars)
-    kernel = _UpdateKernel(split, len(arrays), block)
+    block = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return split_rule(
+        rule, [block] * (2 + len(names)), (jnp.asarray(learning_rate, jnp.float32), jnp.asarray(step))
+    )
+
+
+def _update_grid(blocks: int, block: int, dim: int, num_scalars: int, num_arrays: int) -> Any:
+    """Where operands and results of `_UpdateKernel` are, whose operands after the count these are."""
 
     def now(i, count):
         # Blocks of padding are not brought.
@@ -133,36 +155,23 @@ def update_unique(
             (1, 1, block), lambda i, count: (now(i + ahead, count), 0, 0), memory_space=pltpu.SMEM
         )
 
-    first = 4 + len(split.scalars)  # count, ids twice, gradients and scalars come before the arrays
-    moved = (1 + 2 * len(arrays)) * size * dim * 4
-    new = pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(ids.shape[0],),
-            in_specs=[
-                ids_at(0),
-                ids_at(1),
-                pl.BlockSpec((block, dim), lambda i, count: (now(i, count), 0)),
-                *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(split.scalars),
-                *[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
-            ],
-            out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
-            scratch_shapes=[
-                pltpu.VMEM((len(arrays), 3, block, dim), jnp.float32),
-                pltpu.SemaphoreType.DMA((3,)),
-                pltpu.SemaphoreType.DMA((3,)),
-            ],
-        ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
-        input_output_aliases={first + i: i for i in range(len(arrays))},
-        # What the copies of N rows read and write: less, where rows are padding.
-        cost_estimate=pl.CostEstimate(
-            flops=8 * size * dim, transcendentals=0, bytes_accessed=moved + 8 * ids.size
-        ),
-        name="update_rows",
-    )(count, ids, ids, gradients, *(x[None] for x in split.scalars), *arrays)
-    return new[0], dict(zip(names, new[1:], strict=True))
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(blocks,),
+        in_specs=[
+            ids_at(0),
+            ids_at(1),
+            pl.BlockSpec((block, dim), lambda i, count: (now(i, count), 0)),
+            *[pl.BlockSpec(memory_space=pltpu.SMEM)] * num_scalars,
+            *[pl.BlockSpec(memory_space=pl.ANY)] * num_arrays,
+        ],
+        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * num_arrays,
+        scratch_shapes=[
+            pltpu.VMEM((num_arrays, 3, block, dim), jnp.float32),
+            pltpu.SemaphoreType.DMA((3,)),
+            pltpu.SemaphoreType.DMA((3,)),
+        ],
+    )
 
 
 class _UpdateKernel:
