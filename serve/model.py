@@ -36,7 +36,7 @@ class ServingModel:
       path: of a bundle's version, or of the folder of its versions; or a Bundle that was opened.
       version: default: the latest.
       tables: "mapped", which opens at once; or "memory": copied into the process, on huge pages where the system
-        has them, which lookups in large tables are faster with.
+        has them: faster to look up in where files are cached on small pages.
       max_batch_size: rows that run at once; larger requests are split by rows.
       verify: compare the whole bundle with its digests first, which reads all of it.
       compile_cache: folder to keep compiled programs in, so that the next start is fast; whoever can write it

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tables",
         choices=TABLES,
         default="mapped",
-        help="memory: copied once for all workers, on huge pages; faster to look up in, slower to load",
+        help="memory: copied once for all workers, on huge pages; slower to load, faster where files are cached on small pages",
     )
     parser.add_argument("--max-batch-rows", type=int, default=256)
     parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="how long a request waits for others")

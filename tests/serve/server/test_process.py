@@ -233,6 +233,7 @@ def test_clients_that_go_away(healthy):
             gone = Raw(healthy)
             gone.post(body, Content_Length=max(len(body), 50))
             gone.socket.close()
+    assert httpx.get(healthy.url + "/v2/health/live").status_code == 200
 
 
 def test_a_full_server_refuses_at_once(healthy):
