@@ -202,9 +202,11 @@ def test_tensors_that_a_transformation_made():
     function = ServingFunction(embedding, batch_sizes=(1, 2))
     one, two = ({name: RaggedTensor.from_lists([[i, i + 1]]) for name in "ab"} for i in (1, 5))
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), one, two)
-    wide = {name: jax.tree.map(lambda x: x, tensor) for name, tensor in one.items()}
-    for tensor in wide.values():
-        tensor.values.shape = (1, 2)
+    structure = jax.tree.structure(one["a"])
+    wide = {
+        name: jax.tree.unflatten(structure, [tensor.values.reshape(1, 2), tensor.row_splits])
+        for name, tensor in one.items()
+    }
     empty = jax.tree.map(lambda x: x[:0], one)
     for request in (stacked, wide, empty):
         with pytest.raises(ValueError, match=r"must be \[N\]|must be \[B \+ 1\]"):
