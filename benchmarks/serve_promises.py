@@ -1,13 +1,16 @@
 """What the server promises, measured: swaps of versions under load, twice the load it can take, growth.
 
 python benchmarks/serve_promises.py swaps --count 1000
-python benchmarks/serve_promises.py overload --seconds 10
+python benchmarks/serve_promises.py overload --seconds 20
 python benchmarks/serve_promises.py growth --count 1000000
 """
 
 import argparse
 import asyncio
+import collections
 import contextlib
+import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -19,7 +22,7 @@ from collections.abc import Sequence
 import dlrm
 import numpy as np
 import psutil
-from load import Connection, Load, http_request, run_load
+from load import Connection, Load, Send, http_request, run_load
 
 from serve import INFER, prepare, server
 
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("promise", choices=["swaps", "overload", "growth"])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=5, help="of overload, between which peaks are measured")
     parser.add_argument("--tables", choices=["mapped", "memory"], default="mapped")
     parser.add_argument("--folder", type=pathlib.Path, help="keeps the bundle, to use again")
     options = parser.parse_args(arguments)
@@ -86,43 +90,79 @@ async def swaps(port: int, options: argparse.Namespace) -> None:
 
 
 async def overload(port: int, options: argparse.Namespace) -> None:
-    """Sends twice what the server can answer, at a steady pace."""
+    """Sends twice what the server can answer, at a steady pace, between measurements of what it can answer.
+
+    Both take turns, as the speed of a host changes, and each round is compared with what was measured beside it.
+    """
+    seconds = options.seconds / (2 * options.rounds)
     async with _connections(port, 64) as sends:
-        await run_load(sends[: 2 * UNDER_WAY], 1)
-        peak = await run_load(sends[: 2 * UNDER_WAY], options.seconds)
-        idle, times, counts = list(sends), {200: [], 429: []}, {}
-        late, tasks = 0, set()
+        few = sends[: 2 * UNDER_WAY]
+        await run_load(few, 1)
+        peaks, rounds = [await run_load(few, seconds)], []
+        for _ in range(options.rounds):
+            rounds.append(await _offer(sends, 2 * peaks[-1].rate, seconds))
+            peaks.append(await run_load(few, seconds))
+    rates = [(before.rate + after.rate) / 2 for before, after in itertools.pairwise(peaks)]
+    p99s = [(before.p99 + after.p99) / 2 for before, after in itertools.pairwise(peaks)]
+    print(
+        f"peak {_spread(rates, ',.0f')} requests/s, p99 {_spread(p99s, '.2f', 1e3)} ms: median (least to most)"
+    )
+    print(f"offered {_spread([offered.rate for offered in rounds], ',.0f')} requests/s")
+    statuses = {status: sum(len(offered.times[status]) for offered in rounds) for status in rounds[0].times}
+    print(f"answers {statuses}; {sum(offered.late for offered in rounds)} found no connection")
+    goodput = [offered.good / rate for offered, rate in zip(rounds, rates, strict=True)]
+    print(f"goodput {_spread(goodput, '.0%')} of the peak")
+    admitted = [offered.quantile(200, 0.99) / p99 for offered, p99 in zip(rounds, p99s, strict=True)]
+    print(f"p99 of the admitted {_spread(admitted, '.2f')}x")
+    for q in (0.5, 0.99):
+        refused = [offered.quantile(429, q) for offered in rounds if 429 in offered.times]
+        if refused:
+            print(f"refusals took {_spread(refused, '.2f', 1e3)} ms at quantile {q}")
 
-        async def one(send, number: int) -> None:
-            begin = time.perf_counter()
-            status = await send(number)
-            counts[status] = counts.get(status, 0) + 1
-            times.setdefault(status, []).append(time.perf_counter() - begin)
-            idle.append(send)
 
-        begin, number = time.perf_counter(), 0
-        while (now := time.perf_counter() - begin) < options.seconds:
-            due = int(now * 2 * peak.rate)
-            while number < due:
-                number += 1
-                if idle:
-                    task = asyncio.create_task(one(idle.pop(), number))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                else:
-                    late += 1
-            await asyncio.sleep(0.001)
-        await asyncio.gather(*tasks)
-        seconds = time.perf_counter() - begin
-    p99 = float(np.quantile(times[200], 0.99))
-    print(f"peak {peak.rate:,.0f} requests/s, p99 {peak.p99 * 1e3:.2f} ms")
-    print(f"offered {number / seconds:,.0f} requests/s, of which {late} found no connection: {counts}")
-    goodput = len(times[200]) / seconds
-    print(f"goodput {goodput:,.0f} requests/s, {goodput / peak.rate:.1%} of the peak")
-    print(f"p99 of the admitted {p99 * 1e3:.2f} ms, {p99 / peak.p99:.2f}x")
-    if times[429]:
-        p50, p99 = np.quantile(times[429], [0.5, 0.99])
-        print(f"refusals took {p50 * 1e3:.2f} ms, their p99 {p99 * 1e3:.2f} ms")
+@dataclasses.dataclass(frozen=True)
+class _Offered:
+    """What came of requests at a steady pace: seconds of the answers by status."""
+
+    rate: float
+    good: float
+    late: int
+    times: dict[int, list[float]]
+
+    def quantile(self, status: int, q: float) -> float:
+        return float(np.quantile(self.times[status], q))
+
+
+async def _offer(sends: Sequence[Send], rate: float, seconds: float) -> _Offered:
+    idle, times = list(sends), collections.defaultdict(list)
+    late, number, tasks = 0, 0, set()
+
+    async def one(send: Send, number: int) -> None:
+        begin = time.perf_counter()
+        status = await send(number)
+        times[status].append(time.perf_counter() - begin)
+        idle.append(send)
+
+    begin = time.perf_counter()
+    while (now := time.perf_counter() - begin) < seconds:
+        due = int(now * rate)
+        while number < due:
+            number += 1
+            if idle:
+                task = asyncio.create_task(one(idle.pop(), number))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            else:
+                late += 1
+        await asyncio.sleep(0.001)
+    await asyncio.gather(*tasks)
+    taken = time.perf_counter() - begin
+    return _Offered(number / taken, len(times[200]) / taken, late, times)
+
+
+def _spread(values: Sequence[float], form: str, unit: float = 1) -> str:
+    middle, *ends = (format(unit * float(f(values)), form) for f in (np.median, min, max))
+    return f"{middle} ({' to '.join(ends)})"
 
 
 async def growth(port: int, options: argparse.Namespace) -> None:
