@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_LONG_ENOUGH = 2e-3
-_ROUNDS = (3, 15)
+_TURN = 2e-3
+_LEAST_ROUNDS = 3
 
 
 class Timing(NamedTuple):
@@ -27,28 +27,35 @@ class Timing(NamedTuple):
 
 
 def interleave(
-    programs: Mapping[str, Callable[[int], Any]], num_sets: int, budget: float, seed: int
+    programs: Mapping[str, Callable[[int], Any]],
+    num_sets: int,
+    budget: float,
+    seed: int,
+    rounds: int = 15,
+    turn: float = _TURN,
 ) -> dict[str, Timing]:
     """Times contenders in turn, in an order shuffled anew each round, over rotating inputs.
 
     A turn is an untimed call (which also lets the threads of the contender before it go to sleep) and
-    then as many timed calls as make 2 ms; where a call takes 20 ms, a single timed call. Slow contenders take part in fewer, evenly spaced rounds.
+    then as many timed calls as make `turn` seconds; where a call takes ten times that, a single timed call. Slow contenders take part in fewer, evenly spaced rounds.
 
     Args:
       programs: for each contender, a call on input set i that returns when its results are there. All must
         have run once, so that nothing is left to compile.
       num_sets: how many input sets there are.
       budget: seconds to spend on all contenders, if 3 rounds of each fit in.
+      rounds: at most.
+      turn: seconds of a contender's turn.
       seed: of the order of turns; another one for each call, or the same contender follows the same always.
     """
     rng = np.random.default_rng(seed)
-    clocks = {name: _Clock(program, num_sets) for name, program in programs.items()}
-    rounds = {name: clock.rounds_in(budget / len(clocks)) for name, clock in clocks.items()}
-    most = max(rounds.values())
+    clocks = {name: _Clock(program, num_sets, turn) for name, program in programs.items()}
+    shares = {name: clock.rounds_in(budget / len(clocks), rounds) for name, clock in clocks.items()}
+    most = max(shares.values())
     with _no_collection():
-        for turn in range(most):
+        for i in range(most):
             for name in rng.permutation(list(clocks)):
-                if (turn + 1) * rounds[name] // most > turn * rounds[name] // most:
+                if (i + 1) * shares[name] // most > i * shares[name] // most:
                     clocks[name].sample()
     return {name: clock.timing() for name, clock in clocks.items()}
 
@@ -56,21 +63,21 @@ def interleave(
 class _Clock:
     """One contender's calls, in rotation over its input sets."""
 
-    def __init__(self, program: Callable[[int], Any], num_sets: int):
+    def __init__(self, program: Callable[[int], Any], num_sets: int, turn: float):
         self._program, self._num_sets, self._set, self._samples = program, num_sets, 0, []
         self._estimate = self._run(1)
-        self._warm_up = self._estimate < 10 * _LONG_ENOUGH
+        self._warm_up = self._estimate < 10 * turn
         if self._warm_up:
             # The first calls may still specialize (TorchScript does), so the fastest one tells.
             self._estimate = min(self._estimate, *(self._run(1) for _ in range(4)))
         else:
             self._samples.append(self._estimate)
-        self._calls = max(1, math.ceil(_LONG_ENOUGH / self._estimate))
+        self._calls = max(1, math.ceil(turn / self._estimate))
 
-    def rounds_in(self, seconds: float) -> int:
+    def rounds_in(self, seconds: float, most: int) -> int:
         """Rounds still to come."""
-        turn = (self._calls + self._warm_up) * self._estimate
-        return int(np.clip(seconds / turn, *_ROUNDS)) - len(self._samples)
+        taken = (self._calls + self._warm_up) * self._estimate
+        return int(np.clip(seconds / taken, _LEAST_ROUNDS, most)) - len(self._samples)
 
     def sample(self) -> None:
         if self._warm_up:

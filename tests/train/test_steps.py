@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, read_checkpoint, steps, whole_steps
@@ -33,6 +34,26 @@ def test_unfinished_steps_are_not_listed(tmp_path):
 def large_config():
     """Of several chunks, and so of several files of data."""
     return {name: FeatureConfig(TableConfig(60_000, 16, name=name)) for name in ("one", "two")}
+
+
+def test_looking_for_steps_again_reads_no_tree_again(tmp_path, monkeypatch):
+    """Reading one leaks some KiB in tensorstore, and watchers look for years."""
+    own, read, dump = embedding(1), [], tensorstore.ocdbt.dump
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+    monkeypatch.setattr(tensorstore.ocdbt, "dump", lambda *args: read.append(args) or dump(*args))
+    assert whole_steps(tmp_path) == [1]
+    first = len(read)
+    for _ in range(3):
+        assert whole_steps(tmp_path) == [1]
+    assert len(read) == first
+    file = next(path for path in (tmp_path / "1" / "tables" / "d").iterdir())
+    file.unlink()
+    assert whole_steps(tmp_path) == []
+    shutil.rmtree(tmp_path / "1")
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+    assert whole_steps(tmp_path) == [1]
 
 
 @pytest.mark.parametrize("writer", ["trainer", "conversion"])
