@@ -78,11 +78,11 @@ def test_every_optimizer_compiles_in_place(topology, dim):
     gather = found.pop("gather")
     assert 2 * rows <= gather["touched"] <= 2.05 * rows
     assert gather["copies"] == 0
-    assert gather["temporary"] <= 100e3
+    assert gather["temporary"] <= rows / 20
     assert found.keys() == SLOTS.keys()
     for name, cost in found.items():
         arrays = 1 + SLOTS[name]
         assert cost["copies"] == 0, name
         assert cost["aliased"] == arrays * 400_000 * dim * 4, name
-        assert cost["temporary"] <= 100e3, name
+        assert cost["temporary"] <= rows / 20, name  # ids and their order, and no rows
         assert (1 + 2 * arrays) * rows <= cost["touched"] <= 1.05 * (1 + 2 * arrays) * rows, name
