@@ -116,8 +116,12 @@ class Stack:
     def position(self, placement: TablePlacement, ids: Any) -> Any:
         """Positions of ids in [0, V): int32, numpy or JAX as `ids` are."""
         n, p = self.num_blocks, placement
-        if p.sharding == "mod":
-            block, row = (ids + p.shift) % n, ids // n
+        if p.sharding == "mod" and n > 1:
+            row = ids // n
+            block = (
+                ids - row * n + p.shift
+            )  # below 2 n; a remainder would be another division, which takes the host ms
+            block = block - n * (block >= n).astype(block.dtype)
             return (block * (self.num_positions // n) + p.first_row + row).astype(np.int32)
         if p.sharding == "div":
             shard, row = ids // p.rows, ids % p.rows
