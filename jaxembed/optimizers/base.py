@@ -43,7 +43,8 @@ class Optimizer:
       learning_rate: a float; a callable without arguments, called at each update; or a schedule, such as
         optax's, called with the step. In a function that you compile, `with_called` says how to do the second.
       use_gradient_accumulation: sum the gradients of all occurrences of an id in the batch, then update the
-        row once. False applies the occurrences one by one, in their order.
+        row once. False applies the occurrences one by one: feature after feature in the order of
+        their paths, then by batch row, then by place in the row, on any number of devices.
       clip_weight_min: lower bound of the weights, or None.
       clip_weight_max: upper bound of the weights, or None.
       weight_decay_factor: share of the weight taken off at each update, or None.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxembed.optimizers import dedupe_ids
@@ -66,6 +67,29 @@ def gather_entries(
     if weights is not None:
         weights = lax.all_gather(weights, axes, tiled=True)
     return Owned(rows.reshape(-1), segments.reshape(-1), weights)
+
+
+def feature_after_feature(owned: Owned, sizes: tuple[int, ...], num_shards: int) -> Owned:
+    """The entries in the order of a mesh of one shard: feature after feature, each by its batch rows.
+
+    Gathered, they lie shard after shard, so that their order depends on the mesh. That of an update that applies
+    the occurrences of an id one by one must not.
+
+    Args:
+      owned: entries in the order of `gather_entries`.
+      sizes: segments S_f of each feature, on one shard.
+      num_shards: n.
+    """
+    ends = np.cumsum(sizes, dtype=np.int32)
+    first = ends - np.asarray(sizes, np.int32)
+    shard, local = owned.segments // ends[-1], owned.segments % ends[-1]
+    feature = jnp.searchsorted(ends, local, side="right")
+    # n S_g segments of each feature g before f, S_f of each shard before; padding may come anywhere.
+    key = (
+        local + jnp.asarray(first * (num_shards - 1))[feature] + shard * jnp.asarray(sizes, jnp.int32)[feature]
+    )
+    _, order = lax.sort_key_val(key, jnp.arange(key.shape[0], dtype=jnp.int32), is_stable=True)
+    return jax.tree.map(lambda x: x[order], owned)
 
 
 def sum_owned(

@@ -106,7 +106,8 @@ class StepProgram:
         window = pair_window(capacity, config.num_shards) if exchange == "all_to_all" else capacity
         # SparseCores keep rows as lines, which no kernel here reads.
         kernels = "xla" if config.cores else self.row_kernels
-        return xla.StackExchange(config, exchange, self.axes, num_segments, window, kernels)
+        sizes = tuple(f.num_segments for f in layout.of_stack(stack))
+        return xla.StackExchange(config, exchange, self.axes, num_segments, window, kernels, sizes)
 
     def predicted_bytes(self, batch: ShardedBatch) -> int:
         """Bytes that one shard exchanges for a lookup and an update of a batch without weights."""

@@ -34,6 +34,7 @@ class StackExchange:
       num_segments: S, on one shard.
       window: how many rows are taken at a time.
       row_kernels: what reads and updates rows where it can, one of `row_kernels.ROW_KERNELS`.
+      feature_sizes: the segments of each feature, on one shard; they sum to S.
     """
 
     stack: Stack
@@ -42,6 +43,7 @@ class StackExchange:
     num_segments: int
     window: int
     row_kernels: str = "xla"
+    feature_sizes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +183,8 @@ def update(
         return _where(touched, rows, table), {k: _where(touched, new_slots[k], slots[k]) for k in slots}
     if not optimizer.use_gradient_accumulation:
         owned = _owned(ex, positions, segments, weights)
+        if len(ex.feature_sizes) > 1:
+            owned = gathering.feature_after_feature(owned, ex.feature_sizes, stack.num_shards)
         rows_gradients = _own_columns(ex, gradients).at[owned.segments].get(mode="fill", fill_value=0)
         if owned.weights is not None:
             rows_gradients = rows_gradients * owned.weights[:, None]
