@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from . import tf_predict, v2_binary, v2_json
 from .authorization import authorize
 from .body import read_body
-from .errors import RequestError
+from .errors import RequestError, out_of_memory
 from .openapi import openapi
 from .request import InferenceRequest, timeout_from
 from .service import Service
@@ -169,6 +169,8 @@ class Routes:
                 response = await answer(body, arrived)
         except RequestError as e:
             response = _error(e)
+        except MemoryError:
+            response = _error(out_of_memory())
         except ClientDisconnect:
             response = Response(status_code=499)
         service.metrics.request(protocol, response.status_code, perf_counter() - begin)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxembed.serve.rows import Rows
 
-from .errors import RequestError, expired, overloaded
+from .errors import RequestError, expired, overloaded, too_many_rows
 from .metrics import Metrics
 from .served import ServedModel
 
@@ -49,7 +49,7 @@ class Batcher:
     Args:
       max_rows: of a batch; a request of more rows runs alone.
       wait: seconds.
-      max_queued_rows: rows that may wait or run; further requests are refused.
+      max_queued_rows: rows that may wait or run; further requests are refused, and for good those of more.
       metrics: told of every batch.
     """
 
@@ -99,9 +99,11 @@ class Batcher:
           accepted_slowly: of a kind of which each takes the event loop several turns until it is here.
 
         Raises:
-          RequestError: if there is no room, or the deadline passed first.
+          RequestError: if there is no room, or never is, or the deadline passed first.
         """
-        if self._queued_rows and self._queued_rows + len(rows) > self._max_queued:
+        if len(rows) > self._max_queued:
+            raise too_many_rows(len(rows), self._max_queued)
+        if self._queued_rows + len(rows) > self._max_queued:
             raise overloaded(f"{self._queued_rows} rows wait already")
         loop = self._loop
         if loop is None:

@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch-rows", type=int, default=256)
     parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="how long a request waits for others")
     parser.add_argument("--max-queue-requests", type=int, default=512)
-    parser.add_argument("--max-queue-rows", type=int, default=8192)
+    parser.add_argument(
+        "--max-queue-rows", type=int, default=8192, help="rows that wait or run, and most of one request"
+    )
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds, of requests that name none")
     parser.add_argument("--body-timeout", type=float, default=10.0)
     parser.add_argument("--idle-timeout", type=float, default=30.0)

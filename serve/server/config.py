@@ -32,7 +32,7 @@ class ServerConfig:
       max_batch_rows: rows that run at once.
       batch_wait_ms: how long a request may wait for others to run with, at most.
       max_queue_requests: requests that are read, wait or run; more are refused.
-      max_queue_rows: rows that wait or run; more are refused.
+      max_queue_rows: rows that wait or run; more are refused, as are requests that have more themselves.
       max_body_bytes: of a request, also after it is decompressed.
       body_timeout: seconds in which the body of a request must arrive.
       idle_timeout: seconds in which a connection must send the headers of its next request.

@@ -26,6 +26,16 @@ def bad_request(message: str) -> RequestError:
     return RequestError(400, message)
 
 
+def too_many_rows(rows: int, limit: int) -> RequestError:
+    """There is never room for it."""
+    return RequestError(413, f"a request must be of at most {limit} rows, got {rows}; send several requests.")
+
+
+def out_of_memory() -> RequestError:
+    """There was no memory for it."""
+    return RequestError(503, "there is no memory for the request.", retry_after=1)
+
+
 def overloaded(what: str) -> RequestError:
     """There is no room for it."""
     return RequestError(429, f"the server is overloaded: {what}; send the request again later.", retry_after=1)

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from . import v2_grpc, v2_json
-from .errors import RequestError
+from .errors import RequestError, out_of_memory
 from .messages import METHODS, SERVICE
 from .request import InferenceRequest
 from .served import ServedModel
@@ -17,6 +17,7 @@ from .service import Service
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -158,7 +159,10 @@ class Methods:
         try:
             if isinstance(request, Exception):
                 raise RequestError(400, "the message cannot be read.")
-            return await answer()
+            try:
+                return await answer()
+            except MemoryError:
+                raise out_of_memory() from None
         except RequestError as e:
             if begin is not None:
                 self._service.metrics.request("v2_grpc", e.status, perf_counter() - begin)

@@ -10,10 +10,12 @@ from jaxembed.serve.native_library import library
 from jaxembed.serve.packing import Packed
 from jaxembed.serve.rows import Rows
 
+from .errors import too_many_rows
 from .request import ROW_SPLITS
 from .signature import Signature
 
 _SIZES = 3 + 2 * 64  # rows, ids, number of spans, spans
+_SMALL = 1 << 18  # bytes
 
 
 def make_reader(signature: Signature) -> "NativeReader | None":
@@ -48,6 +50,9 @@ class NativeReader:
         Args:
           body: of the request.
           json_size: bytes of it that are JSON; tensors in binary follow.
+
+        Raises:
+          RequestError: if it has too many rows.
         """
         found = self._rows(body, json_size)
         if found is None:
@@ -56,7 +61,11 @@ class NativeReader:
         return rows, b"{%b}" % b",".join([body[start:end] for start, end in spans]) if spans else b"{}"
 
     def message(self, body: bytes) -> tuple[Rows, bytes] | None:
-        """Rows of a ModelInferRequest, and the message that its other fields make up; None leaves it alone."""
+        """Rows of a ModelInferRequest, and the message that its other fields make up; None leaves it alone.
+
+        Raises:
+          RequestError: if it has too many rows.
+        """
         found = self._rows(body, -1)
         if found is None:
             return None
@@ -68,10 +77,13 @@ class NativeReader:
             handle = self._spare.pop()
         except IndexError:
             handle = _Handle(self._native, self._signature)
+        written = False
         try:
             if not self._read(handle.pointer, body, json_size, len(body), handle.sizes_address):
                 return None
             num_rows, total, num_spans = handle.sizes[:3].tolist()
+            if num_rows > self._signature.max_rows:
+                raise too_many_rows(num_rows, self._signature.max_rows)
             ids = np.empty(total, np.int32)
             splits = np.empty((len(self._signature.features), num_rows + 1), np.int32)
             dense = [np.empty((num_rows, *shape), np.float32) for shape in self._shapes]
@@ -80,8 +92,11 @@ class NativeReader:
             if not self._write(handle.pointer, ids.ctypes.data, splits.ctypes.data, handle.dense):
                 return None
             ends = handle.sizes[3 : 3 + 2 * num_spans].tolist()
+            written = True
         finally:
-            self._spare.append(handle)
+            # One that was left early holds what it parsed.
+            if written or len(body) < _SMALL:
+                self._spare.append(handle)
         weights = np.ones(total, np.float32) if self._weighted else None
         return Rows(Packed(num_rows, ids, splits, weights), dense), list(
             zip(ends[::2], ends[1::2], strict=True)

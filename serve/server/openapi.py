@@ -10,7 +10,7 @@ _ERRORS = {
     "400": "The request is not of the form it must be.",
     "404": "The version is not served.",
     "408": "The body did not arrive in time.",
-    "413": "The body is too large.",
+    "413": "The body is too large, or there are too many rows.",
     "415": "The body is compressed in a way that is not read.",
     "429": "The server is overloaded; see Retry-After.",
     "503": "The server takes no requests; see Retry-After.",

@@ -97,7 +97,9 @@ class BundleModel:
         self.digest: str = bundle.digest
         features, dense = {f.path: f for f in self._function.features}, self._function.dense_shapes
         self._paths = list(features)
-        self.signature: Signature = Signature(features, dense, self._outputs(dense), self._function.takes_flat)
+        self.signature: Signature = Signature(
+            features, dense, self._outputs(dense), config.max_queue_rows, self._function.takes_flat
+        )
         self.reader: NativeReader | None = make_reader(self.signature)
         self.tables: tuple[TableInfo, ...] = tuple(
             _table_info(name, table) for name, table in bundle.tables.items()

@@ -33,12 +33,14 @@ class Signature:
       features: by path.
       dense: by name, the shape of one row.
       outputs: in the order in which they are answered.
+      max_rows: of a request.
       takes_flat: whether features may come as Flat.
     """
 
     features: dict[str, ServedFeature]
     dense: dict[str, tuple[int, ...]]
     outputs: tuple[Output, ...]
+    max_rows: int
     takes_flat: bool = False
 
     @functools.cached_property

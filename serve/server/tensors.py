@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxembed.inputs import RaggedTensor
 
-from .errors import bad_request
+from .errors import bad_request, too_many_rows
 from .request import ROW_SPLITS, WEIGHTS, Flat
 from .signature import Signature
 
@@ -143,12 +143,13 @@ def assemble(
     """Features, weights and dense inputs of the tensors of a request.
 
     Raises:
-      RequestError: if a tensor is unknown, there twice, or not of a shape above.
+      RequestError: if a tensor is unknown, there twice, or not of a shape above, or there are too many rows.
     """
     by_name = dict(tensors)
     if len(by_name) != len(tensors):
         names = [tensor.name for tensor in tensors]
         raise bad_request(f"input {next(name for name in names if names.count(name) > 1)!r} is there twice.")
+    _check_rows(signature, by_name)
     flat = _flat(signature, by_name) if signature.takes_flat else None
     if flat is not None:
         return flat, {}, {name: by_name[name] for name in signature.dense if name in by_name}
@@ -165,6 +166,14 @@ def assemble(
     if by_name:
         raise bad_request(_unknown(next(iter(by_name)), signature))
     return inputs, weights, dense
+
+
+def _check_rows(signature: Signature, by_name: dict[str, np.ndarray]) -> None:
+    """Before anything is allocated for them: rows without ids take no bytes in a request."""
+    for ids, splits in zip(*signature.tensor_names, strict=True):
+        rows = len(by_name[splits]) - 1 if splits in by_name else len(by_name.get(ids, ()))
+        if rows > signature.max_rows:
+            raise too_many_rows(rows, signature.max_rows)
 
 
 def _flat(signature: Signature, by_name: dict[str, np.ndarray]) -> Flat | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import bad_request
+from .errors import bad_request, too_many_rows
 from .request import ROW_SPLITS, WEIGHTS, InferenceRequest
 from .served import ServedModel
 from .signature import Signature
@@ -88,6 +88,8 @@ def _tensor_info(dtype: str, shape: Sequence[int]) -> dict[str, Any]:
 def _columns(signature: Signature, rows: Any) -> dict[str, list[Any]]:
     if not isinstance(rows, list) or not rows:
         raise bad_request(f"instances must be a list of at least one row, got {str(rows)[:80]}.")
+    if len(rows) > signature.max_rows:
+        raise too_many_rows(len(rows), signature.max_rows)
     if not all(isinstance(row, dict) for row in rows):
         name = _only_input(signature, "instances must be objects by name of input")
         return {name: rows}
@@ -124,6 +126,9 @@ def _request(signature: Signature, columns: dict[str, Any], by_row: bool) -> Inf
             raise bad_request(f"input {path!r} must be a list, got {str(ids)[:80]}.")
         splits = None if by_row else columns.pop(path + ROW_SPLITS, None)
         weight = columns.pop(path + WEIGHTS, None)
+        rows = len(splits) - 1 if isinstance(splits, list) else len(ids)
+        if rows > signature.max_rows:
+            raise too_many_rows(rows, signature.max_rows)
         if splits is not None:
             inputs[path] = ragged(path, _integers(path, ids), _integers(path + ROW_SPLITS, splits))
             if weight is not None:

@@ -136,7 +136,25 @@ def test_full_queue_refuses_at_once():
         assert (caught.value.status, caught.value.retry_after) == (429, 1)
         model.gate.set()
         await asyncio.gather(*tasks)
-        await batcher.submit(model, rows(5, 50), soon())  # one that is too large for the queue runs alone
+        await batcher.submit(model, rows(5, 3), soon())
+        await batcher.stop()
+
+    run(check())
+
+
+def test_too_many_rows_are_refused_for_good_whether_others_run_or_not():
+    async def check():
+        model, batcher = Model(), await started(max_queued=3)
+        for busy in (False, True):
+            if busy:
+                model.gate.clear()
+                task = asyncio.create_task(batcher.submit(model, rows(0), soon()))
+                await settle()
+            with pytest.raises(RequestError, match="at most 3 rows, got 4") as caught:
+                await batcher.submit(model, rows(1, 4), soon())
+            assert (caught.value.status, caught.value.retry_after) == (413, None)
+        model.gate.set()
+        await task
         await batcher.stop()
 
     run(check())

@@ -1,5 +1,6 @@
 """The native reader gives what the readers in Python give, or leaves a request alone."""
 
+import dataclasses
 import json
 import random
 
@@ -23,9 +24,10 @@ FEATURES = {
     name: ServedFeature(name, FeatureConfig(TableConfig(size, 2, name=name)), limit, False)
     for name, size, limit in (("a", 10, 3), ("b/c", 2**31 - 1, 5))
 }
-SIGNATURE = Signature(FEATURES, {"d": (2,), "e": ()}, (), takes_flat=True)
+SIGNATURE = Signature(FEATURES, {"d": (2,), "e": ()}, (), max_rows=64, takes_flat=True)
 PACKER = Packer(list(FEATURES.values()))
 READER = make_reader(SIGNATURE)
+READER_WITHOUT_DENSE = make_reader(dataclasses.replace(SIGNATURE, dense={}))
 MESSAGE = METHODS["ModelInfer"][0]
 
 
@@ -201,6 +203,30 @@ def test_leaves_alone_what_is_wrong(change):
     assert native(message_body(changed), -1) is None
     body = json_body(changed)
     assert native(body, len(body)) is None
+
+
+def test_too_many_rows_are_refused_before_anything_is_made_for_them():
+    for rows in (65, 2**31 - 1):
+        inputs = [{"name": name, "datatype": "INT64", "shape": [rows, 0], "data": []} for name in FEATURES]
+        body = json.dumps({"inputs": inputs}).encode()
+        with pytest.raises(RequestError, match=f"at most 64 rows, got {rows}") as caught:
+            READER_WITHOUT_DENSE.json(body, len(body))
+        assert caught.value.status == 413
+        message = MESSAGE()
+        for name in FEATURES:
+            message.inputs.add(name=name, datatype="INT64", shape=[rows, 0])
+            message.raw_input_contents.append(b"")
+        with pytest.raises(RequestError, match=f"got {rows}"):
+            READER_WITHOUT_DENSE.message(message.SerializeToString())
+        # And by those in Python, where there is no native code.
+        with pytest.raises(RequestError, match=f"got {rows}"):
+            v2_json.read(SIGNATURE, json.loads(body), memoryview(b""))
+        with pytest.raises(RequestError, match=f"got {rows}"):
+            v2_grpc.read(SIGNATURE, message)
+    arrays = tensors(np.random.default_rng(0), 65)
+    with pytest.raises(RequestError, match="got 65"):
+        native(*binary_body(arrays))
+    assert check(*binary_body(tensors(np.random.default_rng(0), 64)))
 
 
 def test_rest_of_a_request():

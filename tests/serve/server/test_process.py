@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
+from jaxembed.serve.server.messages import METHODS
 from tests.serve.server import bundles
 from tests.serve.server.servers import Process
 
@@ -23,7 +24,7 @@ PREDICT = "/v1/models/model:predict"
 
 @pytest.fixture(scope="module")
 def server(shared_folder):
-    options = ("--body-timeout", 1, "--idle-timeout", 1, "--max-queue-requests", 4)
+    options = ("--body-timeout", 1, "--idle-timeout", 1, "--max-queue-requests", 4, "--max-queue-rows", 64)
     with Process(shared_folder, *options) as process:
         yield process
 
@@ -160,6 +161,21 @@ def test_grpc_bytes_that_are_no_message(healthy):
             with pytest.raises(grpc.RpcError) as caught:
                 method(data)
             assert caught.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+
+
+def test_grpc_of_too_many_rows(healthy):
+    grpc = pytest.importorskip("grpc")
+    message = METHODS["ModelInfer"][0](model_name="model")
+    for name in ("user", "history"):
+        message.inputs.add(name=name, datatype="INT64", shape=[65, 0])
+        message.raw_input_contents.append(b"")
+    message.inputs.add(name="dense", datatype="FP32", shape=[65, 2])
+    message.raw_input_contents.append(bytes(65 * 8))
+    with grpc.insecure_channel(f"127.0.0.1:{healthy.grpc_port}") as channel:
+        method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        with pytest.raises(grpc.RpcError, match="at most 64 rows, got 65") as caught:
+            method(message.SerializeToString())
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_bodies_that_are_too_much(healthy):

@@ -294,6 +294,73 @@ def test_every_bad_v2_request_says_what_is_wrong(shared_folder):
     run(check_all())
 
 
+def test_too_many_rows(shared_folder):
+    """Also rows of nothing, which take no bytes."""
+
+    def v2(rows, splits=False):
+        tensors = [
+            {"name": name, "datatype": "INT64", "shape": [rows, 0], "data": []} for name in ("user", "history")
+        ]
+        if splits:
+            tensors[1]["shape"] = [0]
+            tensors.append(
+                {
+                    "name": "history.row_splits",
+                    "datatype": "INT32",
+                    "shape": [rows + 1],
+                    "data": [0] * (rows + 1),
+                }
+            )
+        dense = {"name": "dense", "datatype": "FP32", "shape": [rows, 2], "data": [0.0] * (2 * rows)}
+        return {"inputs": [*tensors, dense]}
+
+    def columns(rows):
+        return {"inputs": {"user": [1] * rows, "history": [[]] * rows, "dense": [[0.0, 0.0]] * rows}}
+
+    def with_splits(rows):
+        flat = {"history": [], "history.row_splits": [0] * (rows + 1)}
+        return {"inputs": {**columns(rows)["inputs"], **flat}}
+
+    huge = v2(1)["inputs"][:2]
+    for tensor in huge:
+        tensor["shape"] = [2**31 - 1, 0]
+
+    async def check_all():
+        async with client_of(shared_folder, max_queue_rows=16) as (client, _):
+            for path, make in (
+                ("/v2/models/model/infer", v2),
+                ("/v2/models/model/infer", lambda rows: v2(rows, True)),
+                ("/v1/models/model:predict", columns),
+                ("/v1/models/model:predict", with_splits),
+                ("/v1/models/model:predict", lambda rows: {"instances": [ROW] * rows}),
+            ):
+                assert (await client.post(path, json=make(16))).status_code == 200
+                answer = await client.post(path, json=make(17))
+                assert answer.status_code == 413, answer.text
+                assert "at most 16 rows, got 17" in answer.json()["error"]
+            answer = await client.post("/v2/models/model/infer", json={"inputs": huge})
+            assert answer.status_code == 413, answer.text
+
+    run(check_all())
+
+
+def test_requests_without_memory_are_refused_and_counted(shared_folder, monkeypatch):
+    async def check_all():
+        async with client_of(shared_folder) as (client, service):
+
+            async def infer(*_):
+                raise MemoryError
+
+            monkeypatch.setattr(service, "infer", infer)
+            answer = await client.post("/v2/models/model/infer", json={"inputs": v2_tensors()})
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert "no memory" in answer.json()["error"]
+            text = (await client.get("/metrics")).text
+            assert 'jaxembed_requests_total{protocol="v2_rest",status="503"} 1.0' in text
+
+    run(check_all())
+
+
 def test_no_rows_and_no_ids(shared_folder):
     async def check_all():
         async with client_of(shared_folder) as (client, _):
