@@ -62,6 +62,11 @@ class HashBuckets:
         """Rows lie in [0, num_rows)."""
         return self.num_buckets
 
+    @property
+    def example_id(self) -> int | str:
+        """An id that has a row."""
+        return 0 if self.dtype == "int64" else "a"
+
     def rows(self, ids: AnyValues) -> HostIds:
         """int32 [N] rows of [N] ids of type `dtype`."""
         hashed = hash_ints(ids, self.seed) if self.dtype == "int64" else hash_strings(ids, self.seed)
@@ -121,6 +126,13 @@ class VocabularyFile:
     def num_rows(self) -> int:
         """Rows lie in [0, num_rows)."""
         return self.size + self.num_oov_buckets
+
+    @property
+    def example_id(self) -> int | str:
+        """An id that has a row: one of the file, if it holds any."""
+        if self.dtype == "int64":
+            return int(self._index[0][0]) if self.size else 0
+        return next(iter(self._index)).decode() if self.size else "a"
 
     def rows(self, ids: AnyValues) -> HostIds:
         """int32 [N] rows of [N] ids of type `dtype`.

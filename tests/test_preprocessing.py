@@ -318,3 +318,17 @@ def test_vocabularies_that_continue_another(tmp_path, old, new, continues):
     rows = lambda vocabulary: {token: row for row, token in enumerate(vocabulary.splitlines())}  # noqa: E731
     assert continues == (rows(old).items() <= rows(new).items())
     assert not dataclasses.replace(after, num_oov_buckets=1).continues(before)
+
+
+def test_an_example_id_has_a_row(tmp_path):
+    for content, dtype in (("heat\ncasino\n", "string"), ("", "string"), ("7\n-3\n", "int64"), ("", "int64")):
+        (tmp_path / "file").write_text(content)
+        for preprocessing in (
+            VocabularyFile(str(tmp_path / "file"), num_oov_buckets=0 if content else 1, dtype=dtype),
+            HashBuckets(9, dtype=dtype),
+        ):
+            feature = FeatureConfig(
+                TableConfig(preprocessing.num_rows, 2, name="t"), preprocessing=preprocessing
+            )
+            rows = preprocess({"x": [preprocessing.example_id]}, {"x": feature})["x"]
+            assert 0 <= rows[0] < preprocessing.num_rows

@@ -43,8 +43,11 @@ def status(service: Service) -> dict[str, Any]:
 
 
 def example(model: Any) -> dict[str, Any]:
-    """A request of one row that the model takes: id 0 of every feature."""
-    row: dict[str, Any] = {path: [0] for path in model.signature.features}
+    """A request of one row that the model takes: an id of every feature, 0 where it is one."""
+    row: dict[str, Any] = {}
+    for path, feature in model.signature.features.items():
+        preprocessing = feature.config.preprocessing
+        row[path] = [0 if preprocessing is None else preprocessing.example_id]
     for name, shape in model.signature.dense.items():
         value: Any = 0.0
         for size in reversed(shape):

@@ -6,7 +6,8 @@ A feature FEATURE of B rows comes as one of
     FEATURE [B, L]                             L ids a row
     FEATURE [N], FEATURE.row_splits [B + 1]    ids of row b: from row_splits[b] to row_splits[b + 1]
 
-and its weights as FEATURE.weights, of the shape of FEATURE. Dense inputs are [B, ...].
+and its weights as FEATURE.weights, of the shape of FEATURE. Dense inputs are [B, ...]. Ids are integers, or BYTES where
+the feature takes strings.
 """
 
 import math
@@ -22,6 +23,7 @@ from jaxembed.inputs import RaggedTensor
 from .errors import bad_request, too_many_rows
 from .request import ROW_SPLITS, WEIGHTS, Flat
 from .signature import Signature
+from .strings import from_elements, takes_strings
 
 DATATYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -34,8 +36,9 @@ DATATYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype(np.float32),
     "FP64": np.dtype(np.float64),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BYTES": np.dtype(object),
 }
-_LITTLE_ENDIAN = {name: dtype.newbyteorder("<") for name, dtype in DATATYPES.items()}
+_LITTLE_ENDIAN = {name: dtype.newbyteorder("<") for name, dtype in DATATYPES.items() if name != "BYTES"}
 _PLAIN = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 
@@ -56,13 +59,12 @@ def dtype_of(name: str, datatype: Any) -> np.dtype:
     """The type of numpy of tensor `name`.
 
     Raises:
-      RequestError: if there is none, as for strings.
+      RequestError: if there is none.
     """
     dtype = DATATYPES.get(datatype) if isinstance(datatype, str) else None
     if dtype is None:
-        hint = "; look strings up in a vocabulary or hash them first" if datatype == "BYTES" else ""
         raise bad_request(
-            f"input {name!r}: datatype must be one of {list(DATATYPES)}, got {str(datatype)[:40]!r}{hint}."
+            f"input {name!r}: datatype must be one of {list(DATATYPES)}, got {str(datatype)[:40]!r}."
         )
     return dtype
 
@@ -100,6 +102,8 @@ def from_bytes(name: str, datatype: Any, shape: Any, data: Any) -> Tensor:
     except (ValueError, TypeError, KeyError):
         pass
     dtype, sizes = dtype_of(name, datatype), shape_of(name, shape)
+    if dtype.kind == "O":
+        return Tensor(name, from_elements(name, math.prod(sizes), data).reshape(sizes))
     expected = math.prod(sizes) * dtype.itemsize
     if len(data) != expected:
         raise bad_request(
@@ -126,7 +130,7 @@ def from_list(name: str, datatype: Any, shape: Any, data: Any) -> Tensor:
         raise bad_request(
             f"input {name!r}: shape {list(sizes)} holds {math.prod(sizes)} values, got {len(data)}."
         )
-    allowed = {"b": {bool}, "i": {int}, "u": {int}}.get(dtype.kind, {int, float})
+    allowed = {"b": {bool}, "i": {int}, "u": {int}, "O": {str, bytes}}.get(dtype.kind, {int, float})
     if not set(map(type, data)) <= allowed:
         odd = next(i for i, value in enumerate(data) if type(value) not in allowed)
         raise bad_request(f"input {name!r}, position {odd}: {datatype} expected, got {str(data[odd])[:40]!r}.")
@@ -152,17 +156,17 @@ def assemble(
     _check_rows(signature, by_name)
     flat = _flat(signature, by_name) if signature.takes_flat else None
     if flat is not None:
-        return flat, {}, {name: by_name[name] for name in signature.dense if name in by_name}
+        return flat, {}, {n: _numbers(n, by_name[n]) for n in signature.dense if n in by_name}
     inputs: dict[str, Any] = {}
     weights: dict[str, Any] = {}
     for path in signature.features:
         if path in by_name:
             ids, splits = by_name.pop(path), by_name.pop(path + ROW_SPLITS, None)
-            inputs[path] = ragged(path, ids, splits)
+            inputs[path] = ragged(path, ids, splits, takes_strings(signature.features[path]))
             weight = by_name.pop(path + WEIGHTS, None)
             if weight is not None:
                 weights[path] = _weights(path, weight, ids, inputs[path])
-    dense = {name: by_name.pop(name) for name in signature.dense if name in by_name}
+    dense = {name: _numbers(name, by_name.pop(name)) for name in signature.dense if name in by_name}
     if by_name:
         raise bad_request(_unknown(next(iter(by_name)), signature))
     return inputs, weights, dense
@@ -205,14 +209,16 @@ def _flat(signature: Signature, by_name: dict[str, np.ndarray]) -> Flat | None:
     return Flat(np.concatenate(ids), lengths)
 
 
-def ragged(path: str, ids: np.ndarray, splits: np.ndarray | None) -> RaggedTensor:
+def ragged(path: str, ids: np.ndarray, splits: np.ndarray | None, strings: bool = False) -> RaggedTensor:
     """The bags of a feature.
 
     Raises:
-      RequestError: if ids are no integers, or the splits do not rise from 0 to N.
+      RequestError: if ids are no integers (BYTES for `strings`), or the splits do not rise from 0 to N.
     """
-    if ids.dtype.kind not in "iu":
-        raise bad_request(f"Feature {path!r}: ids must be integers, got {datatype_of(ids.dtype)}.")
+    if ids.dtype.kind not in ("O" if strings else "iu"):
+        wanted = "BYTES" if strings else "integers"
+        hint = "; look strings up in a vocabulary or hash them first" if ids.dtype.kind == "O" else ""
+        raise bad_request(f"Feature {path!r}: ids must be {wanted}, got {datatype_of(ids.dtype)}{hint}.")
     if splits is None:
         if ids.ndim > 2:
             raise bad_request(f"Feature {path!r} must be [B] or [B, L], got shape {list(ids.shape)}.")
@@ -221,7 +227,9 @@ def ragged(path: str, ids: np.ndarray, splits: np.ndarray | None) -> RaggedTenso
         return RaggedTensor(ids.reshape(-1), splits)
     what = f"input {path + ROW_SPLITS!r}"
     if splits.ndim != 1 or splits.dtype.kind not in "iu" or splits.size == 0:
-        raise bad_request(f"{what} must be integers [B + 1], got {splits.dtype.name}{list(splits.shape)}.")
+        raise bad_request(
+            f"{what} must be integers [B + 1], got {datatype_of(splits.dtype)} {list(splits.shape)}."
+        )
     if ids.ndim != 1:
         raise bad_request(f"Feature {path!r} with row_splits must be [N], got shape {list(ids.shape)}.")
     if splits[0] != 0 or splits[-1] != ids.size:
@@ -239,9 +247,15 @@ def _weights(path: str, weight: np.ndarray, ids: np.ndarray, bags: RaggedTensor)
         raise bad_request(
             f"Weight for {path!r} must be parallel to its ids of shape {list(ids.shape)}, got {list(weight.shape)}."
         )
-    if weight.dtype.kind in "iu":
+    if _numbers(path + WEIGHTS, weight).dtype.kind in "iu":
         weight = weight.astype(np.float32)
     return RaggedTensor(weight.reshape(-1), bags.row_splits)
+
+
+def _numbers(name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind == "O":
+        raise bad_request(f"input {name!r} must be numbers, got BYTES.")
+    return array
 
 
 def _unknown(name: str, signature: Signature) -> str:

@@ -19,6 +19,7 @@ from .errors import bad_request, too_many_rows
 from .request import ROW_SPLITS, WEIGHTS, InferenceRequest
 from .served import ServedModel
 from .signature import Signature
+from .strings import takes_strings
 from .tensors import ragged
 from .v2_json import as_json, to_json
 
@@ -64,7 +65,7 @@ def metadata(model: ServedModel, name: str) -> dict[str, Any]:
     """The metadata of a model; sizes that vary are -1, as is the length of a bag."""
     inputs: dict[str, Any] = {}
     for path, feature in model.signature.features.items():
-        inputs[path] = _tensor_info("DT_INT64", (-1, -1))
+        inputs[path] = _tensor_info("DT_STRING" if takes_strings(feature) else "DT_INT64", (-1, -1))
         if feature.weighted:
             inputs[path + WEIGHTS] = _tensor_info("DT_FLOAT", (-1, -1))
     for key, shape in model.signature.dense.items():
@@ -130,7 +131,9 @@ def _request(signature: Signature, columns: dict[str, Any], by_row: bool) -> Inf
         if rows > signature.max_rows:
             raise too_many_rows(rows, signature.max_rows)
         if splits is not None:
-            inputs[path] = ragged(path, _integers(path, ids), _integers(path + ROW_SPLITS, splits))
+            strings = takes_strings(signature.features[path])
+            values = _strings(path, ids) if strings else _integers(path, ids)
+            inputs[path] = ragged(path, values, _integers(path + ROW_SPLITS, splits), strings)
             if weight is not None:
                 weights[path] = _rows_of(path, weight, splits)
             continue
@@ -145,6 +148,14 @@ def _request(signature: Signature, columns: dict[str, Any], by_row: bool) -> Inf
         known = [*signature.features, *signature.dense]
         raise bad_request(f"input {next(iter(columns))[:100]!r} is unknown; inputs are {known}.")
     return InferenceRequest(inputs, weights, dense)
+
+
+def _strings(name: str, values: list[Any]) -> np.ndarray:
+    if not set(map(type, values)) <= {str}:
+        raise bad_request(f"input {name!r} must be a list of strings, got {str(values)[:80]}.")
+    found = np.empty(len(values), object)
+    found[:] = values
+    return found
 
 
 def _integers(name: str, values: Any) -> np.ndarray:

@@ -18,6 +18,7 @@ from .errors import bad_request
 from .request import Flat, InferenceRequest, text_from, timeout_from
 from .served import ServedModel
 from .signature import Signature
+from .strings import takes_strings
 from .tensors import assemble, datatype_of, from_bytes, from_list
 
 _MICROSECONDS = 1e6
@@ -169,7 +170,8 @@ def metadata(model: ServedModel, name: str, versions: Sequence[int]) -> dict[str
     """The metadata of a model; sizes that vary are -1."""
     inputs = []
     for path, feature in model.signature.features.items():
-        inputs.append({"name": path, "datatype": "INT64", "shape": [-1]})
+        datatype = "BYTES" if takes_strings(feature) else "INT64"
+        inputs.append({"name": path, "datatype": datatype, "shape": [-1]})
         inputs.append({"name": path + ".row_splits", "datatype": "INT64", "shape": [-1]})
         if feature.weighted:
             inputs.append({"name": path + ".weights", "datatype": "FP32", "shape": [-1]})
