@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from jaxembed.train.data import batches, convert_criteo, criteo_feature_config, 
 from jaxembed.train.data.criteo import FEATURES, parse_criteo
 from jaxembed.train.data.shuffle import permute_blocks
 from jaxembed.train.data.synthetic import zipf
+from jaxembed.train.job import open_sources
+from jaxembed.train.job.data_config import CriteoData
 from jaxembed.train.metrics import auc
 
 SIZES = list(range(2, 28))
@@ -196,3 +199,46 @@ def test_synthetic_logs_have_criteos_shape_and_can_be_learned():
     assert abs(many.features["c1"].lengths.mean() - 10) < 1
     with pytest.raises(ValueError, match="exponent must be above 0"):
         synthetic_criteo(1, 5, exponent=0)
+
+
+def criteo_data(tmp_path, text, **options):
+    return CriteoData(path=str(tmp_path / "columns"), text=(str(text),), **options)
+
+
+def test_a_job_takes_no_columns_of_other_texts_or_sizes(tmp_path):
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("\n".join(random_lines(40)[0]))
+    second.write_text("\n".join(random_lines(80)[0]))
+    made = open_sources(criteo_data(tmp_path, first, vocabulary_sizes=50), 4)
+    again = open_sources(criteo_data(tmp_path, first, vocabulary_sizes=50), 4)
+    np.testing.assert_array_equal(made.train.labels, again.train.labels)
+    with pytest.raises(ValueError, match=r"columns were made from a\.txt, not from b\.txt\. Remove the folder"):
+        open_sources(criteo_data(tmp_path, second, vocabulary_sizes=50), 4)
+    with pytest.raises(ValueError, match=r"vocabulary_sizes \(c1: 50, not 1000; c2: .* and 23 more\)\. Remove"):
+        open_sources(criteo_data(tmp_path, first, vocabulary_sizes=1000), 4)
+    alone = CriteoData(path=str(tmp_path / "columns"), vocabulary_sizes=1000)
+    with pytest.raises(ValueError, match=r"c1: 50, not 1000"):
+        open_sources(alone, 4)
+    first.rename(tmp_path / "moved.txt")
+    # As they are, with the sizes that they were made for; a text that was removed since is known by its name.
+    for data in (CriteoData(path=alone.path), criteo_data(tmp_path, first)):
+        assert {f.table.vocabulary_size for f in open_sources(data, 4).feature_config.values()} == {50}
+    first.write_bytes((tmp_path / "moved.txt").read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=r"made when .*a\.txt had \d+ bytes .* now it has \d+ and"):
+        open_sources(criteo_data(tmp_path, first, vocabulary_sizes=50), 4)
+    (tmp_path / "moved.txt").replace(first)
+    os.utime(first, ns=(0, 10**9))
+    with pytest.raises(ValueError, match=r"and was changed at 1\.000 \(seconds"):
+        open_sources(criteo_data(tmp_path, first, vocabulary_sizes=50), 4)
+
+
+def test_columns_that_do_not_say_what_they_were_made_from(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(random_lines(40)[0]))
+    directory = convert_criteo([text], tmp_path / "columns", 50)
+    meta = json.loads((directory / "criteo.json").read_text())
+    del meta["texts"]
+    (directory / "criteo.json").write_text(json.dumps(meta))
+    assert len(open_sources(criteo_data(tmp_path, "other.txt", vocabulary_sizes=50), 4).train) == 38
+    with pytest.raises(ValueError, match="c1: 50, not 60"):
+        open_sources(criteo_data(tmp_path, "other.txt", vocabulary_sizes=60), 4)

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxembed.config import FeatureConfig, TableConfig
 
+from .criteo_origin import check_sizes, check_texts, describe_texts
 from .examples import Examples
 
 NUM_DENSE, NUM_FEATURES = 13, 26
@@ -62,6 +63,7 @@ def convert_criteo(
                 f"no click log is at {Path(path).absolute()}; Criteo's train.txt (Kaggle) or day_0 to day_23 (terabyte) "
                 "must be downloaded first."
             )
+    texts = describe_texts(paths)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -77,7 +79,7 @@ def convert_criteo(
                     for file, column in zip((ids, dense, labels), columns, strict=True):
                         file.write(column.tobytes())
                     count += columns[2].shape[0]
-        meta = {"examples": count, "vocabulary_sizes": sizes, "version": 1}
+        meta = {"examples": count, "vocabulary_sizes": sizes, "texts": texts, "version": 1}
         (temporary / _META).write_text(json.dumps(meta))
         os.rename(temporary, directory)
     except BaseException:
@@ -100,17 +102,32 @@ class Criteo:
     vocabulary_sizes: tuple[int, ...]
 
 
-def load_criteo(directory: str | os.PathLike[str]) -> Criteo:
+def load_criteo(
+    directory: str | os.PathLike[str],
+    *,
+    paths: Sequence[str | os.PathLike[str]] | None = None,
+    vocabulary_sizes: int | Sequence[int] | None = None,
+) -> Criteo:
     """Maps what `convert_criteo` wrote into memory.
+
+    Args:
+      directory: where it is.
+      paths: texts that it must have been made from: of the same names, and where they are still there, of the same
+        sizes and times of change. None takes the columns as they are.
+      vocabulary_sizes: V that it must have been made for, as in `convert_criteo`. None takes any.
 
     Raises:
       FileNotFoundError: if `directory` does not hold it.
-      ValueError: if files are not as long as they must be.
+      ValueError: if files are not as long as they must be, or were made from other texts or for other sizes.
     """
     directory = Path(directory)
     if not (directory / _META).is_file():
         raise FileNotFoundError(f"{directory} must hold {_META}; write it with convert_criteo.")
     meta = json.loads((directory / _META).read_text())
+    if paths is not None:
+        check_texts(directory, meta, paths)
+    if vocabulary_sizes is not None:
+        check_sizes(directory, meta, _sizes(vocabulary_sizes))
     count = meta["examples"]
     ids = _map(directory / "ids", np.int32, (count, NUM_FEATURES))
     dense = _map(directory / "dense", np.float32, (count, NUM_DENSE))

@@ -11,6 +11,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Sizes = PositiveInt | tuple[PositiveInt, ...]
+#: V of Criteo's features where a job does not say it.
+CRITEO_SIZE = 1_000_000
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -36,16 +38,17 @@ class CriteoData:
     """Criteo's click logs, Kaggle's or the terabyte's: the first examples train, the last evaluate.
 
     Args:
-      path: folder that `convert_criteo` wrote; made from `text` where it does not exist.
-      text: the tab-separated files, in order; may be empty where `path` exists.
-      vocabulary_sizes: V of every feature, or one for all, for the conversion.
+      path: folder that `convert_criteo` wrote; made from `text` where it does not exist. One that was made from
+        another `text` or for other `vocabulary_sizes` is an error.
+      text: the tab-separated files, in order; empty takes `path` as it is.
+      vocabulary_sizes: V of every feature, or one for all; None takes those of `path`, which is made with 1,000,000.
       validation: fraction of the examples to evaluate on.
     """
 
     path: str
     kind: Literal["criteo"] = "criteo"
     text: tuple[str, ...] = ()
-    vocabulary_sizes: Sizes = 1_000_000
+    vocabulary_sizes: Sizes | None = None
     validation: Fraction = 0.05
 
 

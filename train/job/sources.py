@@ -2,8 +2,9 @@
 
 import dataclasses
 import glob
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,7 +25,9 @@ from ..data import (
 )
 from ..data.examples import Examples
 from ..data.pipeline import ExampleSource
-from .data_config import CriteoData, Data, MovieLensData, ParquetData, SyntheticData, sizes_of
+from .data_config import CRITEO_SIZE, CriteoData, Data, MovieLensData, ParquetData, SyntheticData, sizes_of
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +88,16 @@ def _movielens(data: MovieLensData, dim: int) -> Sources:
 
 def _criteo(data: CriteoData, dim: int) -> Sources:
     path = Path(data.path)
-    if data.text:
-        sizes = sizes_of(data.vocabulary_sizes)
-        _first_on_one_process(lambda: path.exists() or convert_criteo(data.text, path, sizes))
-    source = load_criteo(path)
+    sizes = None if data.vocabulary_sizes is None else sizes_of(data.vocabulary_sizes)
+
+    def made():
+        if data.text and jax.process_index() == 0 and not path.exists():
+            convert_criteo(data.text, path, sizes or CRITEO_SIZE)
+        # The texts need not be on the other hosts.
+        texts = data.text if data.text and jax.process_index() == 0 else None
+        return load_criteo(path, paths=texts, vocabulary_sizes=sizes)
+
+    source = _first_on_one_process(made)
     count = len(source.examples)
     border = count - int(count * data.validation)
     return Sources(
@@ -167,12 +176,15 @@ def _blocks(examples: Examples, start: int, stop: int) -> Examples:
     return dataclasses.replace(part, block_splits=(0, *inner, stop - start))
 
 
-def _first_on_one_process(make):
+def _first_on_one_process(make: Callable[[], T]) -> T:
     """Runs `make` on process 0, then on the others, which find what it made (on a disk they share)."""
     if jax.process_count() == 1:
         return make()
     from jax.experimental import multihost_utils
 
-    result = make() if jax.process_index() == 0 else None
+    if jax.process_index() == 0:
+        result = make()
+        multihost_utils.sync_global_devices("data")
+        return result
     multihost_utils.sync_global_devices("data")
-    return result if jax.process_index() == 0 else make()
+    return make()

@@ -1,0 +1,60 @@
+"""What Criteo's columns were made from, and whether that is what a job asks for."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def describe_texts(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
+    """Name, bytes and time of the last change (in ns since 1970) of each text, JSON-able."""
+    found = []
+    for path in map(Path, paths):
+        status = path.stat()
+        found.append({"name": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns})
+    return found
+
+
+def check_texts(directory: Path, meta: Mapping[str, Any], paths: Sequence[str | os.PathLike[str]]) -> None:
+    """Whether the columns were made from these texts.
+
+    A text that was removed since is known by its name. Columns that do not say what they were made from pass.
+
+    Raises:
+      ValueError: if they were made from others, or a text was changed since.
+    """
+    recorded = meta.get("texts")
+    if recorded is None:
+        return
+    names, own = [text["name"] for text in recorded], [Path(path).name for path in paths]
+    difference = None if names == own else f"from {', '.join(names)}, not from {', '.join(own)}"
+    for text, path in zip(recorded, paths, strict=False):
+        if difference is None and Path(path).exists():
+            (now,) = describe_texts([path])
+            if now != text:
+                difference = (
+                    f"when {path} had {text['bytes']} bytes and was last changed at {text['mtime_ns'] / 1e9:.3f}, "
+                    f"now it has {now['bytes']} and was changed at {now['mtime_ns'] / 1e9:.3f} (seconds since 1970)"
+                )
+    if difference is not None:
+        raise ValueError(
+            f"the columns in {directory} were made {difference}. Remove the folder, and they are made again; or take "
+            "another `path`; or take them as they are with text = []."
+        )
+
+
+def check_sizes(directory: Path, meta: Mapping[str, Any], sizes: Sequence[int]) -> None:
+    """Whether the columns were made for these vocabulary sizes.
+
+    Raises:
+      ValueError: if not.
+    """
+    pairs = enumerate(zip(meta["vocabulary_sizes"], sizes, strict=True), 1)
+    different = [f"c{i}: {found}, not {asked}" for i, (found, asked) in pairs if found != asked]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise ValueError(
+            f"the columns in {directory} were made for other vocabulary_sizes ({'; '.join(different[:3])}{more}). Remove "
+            "the folder, and they are made again from `text`; or take another `path`; or leave vocabulary_sizes out to "
+            "take those of the columns."
+        )
