@@ -232,7 +232,8 @@ class ShardedEmbedding(ShardedInputs):
         """What learning rates and hyperparameters that are callables without arguments return now.
 
         A jitted step takes it as an argument and passes it to `apply_gradients`: the callables would otherwise be
-        called only when the step is compiled. With several hosts they must return the same on all.
+        called only when the step is compiled. Each is called once, however many tables share it. With several hosts they
+        must return the same on all.
 
         Returns:
           float32 scalars by stack; empty where there are no such callables.

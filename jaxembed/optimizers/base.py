@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxembed.optimizers.learning_rate import (
     LearningRate,
+    call_each_once,
+    called_value,
     is_called,
     number,
     number_or_callable,
@@ -40,8 +42,8 @@ class Optimizer:
     keyword-only here.
 
     Args:
-      learning_rate: a float; a callable without arguments, called at each update; or a schedule, such as
-        optax's, called with the step. In a function that you compile, `with_called` says how to do the second.
+      learning_rate: a float; a callable without arguments, called once at each update, whatever shares
+        it; or a schedule, such as optax's, called with the step. In a function that you compile, `with_called` says how to do the second.
       use_gradient_accumulation: sum the gradients of all occurrences of an id in the batch, then update the
         row once. False applies the occurrences one by one: feature after feature in the order of
         their paths, then by batch row, then by place in the row, on any number of devices.
@@ -164,6 +166,18 @@ class Optimizer:
         """The optimizer with values in place of its `callables`, for programs that take the values as arguments."""
         left = iter(values)
         return self._with_rates([returning(next(left)) if is_called(rate) else rate for rate in self._rates()])
+
+    def with_called_at(self, step: Any) -> Self:
+        """The same with what its `callables` return at update number `step`, each called once.
+
+        Raises:
+          ValueError: as `learning_rate_at`.
+        """
+        functions = self.callables
+        if not functions:
+            return self
+        pairs = zip(functions, call_each_once(functions), strict=True)
+        return self.with_called([called_value(f, value, step, "learning_rate") for f, value in pairs])
 
     def update_rows(
         self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Any, step: Any

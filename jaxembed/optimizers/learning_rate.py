@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
@@ -43,13 +43,32 @@ def returning(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
+def call_each_once(functions: Iterable[Callable[[], Any]]) -> list[Any]:
+    """What callables without arguments return now; equal ones are called once, as in TensorFlow."""
+    values, results = {}, []
+    for function in functions:
+        key = function if isinstance(function, Hashable) else id(function)
+        if key not in values:
+            values[key] = function()
+        results.append(values[key])
+    return results
+
+
 def value_at(value: Any, step: Any, what: str) -> Scalar:
     """A number, a callable without arguments or a schedule of the step, as a float32 scalar."""
     if not callable(value):
         return jnp.asarray(value, jnp.float32)
     if _takes_step(value, what):
         return jnp.asarray(value(step)).astype(jnp.float32)
-    current = value()
+    return called_value(value, value(), step, what)
+
+
+def called_value(value: Any, current: Any, step: Any, what: str) -> Scalar:
+    """`current`, what the callable `value` returned at `step`, as a float32 scalar.
+
+    Raises:
+      ValueError: if it is concrete and the step traced.
+    """
     if isinstance(step, jax.core.Tracer) and not isinstance(current, jax.core.Tracer):
         raise ValueError(
             f"{what} is a callable without arguments, which a compiled function would call only once; call "

@@ -50,9 +50,10 @@ def as_optax(optimizer: Optimizer) -> "optax.GradientTransformation":
         if params is None:
             raise ValueError("as_optax needs the parameters: call update(gradients, state, params).")
         leaves, structure = jax.tree.flatten(params)
-        learning_rate = optimizer.learning_rate_at(state.step)
+        own = optimizer.with_called_at(state.step)
+        learning_rate = own.learning_rate_at(state.step)
         results = [
-            optimizer.update_rows(gradient, param, slots, learning_rate, state.step)
+            own.update_rows(gradient, param, slots, learning_rate, state.step)
             for gradient, param, slots in zip(
                 structure.flatten_up_to(updates), leaves, structure.flatten_up_to(state.slots), strict=True
             )

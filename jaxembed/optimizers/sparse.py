@@ -43,6 +43,7 @@ def sparse_update(
     num_rows = table.shape[0]
     ids, gradients = jnp.asarray(ids), jnp.asarray(gradients)
     if learning_rate is None:
+        optimizer = optimizer.with_called_at(step)
         learning_rate = optimizer.learning_rate_at(step)
     if not optimizer.is_lazy:
         ids, gradients = dedupe(ids, gradients, num_rows)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxembed import FeatureConfig, TableConfig
-from jaxembed.optimizers import SGD, Adagrad, Adam, CustomOptimizer
+from jaxembed.optimizers import SGD, Adagrad, Adam, CustomOptimizer, as_optax, sparse_update
 from jaxembed.train import ShardedEmbedding, Trainer
 from jaxembed.train.data import Batch
 from jaxembed.train.dlrm import DLRM
@@ -87,8 +87,47 @@ def test_callables_are_called_at_each_update(options):
     rate, scale = Dial(), Dial()
     embedding = embedding_of(rate, scale, **options)
     check(embedding, rate, scale, embedding.apply_gradients)
-    # One call for each stack and step.
-    assert (rate.calls, scale.calls) == (3 * STEPS, STEPS)
+    # One call a step, whatever shares them.
+    assert (rate.calls, scale.calls) == (STEPS, STEPS)
+
+
+def test_a_callable_that_counts_gives_one_value_to_all_that_share_it():
+    calls = itertools.count(1)
+
+    def rate():
+        return float(next(calls))
+
+    def add_both(gradient, embedding_table, slot_variables, learning_rate, hyperparameters):
+        return embedding_table - (learning_rate + hyperparameters[0]) * gradient
+
+    optimizers = {
+        "narrow": SGD(rate),
+        "wide": SGD(rate),
+        "custom": CustomOptimizer(add_both, rate, hyperparameters=[rate]),
+    }
+    config = {
+        name: FeatureConfig(TableConfig(V, 4 if name == "narrow" else D, name=name, optimizer=own))
+        for name, own in optimizers.items()
+    }
+    embedding = ShardedEmbedding(config, None, jax.make_mesh((8,), ("d",)))
+    state = embedding.init(jax.random.key(0))
+    batch, _ = embedding.shard_batch({name: np.arange(8, dtype=np.int32) for name in config})
+    for step in (1.0, 2.0):
+        before = embedding.to_canonical(state)[0]
+        gradients = jax.tree.map(jnp.ones_like, embedding.lookup(state, batch))
+        state = embedding.apply_gradients(state, batch, gradients)
+        after = embedding.to_canonical(state)[0]
+        for name, factor in {"narrow": 1, "wide": 1, "custom": 2}.items():
+            moved = np.asarray(before[name] - after[name])[:8]
+            np.testing.assert_allclose(moved, factor * step, rtol=1e-6, err_msg=name)
+    # Without a mesh, too: of several parameters, and of learning rate and hyperparameter.
+    transformation = as_optax(optimizers["custom"])
+    params = [jnp.zeros((2, D)), jnp.zeros((3, D))]
+    updates, _ = transformation.update(jax.tree.map(jnp.ones_like, params), transformation.init(params), params)
+    np.testing.assert_array_equal(np.concatenate(updates), np.full((5, D), -6.0))
+    table, _ = sparse_update(optimizers["custom"], params[0], {}, jnp.arange(2), jnp.ones((2, D)), 0)
+    np.testing.assert_array_equal(table, np.full((2, D), -8.0))
+    assert next(calls) == 5
 
 
 def test_jitted_steps_take_what_was_called_outside():

@@ -8,13 +8,18 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jaxembed.optimizers.learning_rate import call_each_once
+
 from .placement import Stack
 
 
 def called_values(stacks: Mapping[str, Stack]) -> dict[str, Any]:
-    """What they return now: float32 scalars by stack; empty where there are none."""
+    """What they return now: float32 scalars by stack; empty where there are none. Stacks may share a callable."""
     called = {name: stack.optimizer.callables for name, stack in stacks.items()}
-    return {name: tuple(_scalar(f()) for f in functions) for name, functions in called.items() if functions}
+    values = iter(call_each_once(f for functions in called.values() for f in functions))
+    return {
+        name: tuple(_scalar(next(values)) for _ in functions) for name, functions in called.items() if functions
+    }
 
 
 def called_now(stacks: Mapping[str, Stack], step: Any) -> dict[str, Any]:
