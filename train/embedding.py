@@ -159,7 +159,7 @@ class ShardedEmbedding(ShardedInputs):
           state: of this embedding.
           batch: a ShardedBatch, or inputs as of `serving_embedding_lookup`, which are then laid out here:
             ragged and sparse ones only outside of `jax.jit`.
-          weights: as `shard_batch` returned them, or as of `serving_embedding_lookup`.
+          weights: those that `shard_batch` returned with the batch, or as of `serving_embedding_lookup`.
           count_bad_ids: also return how many ids of each feature were outside [0, V).
           count_rounds: also return how many rounds of all_to_all the lookup took, int32 by stack whose rows
             travel so: more than 1 where the batch overflows the window of a round. Nothing is dropped then;

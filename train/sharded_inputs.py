@@ -75,7 +75,7 @@ class ShardedInputs:
           weights: likewise.
 
         Returns:
-          What `lookup` and `apply_gradients` take; the weights are None where no feature has any.
+          What `lookup` and `apply_gradients` take; both the weights, which are None where no feature has any.
 
         Raises:
           ValueError: if they do not fit the configuration, or the entries of a shard the fixed capacity.
@@ -205,13 +205,7 @@ class ShardedInputs:
                 for item, lookup in zip(plan.items, plan.lookups, strict=True):
                     check_ids(item.path, item.feature.table, lookup)
             batch, weights = self._shard(plan)
-        if weights is None:
-            return batch, None
-        if not isinstance(weights, ShardedWeights) or set(weights.values) != set(batch.entries):
-            raise ValueError(
-                f"weights of a ShardedBatch must be what shard_batch returned with it, got {type(weights).__name__}."
-            )
-        return batch, weights.values
+        return batch, batch.checked_weights(weights)
 
     def _room(self, stack: str, num_entries: int) -> int:
         """How many entries a shard has room for in a stack; few different numbers, so few compilations."""

@@ -360,3 +360,32 @@ def test_refusals():
     tables, slots, step = embedding.to_canonical(state)
     with pytest.raises(ValueError, match=r"table 'user' must be float32\[101, 8\], got float32\[101, 4\]"):
         embedding.from_canonical({"user": tables["user"][:, :4]}, slots, step)
+
+
+@pytest.mark.parametrize("engine", ["xla", "sparsecore"])
+def test_a_batch_is_looked_up_with_the_weights_it_was_laid_out_with(engine):
+    if engine == "sparsecore":
+        pytest.importorskip("jax_tpu_embedding")
+    embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, SGD(1.0), mesh(), engine=engine)
+    state = embedding.init(jax.random.key(0))
+    bags = RaggedTensor.from_lists([[0, 1], [], [3], [3]] * 2)
+    given = {"t": RaggedTensor(np.full(8, 5, np.float32), bags.row_splits)}
+    batch, weights = embedding.shard_batch({"t": bags}, given)
+    plain, none = embedding.shard_batch({"t": bags})
+    wide = RaggedTensor.from_lists([[0] * 20] * 8)
+    ones = {"t": RaggedTensor(np.ones(160, np.float32), wide.row_splits)}
+    _, others = embedding.shard_batch({"t": wide}, ones)
+    gradients = {"t": jnp.ones((8, 8))}
+    assert none is None
+    embedding.lookup(state, batch, weights)
+    for wrong, message in {
+        (batch, None): r"laid out with weights, got None: pass the weights that shard_batch returned",
+        (plain, weights): r"laid out without weights, got ShardedWeights: pass weights to shard_batch, too",
+        (batch, others): r"must be what shard_batch returned with it: entries by stack are \{.*\}, got weights",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            embedding.lookup(state, *wrong)
+        with pytest.raises(ValueError, match=message):
+            jax.jit(embedding.apply_gradients)(state, wrong[0], gradients, wrong[1])
+    with pytest.raises(ValueError, match=r"must be what shard_batch returned with it, got dict"):
+        embedding.lookup(state, batch, given)

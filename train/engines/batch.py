@@ -16,6 +16,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxembed import structure
 from jaxembed.bag import Bag
@@ -116,6 +117,7 @@ class ShardedBatch:
       bad_ids: int32 [n, F], ids outside [0, V) by feature; they have no entry.
       layout: static.
       valencies: int32 [n, bags a shard] by feature, of those with a custom combiner.
+      is_weighted: whether it was laid out with weights, so that it is looked up with them; static.
     """
 
     positions: dict[str, Any]
@@ -124,6 +126,42 @@ class ShardedBatch:
     bad_ids: Any
     layout: BatchLayout = dataclasses.field(metadata={"static": True})
     valencies: dict[str, Any] = dataclasses.field(default_factory=dict)
+    is_weighted: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def checked_weights(self, weights: Any) -> dict[str, Any] | None:
+        """The values of ShardedWeights, or None where the batch has none.
+
+        Raises:
+          ValueError: if they are not those that the batch was laid out with.
+        """
+        if weights is None and not self.is_weighted:
+            return None
+        if weights is None:
+            raise ValueError(
+                "this ShardedBatch was laid out with weights, got None: pass the weights that shard_batch returned "
+                "with it to lookup and apply_gradients, too."
+            )
+        if not isinstance(weights, ShardedWeights):
+            raise ValueError(
+                "weights of a ShardedBatch must be what shard_batch returned with it, got "
+                f"{type(weights).__name__}."
+            )
+        if not self.is_weighted:
+            raise ValueError(
+                "this ShardedBatch was laid out without weights, got ShardedWeights: pass weights to shard_batch, "
+                "too."
+            )
+        segments = {
+            name: ids[1] if isinstance(ids, tuple) else ids.segments for name, ids in self.entries.items()
+        }
+        shapes = {name: x.shape for name, x in segments.items()}
+        found = {name: jnp.shape(x) for name, x in weights.values.items()}
+        if found != shapes:
+            raise ValueError(
+                "weights of a ShardedBatch must be what shard_batch returned with it: entries by stack are "
+                f"{shapes}, got weights {found}."
+            )
+        return weights.values
 
     @property
     def entries(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def pack_on_host(
             positions[name], segments[name] = joined[:2]
         else:
             on_sparsecores[name] = _with_slots(ids, stack, plan.layout, *joined[:2])
-    batch = ShardedBatch(positions, segments, on_sparsecores, bad_ids, plan.layout)
+    batch = ShardedBatch(positions, segments, on_sparsecores, bad_ids, plan.layout, is_weighted=weighted)
     needs_agreement = any(feature.bag.layout != "dense" for feature in plan.layout.features)
     return PackedBatch(batch, values if weighted else None, needs_agreement)
 
