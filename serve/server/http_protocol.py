@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .body import COMPLETE
@@ -44,6 +45,8 @@ class DeadlineProtocol(HttpToolsProtocol):
     Uvicorn does so between requests alone: a connection that sends nothing at first, or its headers byte by
     byte, would stay for good.
 
+    Upgrades to other protocols, which Java's client asks for in every request, are ignored, as HTTP lets servers do.
+
     A server that has no room refuses requests as soon as their headers are there, with an answer made beforehand
     and nothing else: what refusing costs is lost to the requests that are served.
     """
@@ -64,19 +67,46 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """The deadline ends with the headers."""
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
         if self.cycle is not self._seen:
             self._seen = self.cycle
             self._disarm()
             if self.cycle.response_complete:
                 self._arm()
 
+    def _feed(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as e:
+                # What would follow in another protocol follows in this one.
+                self.parser.feed_data(self._head())
+                rest = rest[e.args[0] :]
+
+    def _head(self) -> bytes:
+        """That of the request, without the header that asks for another protocol."""
+        parser: Any = self.parser
+        first = b"%b %b HTTP/%b" % (parser.get_method(), self.url, parser.get_http_version().encode())
+        fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"\r\n".join([first, *fields, b"", b""])
+
     def on_headers_complete(self) -> None:
         """The request is refused, or its handling begins."""
         parser: Any = self.parser
+        if parser.should_upgrade():
+            if parser.get_method() == b"CONNECT":
+                raise ValueError("this is no proxy.")
+            return  # its head comes again
         if (self.cycle is None or self.cycle.response_complete) and parser.get_method() == b"POST":
             protocol = self.refuses(self.url)
-            if protocol is not None and parser.should_keep_alive() and not parser.should_upgrade():
+            if protocol is not None and parser.should_keep_alive():
                 self._skips = True
                 if self.flow.write_paused:  # it sends requests and reads no answers
                     self.transport.close()
@@ -94,6 +124,9 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The next request may begin."""
+        parser: Any = self.parser
+        if parser.should_upgrade():
+            return
         if self._skips:
             self._skips = False
             self._arm()

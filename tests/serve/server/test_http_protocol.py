@@ -1,0 +1,102 @@
+"""The HTTP protocol over sockets, before a small application in this process."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+pytest.importorskip("httptools")
+pytest.importorskip("uvicorn")
+
+import uvicorn
+from uvicorn.server import ServerState
+
+from jaxembed.serve.server.http_protocol import DeadlineProtocol
+from tests.serve.server.servers import run
+
+
+async def echo(scope, receive, send):
+    """Answers with method, path and body; of `/large`, with 8 MiB."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    answer = b"%b %b %b" % (scope["method"].encode(), scope["path"][:100].encode(), body)
+    if scope["path"] == "/large":
+        answer = bytes(8 << 20)
+    headers = [(b"content-length", b"%d" % len(answer))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": answer})
+
+
+@contextlib.asynccontextmanager
+async def serving(app=echo, protocol=DeadlineProtocol, idle_timeout=20.0):
+    """(port, state of the server)"""
+    config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, timeout_keep_alive=idle_timeout)
+    state, loop = ServerState(), asyncio.get_running_loop()
+    server = await loop.create_server(lambda: protocol(config, state, {}, _loop=loop), "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], state
+    finally:
+        server.close()
+        for connection in list(state.connections):
+            connection.transport.abort()
+        await server.wait_closed()
+        await asyncio.sleep(0)
+
+
+async def answer_of(reader):
+    """(status, body)"""
+    head = await reader.readuntil(b"\r\n\r\n")
+    size = int(head.lower().partition(b"content-length:")[2].split()[0])
+    return int(head.split()[1]), await reader.readexactly(size)
+
+
+def post(path=b"/x", body=b"", *fields):
+    return b"\r\n".join(
+        [b"POST %b HTTP/1.1" % path, b"Host: x", *fields, b"Content-Length: %d" % len(body), b"", body]
+    )
+
+
+H2C = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk"]
+
+
+def test_upgrades_are_ignored():
+    """As Java's HttpClient asks for them; with the next request on the same connection, and in any pieces."""
+    data = post(b"/one?a=b", b"0123456789", *H2C) + post(b"/two", b"abc")
+    chunked = b"\r\n".join(
+        [b"POST /three HTTP/1.1", *H2C, b"Transfer-Encoding: chunked", b"", b"3\r\nabc\r\n0\r\n\r\n"]
+    )
+    get = b"\r\n".join([b"GET /four HTTP/1.1", b"Connection: Upgrade", b"Upgrade: websocket", b"", b""])
+    want = [
+        b"POST /one 0123456789",
+        b"POST /two abc",
+        b"POST /three abc",
+        b"GET /four ",
+        b"POST /one 0123456789",
+    ]
+    stream = data + chunked + get + data
+
+    async def check():
+        async with serving() as (port, _):
+            for size in (1, 7, 60, len(stream)):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                for at in range(0, len(stream), size):
+                    writer.write(stream[at : at + size])
+                    await asyncio.sleep(0)
+                for body in want:
+                    assert await asyncio.wait_for(answer_of(reader), 10) == (200, body), size
+                writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(get * 2000)
+            for _ in range(2000):
+                assert await asyncio.wait_for(answer_of(reader), 10) == (200, b"GET /four ")
+            writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await answer_of(reader))[0] == 400
+            writer.close()
+
+    run(check())
