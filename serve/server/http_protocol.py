@@ -1,6 +1,7 @@
 """Uvicorn's HTTP protocol, with a deadline for the headers of every request, and a short way to refuse one."""
 
 import asyncio
+import http
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,11 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .body import COMPLETE
-from .errors import overloaded
+from .errors import RequestError, overloaded
 from .service import Service
+
+#: Of the URL and all headers of a request, or the trailers of its body.
+MAX_HEAD_BYTES = 1 << 16
 
 
 def make_protocol(service: Service) -> type["DeadlineProtocol"]:
@@ -27,23 +31,28 @@ def make_protocol(service: Service) -> type["DeadlineProtocol"]:
     return Protocol
 
 
-def _refusal() -> bytes:
-    error = overloaded("as many requests as may are served or wait already")
+def _made_beforehand(error: RequestError, *lines: str) -> bytes:
     body = json.dumps({"error": error.message}).encode()
-    lines = [
-        "HTTP/1.1 429 Too Many Requests",
-        f"retry-after: {error.retry_after}",
+    lines = (
+        f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}",
+        *lines,
         f"content-length: {len(body)}",
         "content-type: application/json",
-    ]
+    )
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+_FULL = overloaded("as many requests as may are served or wait already")
+_TOO_LARGE = _made_beforehand(
+    RequestError(431, f"the URL and headers must be at most {MAX_HEAD_BYTES} bytes."), "connection: close"
+)
 
 
 class DeadlineProtocol(HttpToolsProtocol):
     """Closes a connection that does not send the headers of its next request in time.
 
     Uvicorn does so between requests alone: a connection that sends nothing at first, or its headers byte by
-    byte, would stay for good.
+    byte, would stay for good. A head of more than `MAX_HEAD_BYTES` is refused.
 
     Upgrades to other protocols, which Java's client asks for in every request, are ignored, as HTTP lets servers do.
 
@@ -55,10 +64,12 @@ class DeadlineProtocol(HttpToolsProtocol):
     refuses: Callable[[bytes], str | None] = staticmethod(lambda path: None)
     refused: Callable[[str], None] = staticmethod(lambda protocol: None)
 
-    _REFUSAL = _refusal()
+    _REFUSAL = _made_beforehand(_FULL, f"retry-after: {_FULL.retry_after}")
     _deadline: asyncio.TimerHandle | None = None
     _seen: Any = None
     _skips = False
+    #: Bytes since the last ones of a body: of a head, or of what is between the parts of a body and after them.
+    _outside = 0
 
     def connection_made(self, transport: Any) -> None:
         """The deadline begins."""
@@ -80,14 +91,23 @@ class DeadlineProtocol(HttpToolsProtocol):
                 self._arm()
 
     def _feed(self, data: bytes) -> None:
+        parser: Any = self.parser
         rest = memoryview(data)
         while rest:
-            try:
-                self.parser.feed_data(rest)
+            # No more of a head is ever parsed, and kept, than it may have.
+            piece = rest[: MAX_HEAD_BYTES - self._outside]
+            if not piece:
+                if self.cycle is None or self.cycle.response_complete:
+                    self.transport.write(_TOO_LARGE)
+                self.transport.close()
                 return
+            self._outside += len(piece)
+            try:
+                parser.feed_data(piece)
+                rest = rest[len(piece) :]
             except httptools.HttpParserUpgrade as e:
                 # What would follow in another protocol follows in this one.
-                self.parser.feed_data(self._head())
+                parser.feed_data(self._head())
                 rest = rest[e.args[0] :]
 
     def _head(self) -> bytes:
@@ -99,6 +119,7 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The request is refused, or its handling begins."""
+        self._outside = 0
         parser: Any = self.parser
         if parser.should_upgrade():
             if parser.get_method() == b"CONNECT":
@@ -119,11 +140,13 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """That of a refused request is dropped."""
+        self._outside = 0
         if not self._skips:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The next request may begin."""
+        self._outside = 0
         parser: Any = self.parser
         if parser.should_upgrade():
             return

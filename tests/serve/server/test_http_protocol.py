@@ -11,7 +11,7 @@ pytest.importorskip("uvicorn")
 import uvicorn
 from uvicorn.server import ServerState
 
-from jaxembed.serve.server.http_protocol import DeadlineProtocol
+from jaxembed.serve.server.http_protocol import MAX_HEAD_BYTES, DeadlineProtocol
 from tests.serve.server.servers import run
 
 
@@ -97,6 +97,78 @@ def test_upgrades_are_ignored():
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await answer_of(reader))[0] == 400
+            writer.close()
+
+    run(check())
+
+
+async def send_until_closed(port, start, part, times):
+    """(bytes sent, all that came back)"""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    received, sent = asyncio.create_task(reader.read()), len(start)
+    with contextlib.suppress(ConnectionError):
+        writer.write(start)
+        for _ in range(times):
+            await asyncio.sleep(0)
+            await writer.drain()
+            if received.done():
+                break
+            writer.write(part)
+            sent += len(part)
+    try:
+        return sent, await asyncio.wait_for(received, 10)
+    except ConnectionResetError:
+        return sent, b""
+    finally:
+        writer.close()
+
+
+def test_heads_without_end_are_refused():
+    line = b"a: " + b"x" * 995 + b"\r\n"
+    chunked = b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+    cases = [
+        (b"GET /", b"x" * 1000),
+        (b"POST /x HTTP/1.1\r\n", line),
+        (b"POST /x HTTP/1.1\r\na: ", b"x" * 1000),
+        (post(b"/x", b"abc") + b"POST /x HTTP/1.1\r\n", line),
+        (chunked + b"0\r\n", line),  # trailers
+        (chunked + b"3;", b"x" * 1000),
+    ]
+
+    async def check():
+        async with serving() as (port, state):
+            for start, part in cases:
+                sent, answer = await send_until_closed(port, start, part, 10_000)
+                assert sent < 9_000_000, start  # closed on us
+                assert not state.connections
+            for start, part in cases[:3]:
+                _, answer = await send_until_closed(port, start, part, MAX_HEAD_BYTES // 1000 + 1)
+                assert answer.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n"), start
+
+    run(check())
+
+
+def test_heads_as_large_as_they_may_be_and_bodies_of_any_size():
+    def head(size):
+        start = b"POST /x HTTP/1.1\r\nContent-Length: 200000\r\na: "
+        return start + b"x" * (size - len(start) - 4) + b"\r\n\r\n"
+
+    body = b"0123456789" * 20_000
+    good = head(MAX_HEAD_BYTES) + body
+    many = b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n"
+
+    async def check():
+        async with serving() as (port, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(good + many + good)
+            for want in (body, b"x" * 50_000, body):
+                assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x " + want)
+            writer.write(post(b"/x", b"abc") * 3000)  # many heads, none of them large
+            for _ in range(3000):
+                assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x abc")
+            writer.write(head(MAX_HEAD_BYTES + 1))
+            assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 431
+            assert await reader.read() == b""
             writer.close()
 
     run(check())
