@@ -57,9 +57,14 @@ class Trainer:
 
     Args:
       embedding: the tables.
-      model: called as `model(dense, activations) -> logits`; its parameters start as they are in it.
+      model: called as `model(dense, activations) -> logits`; its parameters start as they are in it. It has no
+        other state, as `nnx.BatchNorm` and `nnx.Dropout` have; for those, a step of your own around
+        `jaxembed.train.Embedding` keeps it.
       optimizer: of the dense parameters.
       loss: called as `loss(logits, batch) -> scalar`.
+
+    Raises:
+      ValueError: if the model has state that is no `nnx.Param`.
 
     Examples:
       >>> from jaxembed.optimizers import Adagrad
@@ -88,6 +93,7 @@ class Trainer:
         self.embedding = embedding
         self.optimizer = optimizer
         self.loss = loss
+        _check_stateless(model)
         graphdef, params = nnx.split(model)
         self.graphdef: nnx.GraphDef[nnx.Module] = graphdef
         self._initial_params = nnx.to_pure_dict(params)
@@ -179,3 +185,16 @@ class Trainer:
     def _predict(self, state: TrainState, batch: Batch) -> PerExample:
         activations = self.embedding.lookup(state.embedding, batch.features, batch.weights)
         return self.apply_model(state.params, batch.dense, activations)
+
+
+def _check_stateless(model: nnx.Module) -> None:
+    """Raises ValueError if a model has state beside its parameters, which gradients would be taken of."""
+    rest = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))
+    found = [f"{'.'.join(map(str, path))} ({type(variable).__name__})" for path, variable in rest]
+    if found:
+        raise ValueError(
+            "Trainer trains models whose only state is nnx.Param, got one with "
+            f"{', '.join(found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''}. Use layers without "
+            "other state, such as nnx.LayerNorm in place of nnx.BatchNorm, and no nnx.Dropout; or put "
+            "jaxembed.train.Embedding into the model and write the step yourself, as its docstring shows."
+        )
