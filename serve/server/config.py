@@ -35,7 +35,8 @@ class ServerConfig:
       max_queue_rows: rows that wait or run; more are refused, as are requests that have more themselves.
       max_body_bytes: of a request, also after it is decompressed.
       body_timeout: seconds in which the body of a request must arrive.
-      idle_timeout: seconds in which a connection must send the headers of its next request.
+      idle_timeout: seconds in which a connection must send the headers of its next request, and in which it must
+        read something of what it is sent.
       default_timeout: seconds after which a request that names no deadline is not run any more.
       drain_grace: seconds after SIGTERM in which requests are still taken, while readiness says no.
       drain_timeout: seconds that running requests have to end after that.

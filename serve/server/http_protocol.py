@@ -1,8 +1,12 @@
 """Uvicorn's HTTP protocol, with a deadline for the headers of every request, and a short way to refuse one."""
 
 import asyncio
+import contextlib
+import fcntl
 import http
 import json
+import sys
+import termios
 from collections.abc import Callable
 from typing import Any
 
@@ -48,8 +52,17 @@ _TOO_LARGE = _made_beforehand(
 )
 
 
+def _unsent(transport: Any) -> int:
+    """Bytes that the other side has not taken yet."""
+    unsent = transport.get_write_buffer_size()
+    with contextlib.suppress(OSError):  # the kernel asks for more once a third of what it holds is gone
+        held = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        unsent += int.from_bytes(held, sys.byteorder)
+    return unsent
+
+
 class DeadlineProtocol(HttpToolsProtocol):
-    """Closes a connection that does not send the headers of its next request in time.
+    """Closes a connection that does not send the headers of its next request, or read its answers, in time.
 
     Uvicorn does so between requests alone: a connection that sends nothing at first, or its headers byte by
     byte, would stay for good. A head of more than `MAX_HEAD_BYTES` is refused.
@@ -66,6 +79,7 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     _REFUSAL = _made_beforehand(_FULL, f"retry-after: {_FULL.retry_after}")
     _deadline: asyncio.TimerHandle | None = None
+    _watching: asyncio.TimerHandle | None = None
     _seen: Any = None
     _skips = False
     #: Bytes since the last ones of a body: of a head, or of what is between the parts of a body and after them.
@@ -165,10 +179,19 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._disarm()
         if self.cycle is None or self.cycle.response_complete:
             self._arm()
+        if self.transport.get_write_buffer_size():
+            self._watch()
+
+    def pause_writing(self) -> None:
+        """It takes the client a while to read; it must not take it for ever."""
+        super().pause_writing()
+        self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """There is nothing to wait for."""
         self._disarm()
+        if self._watching is not None:
+            self._watching.cancel()
         super().connection_lost(exc)
 
     def _arm(self) -> None:
@@ -180,6 +203,24 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _watch(self) -> None:
+        if self._watching is None:
+            self._look(None)
+
+    def _look(self, before: int | None) -> None:
+        """Ends a connection of which nothing was read since the last look; what is unsent would keep it for good."""
+        self._watching = None
+        if not self.transport.get_write_buffer_size():
+            return
+        unsent = _unsent(self.transport)
+        if unsent == before:
+            self.transport.abort()
+        else:
+            self._watching = self.loop.call_later(self.timeout_keep_alive, self._look, unsent)
+
     def _late(self) -> None:
-        if not self.transport.is_closing():
+        if self.transport.get_write_buffer_size():  # it is not idle: it reads, or is ended for not doing so
+            self._watch()
+            self._arm()
+        elif not self.transport.is_closing():
             self.transport.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
 
@@ -170,5 +171,58 @@ def test_heads_as_large_as_they_may_be_and_bodies_of_any_size():
             assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 431
             assert await reader.read() == b""
             writer.close()
+
+    run(check())
+
+
+async def connect_slowly(port, data):
+    """A socket that takes little without being read, and has sent `data`."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(connection, ("127.0.0.1", port))
+    await loop.sock_sendall(connection, data)
+    return connection
+
+
+async def until(condition, seconds=10.0):
+    for _ in range(int(seconds * 100)):
+        if condition():
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+def test_clients_that_never_read_are_closed():
+    """Whether they wait for an answer, keep sending requests, or have said that there will be none."""
+    large = post(b"/large")
+    cases = [large, large * 3, post(b"/large", b"", b"Connection: close"), large + b"GET /"]
+
+    async def check():
+        async with serving(idle_timeout=0.2) as (port, state):
+            for data in cases:
+                connection = await connect_slowly(port, data)
+                assert await until(lambda: state.connections)
+                assert await until(lambda: not state.connections and not state.tasks), data
+                connection.close()
+
+    run(check())
+
+
+def test_clients_that_read_slowly_are_not_closed():
+    async def check():
+        async with serving(idle_timeout=0.4) as (port, state):
+            loop, received = asyncio.get_running_loop(), 0
+            connection = await connect_slowly(port, post(b"/large"))
+            for _ in range(15):  # 1.5 s, and a little in each timeout
+                received += len(await loop.sock_recv(connection, 1 << 12))
+                await asyncio.sleep(0.1)
+            while received < 8 << 20:
+                part = await loop.sock_recv(connection, 1 << 20)
+                assert part
+                received += len(part)
+            assert await until(lambda: not state.connections)  # idle now
+            connection.close()
 
     run(check())
