@@ -28,9 +28,10 @@ def make_protocol(service: Service) -> type["DeadlineProtocol"]:
 
     class Protocol(DeadlineProtocol):
         refuses = staticmethod(
-            lambda path: protocols.get(path) if service.full and not service.draining else None
+            lambda path: protocols.get(path) if service.full and not service.leaving else None
         )
         refused = staticmethod(lambda protocol: service.metrics.request(protocol, 429, 0.0))
+        leaves = staticmethod(lambda: service.leaving or service.versions.current is None)
 
     return Protocol
 
@@ -76,6 +77,8 @@ class DeadlineProtocol(HttpToolsProtocol):
     #: Of a path, the protocol as which a request is refused; None if it is not.
     refuses: Callable[[bytes], str | None] = staticmethod(lambda path: None)
     refused: Callable[[str], None] = staticmethod(lambda protocol: None)
+    #: Whether clients should go elsewhere with what they send next.
+    leaves: Callable[[], bool] = staticmethod(lambda: False)
 
     _REFUSAL = _made_beforehand(_FULL, f"retry-after: {_FULL.retry_after}")
     _deadline: asyncio.TimerHandle | None = None
@@ -151,6 +154,14 @@ class DeadlineProtocol(HttpToolsProtocol):
                 self._arm()
                 return
         super().on_headers_complete()
+        if self.leaves():
+            self.leave()
+
+    def leave(self) -> None:
+        """The answer that is due, if there is one, says that it is the last of its connection."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_started and cycle.keep_alive:
+            cycle.default_headers = [*cycle.default_headers, (b"connection", b"close")]
 
     def on_body(self, body: bytes) -> None:
         """That of a refused request is dropped."""

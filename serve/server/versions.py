@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import gc
 import json
+import math
 import os
 import pathlib
 import sys
@@ -23,12 +24,17 @@ from .config import ServerConfig
 from .errors import RequestError, unavailable
 from .metrics import Metrics
 from .pace import Pace
+from .peers import Peers
 from .served import BundleModel, ServedModel
 
 Load = Callable[[ServerConfig, int, ServedModel | None], ServedModel]
 _MANIFEST, _PIN = "manifest.json", "pin.json"
 # After the last request: until then, loading leaves the interpreter to others.
 _BUSY_SECONDS = 1.0
+# After which a version is tried again that other workers serve, and this one could not.
+_RETRY_SECONDS = 10.0
+#: Of the thread's name that loads.
+LOADER = "jaxembed-load"
 
 
 class Versions:
@@ -38,14 +44,20 @@ class Versions:
       config: of the server.
       metrics: told of every switch.
       load: makes a model of a version, on a thread; the third argument is the one that serves.
+      peers: the other workers; without a pin, the first version is none below those that they serve.
     """
 
-    def __init__(self, config: ServerConfig, metrics: Metrics, load: Load = BundleModel):
+    def __init__(
+        self, config: ServerConfig, metrics: Metrics, load: Load = BundleModel, peers: Peers | None = None
+    ):
         self._config, self._metrics, self._load = config, metrics, load
         self._current: ServedModel | None = None
         self._identity: tuple[int, ...] | None = None
-        self._failed: dict[int, tuple[Any, str]] = {}
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-load")
+        self._peers = peers
+        #: By version: which one of that number, why, and when it is tried again.
+        self._failed: dict[int, tuple[Any, str, float]] = {}
+        self._lacks: str | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, LOADER)
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._state = pathlib.Path(config.state) if config.state else pathlib.Path(tempfile.mkdtemp("jaxembed"))
@@ -58,7 +70,7 @@ class Versions:
     @property
     def failed(self) -> dict[int, str]:
         """Why versions cannot be served."""
-        return {version: reason for version, (_, reason) in self._failed.items()}
+        return {version: reason for version, (_, reason, _) in self._failed.items()}
 
     @property
     def pinned(self) -> int | None:
@@ -98,18 +110,14 @@ class Versions:
     async def start(self) -> None:
         """Loads the version to serve, and begins to watch the folder."""
         await self.look()
-        if self._current is None and not self._failed:
-            self._metrics.log.warning(
-                "no version to serve yet", extra={"folder": str(self._config.directory), "pinned": self.pinned}
-            )
         self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def stop(self) -> None:
-        """Stops watching."""
+        """Stops watching; what loads a version is left to itself."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def pin(self, version: int | None) -> None:
         """Serves `version` until told otherwise, in all workers; None follows the newest again.
@@ -137,16 +145,41 @@ class Versions:
                 candidates = [pinned] if pinned in available else []
             else:
                 # Never down by itself: a version that vanished may be served from the files that are mapped.
-                lowest = -1 if self._current is None else self._current.version
+                lowest = self._floor() if self._current is None else self._current.version
                 candidates = [version for version in available if version >= lowest][::-1]
             for version in candidates:
                 identity = available[version]
                 if self._current is not None and (version, identity) == (self._current.version, self._identity):
                     return
-                if version in self._failed and self._failed[version][0] == identity:
-                    continue
+                if version in self._failed:
+                    failed, _, until = self._failed[version]
+                    if failed == identity and asyncio.get_running_loop().time() < until:
+                        continue
                 if await self._switch(version, identity):
                     return
+            if self._current is None and not candidates:
+                self._report_lack(pinned)
+
+    def _floor(self) -> int:
+        """The highest version that other workers serve; -1 for none."""
+        return -1 if self._peers is None else max(self._peers.others().values(), default=-1)
+
+    def _report_lack(self, pinned: int | None) -> None:
+        floor = self._floor()
+        if pinned is not None:
+            why = f"version {pinned} is pinned, and it is not there"
+        elif floor >= 0:
+            why = (
+                f"other workers serve version {floor}, and neither that one nor a newer one is there; this worker "
+                "takes no requests"
+            )
+        else:
+            why = "there is none"
+        if why != self._lacks:
+            self._lacks = why
+            self._metrics.log.warning(
+                "no version to serve yet", extra={"folder": str(self._config.directory), "reason": why}
+            )
 
     async def _switch(self, version: int, identity: tuple[int, ...]) -> bool:
         loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()
@@ -155,11 +188,14 @@ class Versions:
             load = self._load if old is None else self._load_beside
             model = await loop.run_in_executor(self._thread, load, self._config, version, old)
         except Exception as e:
-            self._failed[version] = (identity, f"{type(e).__name__}: {e}")
+            again = loop.time() + _RETRY_SECONDS if old is None and version == self._floor() else math.inf
+            self._failed[version] = (identity, f"{type(e).__name__}: {e}", again)
             self._metrics.version_failed()
             self._metrics.log.error("a version cannot be served", extra={"version": version}, exc_info=e)
             return False
         self._current, self._identity = model, identity
+        if self._peers is not None:
+            self._peers.serve(version)
         before = None if old is None else old.version
         del old
         gc.collect(0)  # until then, JAX keeps host memory that none of its arrays needs any more

@@ -1,23 +1,24 @@
 """One process that serves: HTTP on a socket that it was given, and gRPC."""
 
 import asyncio
-import contextlib
 import gc
+import logging
 import os
 import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import threading
 
 import jax
-import uvicorn
 
 from . import logs
-from .app import make_app
 from .config import CONFIG_VARIABLE, ServerConfig
-from .http_protocol import DeadlineProtocol, make_protocol
+from .doors import Doors
+from .metrics import Metrics
+from .peers import Peers
 from .service import Service
+from .versions import LOADER, Versions
 
 
 async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | None) -> None:
@@ -28,39 +29,42 @@ async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | 
       listener: bound, and listening.
       grpc_port: may be shared with other processes; None serves no gRPC.
     """
-    service = Service(config)
-    stopping = asyncio.Event()
+    assert config.state is not None, "the supervisor names one"
+    metrics, peers = Metrics(), Peers(config.state)
+    service = Service(config, metrics, Versions(config, metrics, peers=peers))
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    app = make_app(
+        loop.add_signal_handler(number, stop.set)
+    doors = Doors(
         service,
+        peers,
+        listener,
+        grpc_port,
         predict_route=os.environ.get("AIP_PREDICT_ROUTE"),
         health_route=os.environ.get("AIP_HEALTH_ROUTE"),
     )
-    server = _HttpServer(_uvicorn_config(config, app, make_protocol(service)))
-    # A worker that took the place of one that died leaves requests to the others until it can serve them.
-    await service.start()
-    http = loop.create_task(server.serve(sockets=[listener]))
-    grpc = None
-    if grpc_port is not None:
-        from .grpc_server import start_grpc
-
-        grpc = await start_grpc(service, config.host, grpc_port)
-    service.metrics.log.info("serving", extra={"ready": service.ready, "port": listener.getsockname()[1]})
-    orphaned = loop.create_task(_orphaned(os.getppid()))
-    await asyncio.wait([http, loop.create_task(stopping.wait()), orphaned], return_when=asyncio.FIRST_COMPLETED)
-    orphaned.cancel()
+    http = loop.create_task(doors.run())
+    loading = loop.create_task(service.start())
+    minding = loop.create_task(doors.mind(loading))
+    ends = [http, loop.create_task(stop.wait()), loop.create_task(_orphaned(os.getppid()))]
+    while not any(task.done() for task in ends):
+        await asyncio.wait([*ends, *([] if minding.done() else [minding])], return_when=asyncio.FIRST_COMPLETED)
+        if minding.done():
+            minding.result()
     service.leaving = True
-    service.metrics.log.info("draining", extra={"admitted": service.admitted})
-    await asyncio.sleep(config.drain_grace)
+    peers.withdraw()
+    doors.leave()
+    metrics.log.info("draining", extra={"admitted": service.admitted})
+    if service.versions.current is not None:
+        await asyncio.sleep(config.drain_grace)
     service.draining = True
-    if grpc is not None:
-        await grpc.stop(config.drain_timeout)
-    await service.stop()
-    server.should_exit = True
+    for task in (loading, minding, *ends[1:]):
+        task.cancel()
+    await asyncio.gather(loading, minding, return_exceptions=True)
+    await doors.stop()
     await http
-    service.metrics.log.info("stopped")
+    metrics.log.info("stopped")
 
 
 async def _orphaned(parent: int) -> None:
@@ -69,27 +73,14 @@ async def _orphaned(parent: int) -> None:
         await asyncio.sleep(0.5)
 
 
-class _HttpServer(uvicorn.Server):
-    """Leaves the signals to `serve`, which knows what else is to be ended."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Captures none."""
-        yield
-
-
-def _uvicorn_config(config: ServerConfig, app: object, protocol: type[DeadlineProtocol]) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        http=protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=config.idle_timeout,  # type: ignore[arg-type]
-        timeout_graceful_shutdown=5,
-    )
+def _end() -> None:
+    """Ends the process though a version loads: nothing interrupts what compiles, and it may take minutes."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(LOADER):
+            thread.join(0.2)
+            if thread.is_alive():
+                logging.shutdown()
+                os._exit(0)
 
 
 def main() -> None:
@@ -117,6 +108,7 @@ def main() -> None:
         asyncio.run(serve(config, listener, port if port >= 0 else None))
     else:
         uvloop.run(serve(config, listener, port if port >= 0 else None))
+    _end()
 
 
 if __name__ == "__main__":

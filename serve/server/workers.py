@@ -19,6 +19,7 @@ from types import FrameType
 
 from . import logs
 from .config import CONFIG_VARIABLE, ServerConfig
+from .peers import Peers
 
 _BACKLOG = 1024
 _SLOWEST_RESTART = 30.0
@@ -65,6 +66,8 @@ class Supervisor:
         self._metrics = state / "metrics"
         shutil.rmtree(self._metrics, ignore_errors=True)
         self._metrics.mkdir(parents=True)
+        self._peers = Peers(state)
+        self._peers.clear()
         self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
         self._due: dict[int, float] = {}
         self._failures, self._lived = 0, False
@@ -146,6 +149,7 @@ class Supervisor:
         from prometheus_client import multiprocess
 
         multiprocess.mark_process_dead(pid, str(self._metrics))
+        self._peers.forget(pid)
 
     def _end(self) -> int:
         for process, _ in self._workers.values():
