@@ -100,6 +100,7 @@ class Doors:
             await self._grpc.stop(self._service.config.drain_timeout)
         await self._service.stop()
         self._stop_listening()
+        self._listener.close()  # what connects later is refused, not left to be reset
         await asyncio.sleep(_LAST_SECONDS)
         self._http.should_exit = True
 

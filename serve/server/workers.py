@@ -152,6 +152,7 @@ class Supervisor:
         self._peers.forget(pid)
 
     def _end(self) -> int:
+        self._listener.close()  # the workers' last one decides when connections are refused
         for process, _ in self._workers.values():
             if process.poll() is None:
                 process.terminate()

@@ -113,3 +113,24 @@ def test_sigterm_while_a_version_loads_beside_another(folder, checkpoint, slow):
         assert server.process.wait(20) == 0
         assert "stopped" in [e["message"] for e in server.lines]
         assert all(e.get("version") != 1 for e in server.lines if e["message"] == "version switched")
+
+
+@pytest.mark.slow
+def test_connections_that_are_kept_are_let_go_while_a_worker_leaves(shared_folder):
+    """A client that keeps its connection is told to take another one, and is not cut off at the end."""
+    with Process(shared_folder, "--drain-grace", 1) as server, httpx.Client() as client:
+
+        def send():
+            return client.post(server.url + PREDICT, json={"instances": [ROW]})
+
+        assert "connection" not in send().headers
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for(lambda: "draining" in [e["message"] for e in server.lines])
+        statuses = []
+        with pytest.raises(httpx.TransportError):
+            while True:
+                answer = send()
+                assert answer.headers["connection"] == "close"
+                statuses.append(answer.status_code)
+        assert statuses[0] == 200
+        assert server.process.wait(20) == 0
