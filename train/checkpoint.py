@@ -24,6 +24,7 @@ from .restoring import check_meaning, check_slots, check_tables, restore_data, r
 from .saving import as_array, encode, save_arrays
 from .stack_reading import read_stacks
 from .state import EmbeddingState
+from .writer_lock import WriterLock, claim
 
 GROWTHS = (None, "initialize")
 
@@ -65,7 +66,8 @@ class Checkpointer:
     """Canonical checkpoints of a ShardedEmbedding and the model around it.
 
     Tables and slots are stored as global [V, D] arrays with the feature configuration beside them, so
-    that any mesh can resume and `jaxembed.serve.load` needs nothing else.
+    that any mesh can resume and `jaxembed.serve.load` needs nothing else. Any number of processes may read; one
+    writes, from `claim` or its first `save` on until `close`.
 
     Args:
       directory: where the steps lie; created if needed.
@@ -115,8 +117,19 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = self._open_manager()
-        self._is_swept = False
+        self._is_swept = self._is_claimed = False
+        self._lock: WriterLock | None = None
         self._removals = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-remove")
+
+    def claim(self) -> None:
+        """Makes this the only process that may save here, as the first `save` does; of several hosts, all call it.
+
+        Raises:
+          ValueError: if another job or process writes here.
+          OSError: if the disk fails.
+        """
+        if not self._is_claimed:
+            self._lock, self._is_claimed = claim(self.directory), True
 
     def save(
         self,
@@ -141,10 +154,11 @@ class Checkpointer:
 
         Raises:
           ValueError: if `model` has no arrays, or two of one name, or if `metadata` or `data` is too large to be read
-            back.
+            back, or if another process writes here.
           OSError: if the disk fails, now or in the save before.
         """
         step = int(state.step)
+        self.claim()
         if not self._is_swept:
             self._sweep()
         if not force and not self._manager.should_save(step):
@@ -253,11 +267,16 @@ class Checkpointer:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then releases the threads."""
-        self._manager.close()
-        if jax.process_index() == 0:
-            self._removals.submit(steps.remove_deleted, self.directory)
-        self._removals.shutdown()
+        """Waits, then releases the threads, and lets others write."""
+        try:
+            self._manager.close()
+        finally:
+            if jax.process_index() == 0 and self._is_claimed:
+                self._removals.submit(steps.remove_deleted, self.directory)
+            self._removals.shutdown()
+            if self._lock is not None:
+                self._lock.release()
+            self._lock, self._is_claimed = None, False
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -269,9 +288,12 @@ class Checkpointer:
         return ocp.CheckpointManager(self.directory, options=self._options)
 
     def _sweep(self) -> None:
-        """Makes way for the first save; others may only be reading here."""
+        """Makes way for the first save, of the only writer."""
         if jax.process_index() == 0:
-            steps.remove_unfinished(self.directory)
+            if (
+                self._lock is None or not self._lock.is_shared
+            ):  # else another one here may be in the middle of a save
+                steps.remove_unfinished(self.directory)
             for path in steps.set_aside(self.directory):
                 warnings.warn(
                     f"A step that cannot be restored was set aside: {path}.", RuntimeWarning, stacklevel=3

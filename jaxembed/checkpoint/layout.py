@@ -9,6 +9,7 @@ DIRECTORY/
     model/      Orbax arrays, any structure: dense parameters, optimizer state; may be absent
     data/       JSON: state of the input pipeline; may be absent
   .deleting/    steps on their way out
+  .writer       which process saves here, and its lock
 """
 
 import json

@@ -56,7 +56,7 @@ def train(config: JobConfig, sources: Sources | None = None) -> Result:
 
     Raises:
       TrainingDiverged: if the loss or a parameter is not finite; the last checkpoint stays as it is.
-      ValueError: if the data or a checkpoint does not fit the configuration.
+      ValueError: if the data or a checkpoint does not fit the configuration, or another process writes to `config.out`.
     """
     start_processes(config)
     sources = sources or open_sources(config.data, config.model.dim)
@@ -104,6 +104,7 @@ class Job:
     def run(self) -> Result:
         """Trains to the end, or until SIGTERM."""
         config = self._config
+        self._checkpointer.claim()
         state, place = self._start()
         step = first = int(state.embedding.step)
         self._report = report = Report(

@@ -1,0 +1,112 @@
+"""One process at a time saves to a folder, and a training job writes nothing beside another one."""
+
+import errno
+import fcntl
+import os
+import signal
+import warnings
+
+import pytest
+
+from jaxembed.checkpoint import whole_steps
+from jaxembed.cli import main
+from jaxembed.train import Checkpointer
+from jaxembed.train.writer_lock import WriterLock
+
+from .checkpoint_programs import at_step, embedding
+from .jobs import write_config, write_data
+from .processes import started
+
+SAVES = ["-m", "tests.train.checkpoint_programs"]
+
+
+def saving(process):
+    """Waits until the first step of `save_forever` is on the disk: the next ones are begun."""
+    for expected in ("ready", "1", "2", "3"):
+        assert process.stdout.readline() == f"{expected}\n"
+
+
+def test_another_process_is_refused_until_the_first_is_killed(tmp_path, capsys):
+    folder = tmp_path / "run" / "checkpoints"
+    config = write_config(tmp_path, write_data(tmp_path))
+    own = embedding(1)
+    with started([[*SAVES, folder]]) as (process,):
+        saving(process)
+        message = rf"{folder} is being written to by process {process.pid} on .*\. Wait until it has ended"
+        with Checkpointer(folder, own) as checkpointer:
+            with pytest.raises(ValueError, match=message):
+                checkpointer.save(at_step(own, 10**6))
+            assert checkpointer.latest_step() is not None  # reading is free
+        assert main(["train", "--config", str(config)]) == 2
+        assert f"written to by process {process.pid} on" in capsys.readouterr().err
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints"]
+        # What the other one is writing stayed.
+        last = int(process.stdout.readline())
+        for _ in range(3):
+            assert int(process.stdout.readline()) == (last := last + 1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with warnings.catch_warnings(), Checkpointer(folder, own) as checkpointer:
+        warnings.simplefilter("ignore", RuntimeWarning)  # steps that it was in the middle of
+        assert checkpointer.save(at_step(own, 10**6))
+    assert whole_steps(folder)[-1] == 10**6
+
+
+def test_checkpointers_of_one_process_share_the_folder(tmp_path):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as first:
+        first.save(at_step(own, 1))
+        with Checkpointer(tmp_path, own) as second:
+            second.save(at_step(own, 2))
+        first.wait()
+        first.save(at_step(own, 3))
+        assert not can_be_locked(tmp_path)
+    assert can_be_locked(tmp_path)
+    assert whole_steps(tmp_path)[-1] == 3
+    second.close()
+
+
+def can_be_locked(folder):
+    descriptor = os.open(folder / ".writer", os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def test_reading_takes_no_lock(tmp_path):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+    (tmp_path / ".writer").unlink()
+    (tmp_path / ".deleting" / "7").mkdir(parents=True)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.restore()
+    assert not (tmp_path / ".writer").exists()
+    assert (tmp_path / ".deleting" / "7").exists()  # it may be the writer's that is being removed
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        with pytest.warns(RuntimeWarning, match=r"\.writer cannot be locked \(No locks available\)"):
+            assert checkpointer.save(at_step(own, 1))
+        assert checkpointer.save(at_step(own, 2))
+    assert whole_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("said", ["", "999999999 {host}", "not a number", "\xff"])
+def test_a_writer_that_is_not_known(tmp_path, said):
+    """The file names the last writer that came to write its name: it may be dead while another one has the lock."""
+    (tmp_path / ".writer").write_text(said.format(host=os.uname().nodename), "latin-1")
+    with open(tmp_path / ".writer", "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is being written to by another process"):
+            WriterLock(tmp_path)

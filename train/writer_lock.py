@@ -1,0 +1,129 @@
+"""One process at a time writes to a folder of checkpoints; however it ends, the kernel gives its lock back."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import socket
+import threading
+import warnings
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+FILE = ".writer"
+_HELD_BY_OTHERS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+_mutex = threading.Lock()
+#: Device and inode of a locked file to its descriptor and how many have it; those of one process share it.
+_held: dict[tuple[int, int], tuple[int, int]] = {}
+
+
+def claim(directory: pathlib.Path) -> "WriterLock | None":
+    """The lock, on process 0 of the job; all of its processes call this.
+
+    Raises:
+      ValueError: on all of them, if another process writes there.
+      OSError: if the file cannot be made.
+    """
+    lock = error = None
+    if jax.process_index() == 0:
+        try:
+            lock = WriterLock(directory)
+        except (ValueError, OSError) as e:
+            error = e
+    # All stop, or none: they would wait for each other.
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
+        error = error or ValueError(f"process 0 may not write to {directory}; its error says why.")
+    if error is not None:
+        raise error
+    return lock
+
+
+class WriterLock:
+    """This process's right to write to `directory`, until it is released.
+
+    The lock is `flock`'s, on a file that stays: it says who was the last to take it. Where the file system has no
+    locks, a warning says so.
+
+    Args:
+      directory: that exists.
+
+    Raises:
+      ValueError: if another process writes there.
+      OSError: if the file cannot be made.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._key: tuple[int, int] | None = None
+        descriptor = _open(directory / FILE)
+        status = os.fstat(descriptor)
+        key = status.st_dev, status.st_ino
+        with _mutex:
+            if key in _held:
+                os.close(descriptor)
+                descriptor, count = _held[key]
+            else:
+                count = 0
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as e:
+                    writer = _writer(descriptor)
+                    os.close(descriptor)
+                    if e.errno in _HELD_BY_OTHERS:
+                        raise ValueError(
+                            f"{directory} is being written to by {writer}. Wait until it has ended or end it, or take "
+                            "another folder (another `out` of a training job)."
+                        ) from e
+                    warnings.warn(
+                        f"{directory / FILE} cannot be locked ({e.strerror}): make sure yourself that no other process "
+                        "writes there.",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    return
+                # Only for the message of the next one: a full disk is no reason to refuse here.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+            _held[key] = descriptor, count + 1
+        self._key = key
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others of this process have it, too."""
+        with _mutex:
+            return self._key is not None and _held[self._key][1] > 1
+
+    def release(self) -> None:
+        """Gives it back, once the last of this process that has it does."""
+        with _mutex:
+            if self._key is None:
+                return
+            descriptor, count = _held.pop(self._key)
+            if count > 1:
+                _held[self._key] = descriptor, count - 1
+            else:
+                os.close(descriptor)
+            self._key = None
+
+
+def _open(file: pathlib.Path) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        # NFS locks only what is open for writing.
+        return os.open(file, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except PermissionError:  # another user's, in a folder of both
+        return os.open(file, os.O_RDONLY | flags)
+
+
+def _writer(descriptor: int) -> str:
+    """Who took the lock last, as far as the file says it and that process may still live."""
+    with contextlib.suppress(OSError, ValueError):
+        pid, host = os.pread(descriptor, 1024, 0).decode().split()
+        if host == socket.gethostname():
+            os.kill(int(pid), 0)
+        return f"process {int(pid)} on {host}"
+    return "another process"
