@@ -109,6 +109,35 @@ BUILTIN = [SGD(), Adagrad(), AdagradMomentum(), FTRL(), Adam(), CustomOptimizer(
             lambda: CustomOptimizer(momentum_computation, hyperparameters=["x"]),
             "a hyperparameter, if not a callable, must be a finite number, got 'x'",
         ),
+        (lambda: SGD(True), "learning_rate, if not a callable, must be a finite number, got True"),
+        (lambda: SGD("0.1"), "learning_rate, if not a callable, must be a finite number, got '0.1'"),
+        (
+            lambda: SGD(use_gradient_accumulation="no"),
+            "use_gradient_accumulation must be True or False, got 'no'",
+        ),
+        (
+            lambda: SGD(use_gradient_accumulation=None),
+            "use_gradient_accumulation must be True or False, got None",
+        ),
+        (
+            lambda: SGD(multiply_weight_decay_factor_by_learning_rate="no"),
+            "multiply_weight_decay_factor_by_learning_rate must be True or False, got 'no'",
+        ),
+        (lambda: Adam(lazy_adam="false"), "lazy_adam must be True or False, got 'false'"),
+        (lambda: FTRL(allow_zero_accumulator=1), "allow_zero_accumulator must be True or False, got 1"),
+        (lambda: AdagradMomentum(use_nesterov=[]), r"use_nesterov must be True or False, got \[\]"),
+        (
+            lambda: CustomOptimizer(momentum_computation, use_gradient_accumulation="no"),
+            "use_gradient_accumulation must be True or False, got 'no'",
+        ),
+        (
+            lambda: SGD(lambda step: jnp.ones(2)).learning_rate_at(0),
+            r"learning_rate must be a scalar, got an array of shape \[2\] from",
+        ),
+        (
+            lambda: SGD(lambda: [1.0]).learning_rate_at(0),
+            r"learning_rate must be a scalar, got an array of shape \[1\] from",
+        ),
         (lambda: PolynomialDecay(0.1, 0), "decay_steps must be at least 1"),
     ],
 )
@@ -395,3 +424,20 @@ def test_as_optax_errors():
         view.update(jnp.ones(2), view.init(jnp.ones(2)))
     with pytest.raises(ValueError, match=r"updates tables \[V, D\], got a parameter of shape \(2,\)"):
         as_optax(CustomOptimizer(momentum_computation)).init(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"such as Adagrad\(0.05\), got GradientTransformation"):
+        as_optax(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"floating-point arrays, got int32\[2\] for the parameter at \['a'\]"):
+        view.init({"a": jnp.ones(2, jnp.int32)})
+    with pytest.raises(ValueError, match=r"floating-point arrays, got 1.0 for the parameter at the root"):
+        view.init(1.0)
+    params = {"a": jnp.ones(2)}
+    state = view.init(params)
+    for wrong, found in [
+        (jnp.ones((3, 2)), r"float32\[3, 2\]"),
+        (jnp.ones(2, jnp.complex64), r"complex64\[2\]"),
+        (None, "None"),
+    ]:
+        with pytest.raises(
+            ValueError, match=rf"at \['a'\] must be floating point of its shape, \[2\], got {found}"
+        ):
+            view.update({"a": wrong}, state, params)

@@ -82,6 +82,7 @@ class Optimizer:
     low_dimensional_packing_status: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_switches()
         self._put("learning_rate", number_or_callable(self.learning_rate, "learning_rate"))
         for field in ("clip_weight_min", "clip_weight_max", "weight_decay_factor"):
             if getattr(self, field) is not None:
@@ -221,6 +222,16 @@ class Optimizer:
         from jaxembed.optimizers.registry import optimizer_to_dict
 
         return optimizer_to_dict(self)
+
+    def _check_switches(self) -> None:
+        """All fields that are True or False must be; the truth of "no" would be."""
+        for field in dataclasses.fields(self):
+            value, is_optional = getattr(self, field.name), field.type in (bool | None, "bool | None")
+            if (field.type not in (bool, "bool") and not is_optional) or (value is None and is_optional):
+                continue
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"{field.name} must be True or False, got {value!r}.")
+            self._put(field.name, bool(value))
 
     def _rates(self) -> tuple[LearningRate, ...]:
         """All arguments that may be callables."""

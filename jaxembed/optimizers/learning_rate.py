@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from jaxembed.shapes import Scalar
 
@@ -15,9 +16,9 @@ LearningRate = float | Callable[..., Any]
 
 
 def number(value: Any, what: str) -> float:
-    """`value` as a float; ValueError if it is no finite number."""
+    """`value` as a float; ValueError if it is no finite number; True and "1" are none."""
     try:
-        converted = float(value)
+        converted = math.nan if isinstance(value, bool | np.bool_ | str | bytes) else float(value)
     except (TypeError, ValueError):
         converted = math.nan
     if not math.isfinite(converted):
@@ -59,7 +60,7 @@ def value_at(value: Any, step: Any, what: str) -> Scalar:
     if not callable(value):
         return jnp.asarray(value, jnp.float32)
     if _takes_step(value, what):
-        return jnp.asarray(value(step)).astype(jnp.float32)
+        return _scalar(value(step), value, what)
     return called_value(value, value(), step, what)
 
 
@@ -67,7 +68,7 @@ def called_value(value: Any, current: Any, step: Any, what: str) -> Scalar:
     """`current`, what the callable `value` returned at `step`, as a float32 scalar.
 
     Raises:
-      ValueError: if it is concrete and the step traced.
+      ValueError: if it is concrete and the step traced, or no scalar.
     """
     if isinstance(step, jax.core.Tracer) and not isinstance(current, jax.core.Tracer):
         raise ValueError(
@@ -75,7 +76,16 @@ def called_value(value: Any, current: Any, step: Any, what: str) -> Scalar:
             "learning_rate_at(step), or ShardedEmbedding.called_values(), outside of jit and pass its value in, "
             f"or use a schedule of the step. Got {value!r}."
         )
-    return jnp.asarray(current).astype(jnp.float32)
+    return _scalar(current, value, what)
+
+
+def _scalar(result: Any, function: Any, what: str) -> Scalar:
+    array = jnp.asarray(result)
+    if array.shape:
+        raise ValueError(
+            f"{what} must be a scalar, got an array of shape {list(array.shape)} from {function!r}."
+        )
+    return array.astype(jnp.float32)
 
 
 def _takes_step(function: Callable[..., Any], what: str) -> bool:

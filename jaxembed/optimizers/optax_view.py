@@ -33,12 +33,23 @@ def as_optax(optimizer: Optimizer) -> "optax.GradientTransformation":
       The transformation, whose state is an `OptaxState`.
 
     Raises:
-      ValueError: when used, if parameters are missing, or not [V, D] where they must be.
+      ValueError: if it is no Optimizer; when used, if parameters are missing, not floating point, or not [V, D]
+        where they must be, or if a gradient is not of the shape of its parameter.
     """
     import optax
 
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"as_optax takes an optimizer of jaxembed.optimizers, such as Adagrad(0.05), got {optimizer!r}."
+        )
+
     def init(params):
-        for param in jax.tree.leaves(params):
+        for path, param in jax.tree.leaves_with_path(params):
+            if not _is_floating(param):
+                raise ValueError(
+                    f"as_optax updates floating-point arrays, got {_described(param)} for the parameter at "
+                    f"{_name(path)}."
+                )
             if not optimizer.is_elementwise and param.ndim != 2:
                 raise ValueError(
                     f"{type(optimizer).__name__} updates tables [V, D], got a parameter of shape {param.shape}."
@@ -50,12 +61,19 @@ def as_optax(optimizer: Optimizer) -> "optax.GradientTransformation":
         if params is None:
             raise ValueError("as_optax needs the parameters: call update(gradients, state, params).")
         leaves, structure = jax.tree.flatten(params)
+        gradients = structure.flatten_up_to(updates)
+        for (path, param), gradient in zip(jax.tree.leaves_with_path(params), gradients, strict=True):
+            if not _is_floating(gradient) or gradient.shape != param.shape:
+                raise ValueError(
+                    f"the gradient of the parameter at {_name(path)} must be floating point of its shape, "
+                    f"{list(param.shape)}, got {_described(gradient)}."
+                )
         own = optimizer.with_called_at(state.step)
         learning_rate = own.learning_rate_at(state.step)
         results = [
             own.update_rows(gradient, param, slots, learning_rate, state.step)
             for gradient, param, slots in zip(
-                structure.flatten_up_to(updates), leaves, structure.flatten_up_to(state.slots), strict=True
+                gradients, leaves, structure.flatten_up_to(state.slots), strict=True
             )
         ]
         updates = [new - old for (new, _), old in zip(results, leaves, strict=True)]
@@ -63,3 +81,15 @@ def as_optax(optimizer: Optimizer) -> "optax.GradientTransformation":
         return structure.unflatten(updates), OptaxState(state.step + 1, slots)
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_floating(array: Any) -> bool:
+    return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _described(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}" if hasattr(array, "dtype") else repr(array)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the root"
