@@ -19,6 +19,7 @@ from .engines.auto_plan import chosen_plan
 from .engines.batch import ShardedBatch, ShardedWeights
 from .engines.called import called_now, called_values
 from .engines.canonical import CanonicalTables
+from .engines.gradients import checked_gradients
 from .engines.initial import initial_rows, whole_slots, whole_tables
 from .engines.planner import ShardingPlan
 from .engines.row_kernels import check_row_kernels
@@ -213,7 +214,8 @@ class ShardedEmbedding(ShardedInputs):
           ValueError: if an argument does not fit the batch.
         """
         batch, values = self._sharded(batch, weights)
-        gradients = batch.layout.skeleton.flatten(activation_gradients, "activation_gradients")
+        given = batch.layout.skeleton.flatten(activation_gradients, "activation_gradients")
+        gradients = checked_gradients(batch.layout, given)
         combiner_weights = state.combiner_weights
         if batch.valencies:
             outputs, _ = self._program.look_up(state.tables, batch, values)

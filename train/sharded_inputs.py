@@ -43,13 +43,17 @@ class ShardedInputs:
         axes: tuple[str, ...],
         capacity: int | None,
     ):
+        if capacity is not None and (
+            not isinstance(capacity, int | np.integer) or isinstance(capacity, bool) or capacity < 1
+        ):
+            raise ValueError(f"capacity must be None or an int of at least 1, got {capacity!r}.")
         self.feature_config: Any = feature_config
         self.stacks: dict[str, Stack] = dict(stacks)
         self.mesh: Mesh = mesh
         self.axes: tuple[str, ...] = axes
         self.num_shards: int = math.prod(mesh.shape[axis] for axis in axes)
         self._sparsecore = SparseCorePacking()
-        self._capacity = dict.fromkeys(self.stacks, capacity or 0)
+        self._capacity = dict.fromkeys(self.stacks, int(capacity or 0))
         self._is_capacity_fixed = capacity is not None
         self._largest = jax.jit(partial(jnp.max, axis=0), out_shardings=self.replicated)
 

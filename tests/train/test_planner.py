@@ -92,6 +92,15 @@ def test_a_planned_embedding_trains_as_any_other():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *results)
 
 
+def test_counts_of_numpy_are_counts():
+    counts = {"ids_per_batch": BATCH * VALENCY, "bags_per_batch": BATCH}
+    small = {name: dict.fromkeys(CONFIG, np.int32(count)) for name, count in counts.items()}
+    assert plan(memory=np.int64(10**9), **small) == plan()
+    # A sum of bytes beyond int32.
+    many = {name: dict.fromkeys(CONFIG, 2**30) for name in counts}
+    assert plan(**jax.tree.map(np.int32, many)) == plan(**many)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"more than the memory_per_device of 1,000; use more devices"):
         plan(memory=1000)
@@ -99,6 +108,8 @@ def test_refusals():
         plan_tables(CONFIG, SGD(), 0, memory_per_device=1, ids_per_batch={}, bags_per_batch={})
     with pytest.raises(ValueError, match=r"ids_per_batch must give a number of at least 0 for each table"):
         plan(ids_per_batch={"big": 3})
+    with pytest.raises(ValueError, match=r"bags_per_batch must give a number of at least 0 for each table"):
+        plan(bags_per_batch=dict.fromkeys(CONFIG, True))
     with pytest.raises(ValueError, match=r"overrides must give tables of .* got \{'big': 'ring'\}"):
         plan(overrides={"big": "ring"})
     with pytest.raises(ValueError, match=r"table 'tiny' cannot be replicated"):

@@ -348,13 +348,30 @@ def test_refusals():
         ShardedEmbedding(CONFIG, None, mesh())
     with pytest.raises(ValueError, match=r"plan names no table of the configuration: \['movie'\]"):
         ShardedEmbedding(CONFIG, SGD(), mesh(), plan={"movie": "mod"})
-    embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, SGD(), mesh(), capacity=8)
+    for plan in (["mod"], 3):
+        with pytest.raises(
+            ValueError, match=rf"plan must be a mapping of table names .* got {re.escape(str(plan))}"
+        ):
+            ShardedEmbedding(CONFIG, SGD(), mesh(), plan=plan)
+    for capacity in (2.5, 0, -1, True, "8"):
+        with pytest.raises(
+            ValueError, match=f"capacity must be None or an int of at least 1, got {capacity!r}"
+        ):
+            ShardedEmbedding(CONFIG, SGD(), mesh(), capacity=capacity)
+    embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, SGD(), mesh(), capacity=np.int64(8))
     state = embedding.init(jax.random.key(0))
     with pytest.raises(ValueError, match=r"more than the capacity of 8; pass a larger capacity"):
         embedding.lookup(state, {"t": np.zeros(80, np.int32)})
     batch = {"t": np.zeros(8, np.int32)}
     with pytest.raises(ValueError, match=r"must have the shape of its activation, \[8, 8\], got \[8, 4\]"):
         embedding.apply_gradients(state, batch, {"t": jnp.zeros((8, 4))})
+    for gradient, message in [
+        (None, "be an array, got None; that of an activation that the loss leaves out is zeros"),
+        ("ones", "be an array, got str"),
+        (jnp.ones((8, 8), jnp.complex64), "hold real numbers, got complex64"),
+    ]:
+        with pytest.raises(ValueError, match=f"gradient of feature 't' must {message}"):
+            embedding.apply_gradients(state, batch, {"t": gradient})
     with pytest.raises(ValueError, match=r"activation_gradients must have the structure of the batch"):
         embedding.apply_gradients(state, batch, {"u": jnp.zeros((8, 8))})
     tables, slots, step = embedding.to_canonical(state)

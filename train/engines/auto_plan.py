@@ -45,8 +45,13 @@ def chosen_plan(
       overrides: table name to sharding.
 
     Raises:
-      ValueError: if "auto" comes without a batch, or what belongs to it without "auto".
+      ValueError: if it is of no such form, "auto" comes without a batch, or what belongs to it without "auto".
     """
+    if plan is not None and not isinstance(plan, Mapping | ShardingPlan | str):
+        raise ValueError(
+            "plan must be a mapping of table names to shardings, what plan_tables returned, 'auto' with an "
+            f"example_batch, or None, got {plan!r}."
+        )
     if (example_batch is not None or overrides is not None) and plan != "auto":
         raise ValueError(f"example_batch and overrides are of plan='auto', got plan={plan!r}.")
     if not isinstance(plan, str):

@@ -93,22 +93,11 @@ def pull_back(
     outputs: list[jax.Array],
     valencies: Mapping[str, jax.Array],
     combiner_weights: CombinerWeights,
-    gradients: list[Any],
+    gradients: list[jax.Array],
 ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
-    """Gradients of the outputs and of the combiners' weights, by table, from those of the activations.
-
-    Raises:
-      ValueError: if a gradient is not of the shape of its activation.
-    """
-    for f, gradient in zip(layout.features, gradients, strict=True):
-        shape = f.output_shape if f.combined_shape is None else f.combined_shape
-        if jnp.shape(gradient) != shape:
-            raise ValueError(
-                f"gradient of feature {f.path!r} must have the shape of its activation, {list(shape)}, got "
-                f"{list(jnp.shape(gradient))}."
-            )
+    """Gradients of the outputs and of the combiners' weights, by table, from those of the activations."""
     activations, vjp = jax.vjp(lambda o, w: combine(layout, o, valencies, w), outputs, dict(combiner_weights))
-    typed = [jnp.asarray(g).astype(a.dtype) for g, a in zip(gradients, activations, strict=True)]
+    typed = [g.astype(a.dtype) for g, a in zip(gradients, activations, strict=True)]
     return vjp(typed)
 
 

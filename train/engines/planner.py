@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables
@@ -127,6 +128,10 @@ def plan_tables(
     configs = feature_tables(feature_config)
     overrides = dict(overrides or {})
     _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides)
+    # Of numpy they would overflow.
+    num_shards, memory_per_device = int(num_shards), int(memory_per_device)
+    ids_per_batch = {name: int(count) for name, count in ids_per_batch.items()}
+    bags_per_batch = {name: int(count) for name, count in bags_per_batch.items()}
     choice = _Choice(optimizer, num_shards, ids_per_batch, bags_per_batch)
     chosen: dict[str, TablePlan] = {}
     replicas: list[TablePlan] = []
@@ -221,13 +226,17 @@ def _stored_bytes(stack: Stack) -> int:
 
 def _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides) -> None:
     for what, value in (("num_shards", num_shards), ("memory_per_device", memory_per_device)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_count(value) or value < 1:
             raise ValueError(f"{what} must be a positive int, got {value!r}.")
     for what, given in (("ids_per_batch", ids_per_batch), ("bags_per_batch", bags_per_batch)):
-        if set(given) != set(configs) or any(not isinstance(v, int) or v < 0 for v in given.values()):
+        if set(given) != set(configs) or any(not _is_count(v) or v < 0 for v in given.values()):
             raise ValueError(
                 f"{what} must give a number of at least 0 for each table of {list(configs)}, got {dict(given)}."
             )
     unknown = {name: s for name, s in overrides.items() if name not in configs or s not in SHARDINGS}
     if unknown:
         raise ValueError(f"overrides must give tables of {list(configs)} one of {SHARDINGS}, got {unknown}.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

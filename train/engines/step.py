@@ -266,13 +266,7 @@ def _to_output(feature: FeatureLayout, out: jax.Array) -> jax.Array:
     return out.reshape(feature.output_shape)
 
 
-def _from_output(feature: FeatureLayout, gradient: Any, num_shards: int) -> jax.Array:
-    gradient = jnp.asarray(gradient)
-    if gradient.shape != feature.output_shape:
-        raise ValueError(
-            f"gradient of feature {feature.path!r} must have the shape of its activation, "
-            f"{list(feature.output_shape)}, got {list(gradient.shape)}."
-        )
+def _from_output(feature: FeatureLayout, gradient: jax.Array, num_shards: int) -> jax.Array:
     gradient = gradient.reshape(-1, feature.output_shape[-1])
     missing = num_shards * feature.num_segments - gradient.shape[0]
     return jnp.pad(gradient, ((0, missing), (0, 0))) if missing else gradient
