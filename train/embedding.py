@@ -59,7 +59,9 @@ class ShardedEmbedding(ShardedInputs):
       exchange: how rows travel: "all_gather" (`engines.gathering`), "all_to_all" (`engines.routing`), or
         "auto", the one that moves fewer bytes.
       engine: "xla"; "sparsecore" (v5p, v6e and later, with jax-tpu-embedding installed), which leaves tables
-        that SparseCores cannot hold to "xla", and says so; or "auto", the latter where the mesh has them.
+        that SparseCores cannot hold to "xla", and says so; or "auto", the latter where the mesh has them. On
+        devices that are no TPUs, "sparsecore" is emulated, with 4 SparseCores a device: the same layout and
+        packing of batches, rows read and updated as "xla" does. For tests; it shows nothing of a TPU's speed.
       row_kernels: what reads and updates rows of float32 tables on the "xla" engine where D is a multiple of 128:
         "xla", or "pallas", kernels for TPUs that move single rows (`engines.pallas_rows`): compiled and
         interpreted, never run on a TPU. Other tables stay on "xla", and the log says which and why.
