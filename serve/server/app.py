@@ -20,6 +20,7 @@ from .body import read_body
 from .errors import RequestError, out_of_memory
 from .openapi import openapi
 from .request import InferenceRequest, timeout_from
+from .scope import TASK
 from .service import Service
 from .status import page, status
 
@@ -161,20 +162,32 @@ class Routes:
         self, request: Request, protocol: str, answer: Callable[[bytes, float], Awaitable[Response]]
     ) -> Response:
         service, begin = self._service, perf_counter()
-        arrived = monotonic()
+        arrived, status = monotonic(), 500
+        task = request.scope[TASK] = asyncio.current_task()
         try:
             with service.admission():
                 body = await read_body(request, self._config.max_body_bytes, self._config.body_timeout)
                 service.metrics.stage("read", perf_counter() - begin)
                 response = await answer(body, arrived)
+            status = response.status_code
+            return response
         except RequestError as e:
-            response = _error(e)
+            status = e.status
+            return _error(e)
         except MemoryError:
-            response = _error(out_of_memory())
-        except ClientDisconnect:
-            response = Response(status_code=499)
-        service.metrics.request(protocol, response.status_code, perf_counter() - begin)
-        return response
+            status = 503
+            return _error(out_of_memory())
+        except (ClientDisconnect, asyncio.CancelledError) as e:
+            if isinstance(e, asyncio.CancelledError):
+                if TASK in request.scope:  # it is not the client who left
+                    raise
+                assert task is not None
+                task.uncancel()
+            status = 499
+            return Response(status_code=status)
+        finally:
+            request.scope.pop(TASK, None)
+            service.metrics.request(protocol, status, perf_counter() - begin)
 
     async def live(self, request: Request) -> Response:
         """The process answers."""

@@ -6,9 +6,8 @@ import zlib
 from starlette.requests import ClientDisconnect, Request
 
 from .errors import RequestError, bad_request
+from .scope import COMPLETE
 
-#: Key of a scope whose body is there already, so that nothing has to wait for it.
-COMPLETE = "jaxembed.complete"
 _WINDOW = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 

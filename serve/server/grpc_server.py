@@ -1,5 +1,6 @@
 """The gRPC server of a worker; its port may be shared with those of other workers."""
 
+import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
 from time import monotonic, perf_counter
@@ -129,7 +130,6 @@ class Methods:
                 written = perf_counter()
                 response = v2_grpc.write(model, name, read, outputs)
                 service.metrics.stage("write", perf_counter() - written)
-                service.metrics.request("v2_grpc", 200, perf_counter() - begin)
                 return response
 
         return await self._answer(request, context, answer, begin)
@@ -156,16 +156,24 @@ class Methods:
     async def _answer(
         self, request: Any, context: Any, answer: Callable[[], Awaitable[Any]], begin: float | None = None
     ) -> Any:
+        status = 500
         try:
             if isinstance(request, Exception):
                 raise RequestError(400, "the message cannot be read.")
             try:
-                return await answer()
+                response = await answer()
             except MemoryError:
                 raise out_of_memory() from None
+            status = 200
+            return response
+        except asyncio.CancelledError:
+            status = 499
+            raise
         except RequestError as e:
-            if begin is not None:
-                self._service.metrics.request("v2_grpc", e.status, perf_counter() - begin)
+            status = e.status
             if e.retry_after is not None:
                 context.set_trailing_metadata((("retry-after", str(e.retry_after)),))
             await context.abort(_CODES.get(e.status, grpc.StatusCode.UNKNOWN), e.message[:_NO_ROOM])
+        finally:
+            if begin is not None:
+                self._service.metrics.request("v2_grpc", status, perf_counter() - begin)

@@ -13,8 +13,8 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from .body import COMPLETE
 from .errors import RequestError, overloaded
+from .scope import COMPLETE, TASK
 from .service import Service
 
 #: Of the URL and all headers of a request, or the trailers of its body.
@@ -84,6 +84,7 @@ class DeadlineProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _watching: asyncio.TimerHandle | None = None
     _seen: Any = None
+    _started: Any = None  # the request that is being answered, or was last
     _skips = False
     #: Bytes since the last ones of a body: of a head, or of what is between the parts of a body and after them.
     _outside = 0
@@ -199,11 +200,18 @@ class DeadlineProtocol(HttpToolsProtocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """There is nothing to wait for."""
+        """There is nothing to wait for, and nobody."""
+        task = None if self._started is None else self._started.scope.pop(TASK, None)
+        if task is not None:
+            task.cancel()
         self._disarm()
         if self._watching is not None:
             self._watching.cancel()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._started = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _arm(self) -> None:
         self._disarm()

@@ -32,7 +32,10 @@ class Metrics:
         name = "jaxembed"
         options: dict[str, Any] = {"registry": self.registry}
         self._requests = prometheus.Counter(
-            f"{name}_requests", "Requests, by protocol and status.", ["protocol", "status"], **options
+            f"{name}_requests",
+            "Requests, by protocol and status; 499: the client left.",
+            ["protocol", "status"],
+            **options,
         )
         self._latency = prometheus.Histogram(
             f"{name}_request_seconds", "Time in the server.", ["protocol"], buckets=_SECONDS, **options
@@ -67,7 +70,7 @@ class Metrics:
         self.recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_RECENT)
 
     def request(self, protocol: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """A request was answered, or given up with 499 as its client left."""
         self._counts[protocol, status] += 1
         if status < 400:
             tally = self._latencies.get(protocol)

@@ -38,6 +38,39 @@ def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
+async def until(condition, seconds=10.0):
+    """Whether `condition` came true in time."""
+    for _ in range(int(seconds * 100)):
+        if condition():
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+def counts(service):
+    """The lines of the metrics that count requests."""
+    service.metrics.flush()
+    lines = service.metrics.text().decode().splitlines()
+    return {line for line in lines if line.startswith("jaxembed_requests_total")}
+
+
+class Gate:
+    """Holds the batches of a model, and counts their rows."""
+
+    def __init__(self, model, monkeypatch):
+        self.rows, self.running, self._run, self._open = 0, threading.Event(), model.run, threading.Event()
+        monkeypatch.setattr(model, "run", self.run)
+
+    def run(self, parts):
+        self.running.set()
+        assert self._open.wait(30)
+        self.rows += sum(map(len, parts))
+        return self._run(parts)
+
+    def open(self):
+        self._open.set()
+
+
 class Process:
     """`jaxembed serve` with the model of `bundles`, its ports and its log."""
 

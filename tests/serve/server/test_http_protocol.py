@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 
 import pytest
@@ -12,8 +13,9 @@ pytest.importorskip("uvicorn")
 import uvicorn
 from uvicorn.server import ServerState
 
-from jaxembed.serve.server.http_protocol import MAX_HEAD_BYTES, DeadlineProtocol
-from tests.serve.server.servers import run
+from jaxembed.serve.server.app import make_app
+from jaxembed.serve.server.http_protocol import MAX_HEAD_BYTES, DeadlineProtocol, make_protocol
+from tests.serve.server.servers import Gate, client_of, counts, run, until
 
 
 async def echo(scope, receive, send):
@@ -186,14 +188,6 @@ async def connect_slowly(port, data):
     return connection
 
 
-async def until(condition, seconds=10.0):
-    for _ in range(int(seconds * 100)):
-        if condition():
-            return True
-        await asyncio.sleep(0.01)
-    return False
-
-
 def test_clients_that_never_read_are_closed():
     """Whether they wait for an answer, keep sending requests, or have said that there will be none."""
     large = post(b"/large")
@@ -224,5 +218,63 @@ def test_clients_that_read_slowly_are_not_closed():
                 received += len(part)
             assert await until(lambda: not state.connections)  # idle now
             connection.close()
+
+    run(check())
+
+
+ROW = {"user": 1, "history": [2], "dense": [0.0, 0.0]}
+PREDICT = post(b"/v1/models/model:predict", json.dumps({"instances": [ROW]}).encode())
+
+
+def test_what_clients_that_left_wait_for_is_not_run(shared_folder, monkeypatch):
+    async def check():
+        async with (
+            client_of(shared_folder) as (_, service),
+            serving(make_app(service), make_protocol(service)) as (port, _),
+        ):
+            gate = Gate(service.versions.current, monkeypatch)
+            connections = []
+            try:
+                for _ in range(4):
+                    connections.append(await asyncio.open_connection("127.0.0.1", port))
+                    connections[-1][1].write(PREDICT)
+                    assert await until(gate.running.is_set)
+                assert await until(lambda: service.batcher.queued_rows == 4)
+                half = await asyncio.open_connection("127.0.0.1", port)
+                half[1].write(PREDICT[:-1])
+                assert await until(lambda: service.admitted == 5)
+                for _, writer in (*connections[1:], half):
+                    writer.close()
+                # Their room is free at once.
+                assert await until(lambda: service.admitted == 1)
+            finally:
+                gate.open()
+            assert (await asyncio.wait_for(answer_of(connections[0][0]), 10))[0] == 200
+            assert await until(lambda: service.batcher.queued_rows == 0)
+            assert gate.rows == 1
+            # The connection goes on.
+            connections[0][1].write(PREDICT)
+            assert (await asyncio.wait_for(answer_of(connections[0][0]), 10))[0] == 200
+            connections[0][1].close()
+            assert counts(service) == {
+                'jaxembed_requests_total{protocol="tf_rest",status="200"} 2.0',
+                'jaxembed_requests_total{protocol="tf_rest",status="499"} 4.0',
+            }
+
+    run(check())
+
+
+def test_requests_that_end_in_an_error_of_ours_are_counted(shared_folder, monkeypatch):
+    async def check():
+        async with (
+            client_of(shared_folder) as (_, service),
+            serving(make_app(service), make_protocol(service)) as (port, _),
+        ):
+            monkeypatch.setattr(service, "infer", None)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(PREDICT)
+            assert (await asyncio.wait_for(answer_of(reader), 10))[0] == 500
+            writer.close()
+            assert counts(service) == {'jaxembed_requests_total{protocol="tf_rest",status="500"} 1.0'}
 
     run(check())

@@ -1,0 +1,6 @@
+"""Keys of an ASGI scope by which our HTTP protocol and our application know of each other."""
+
+#: There if all of the body is.
+COMPLETE = "jaxembed.complete"
+#: The task that makes an answer; the protocol takes it out, and cancels it, if the client leaves before it is made.
+TASK = "jaxembed.task"

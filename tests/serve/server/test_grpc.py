@@ -1,0 +1,80 @@
+"""gRPC in this process: calls that end otherwise than with an answer."""
+
+import asyncio
+import contextlib
+import socket
+
+import numpy as np
+import pytest
+
+pytest.importorskip("grpc")
+
+import grpc
+
+from jaxembed.serve.server.grpc_server import start_grpc
+from jaxembed.serve.server.messages import METHODS
+from tests.serve.server.servers import Gate, client_of, counts, run, until
+
+
+@contextlib.asynccontextmanager
+async def calling(folder):
+    """(ModelInfer, service)"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    async with client_of(folder) as (_, service):
+        server = await start_grpc(service, "127.0.0.1", port)
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                yield channel.unary_unary("/inference.GRPCInferenceService/ModelInfer"), service
+        finally:
+            await server.stop(0)
+
+
+def request():
+    message = METHODS["ModelInfer"][0](model_name="model")
+    for name, array in {
+        "user": np.array([1]),
+        "history": np.array([[2]]),
+        "dense": np.zeros((1, 2), np.float32),
+    }.items():
+        kind = {"int64": "INT64", "float32": "FP32"}[array.dtype.name]
+        message.inputs.add(name=name, datatype=kind, shape=array.shape)
+        message.raw_input_contents.append(array.tobytes())
+    return message.SerializeToString()
+
+
+def test_calls_that_were_cancelled_are_counted_and_not_run(shared_folder, monkeypatch):
+    async def check():
+        async with calling(shared_folder) as (infer, service):
+            gate = Gate(service.versions.current, monkeypatch)
+            try:
+                first = infer(request())
+                assert await until(gate.running.is_set)
+                second = infer(request())
+                assert await until(lambda: service.batcher.queued_rows == 2)
+                second.cancel()
+                assert await until(lambda: service.admitted == 1)
+            finally:
+                gate.open()
+            assert await asyncio.wait_for(first, 10)
+            assert await until(lambda: service.batcher.queued_rows == 0)
+            assert gate.rows == 1
+            assert counts(service) == {
+                'jaxembed_requests_total{protocol="v2_grpc",status="200"} 1.0',
+                'jaxembed_requests_total{protocol="v2_grpc",status="499"} 1.0',
+            }
+
+    run(check())
+
+
+def test_calls_that_end_in_an_error_of_ours_are_counted(shared_folder, monkeypatch):
+    async def check():
+        async with calling(shared_folder) as (infer, service):
+            monkeypatch.setattr(service, "infer", None)
+            with pytest.raises(grpc.RpcError) as caught:
+                await infer(request())
+            assert caught.value.code() == grpc.StatusCode.UNKNOWN
+            assert counts(service) == {'jaxembed_requests_total{protocol="v2_grpc",status="500"} 1.0'}
+
+    run(check())
