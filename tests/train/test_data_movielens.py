@@ -284,3 +284,72 @@ def test_movielens_100k_itself():
     genres = data.genres.to_lists()[toy_story]
     assert [data.genre_names[g] for g in genres] == ["Animation", "Children's", "Comedy"]
     assert data.year[toy_story] == 1995
+
+
+def replaced(old, new):
+    return lambda text: text.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "change", "message"),
+    [
+        (
+            write_100k,
+            "u.data",
+            replaced("10\t5", "10\tnan"),
+            r"u\.data, line 2: .* finite .* got \['3', '10', 'nan'",
+        ),
+        (write_100k, "u.data", replaced("10\t5", "10.5\t5"), r"u\.data, line 2: user and item, whole"),
+        (write_100k, "u.data", replaced("10\t5", "10\tx"), r"u\.data, line 2: .*'x'"),
+        (write_100k, "u.data", replaced("\t90", ""), r"u\.data, line 2: .* got \['3', '10', '5'\]"),
+        (write_100k, "u.data", replaced("\t90", "\t90\t1"), r"u\.data must hold ratings, as many numbers"),
+        (write_100k, "u.data", lambda _: "", r"u\.data holds no ratings"),
+        (write_25m, "ratings.csv", lambda text: text[: text.index("\n")], r"ratings\.csv holds no ratings"),
+        (write_25m, "ratings.csv", replaced("20,4", "20,"), r"ratings\.csv, line 2: "),
+        (write_1m, "ratings.dat", replaced("20::4", "20::inf"), r"ratings\.dat, line 1: .* between '::'"),
+        (write_recbole, "x.inter", replaced("20\t4", "20\tnan"), r"x\.inter, line 2: "),
+        (write_100k, "u.item", replaced("|0|0\n", "|0\n"), r"u\.item, line 1: exactly 24 fields .* got 23"),
+        (
+            write_100k,
+            "u.item",
+            replaced("url|0", "url|yes"),
+            r"u\.item, line 1: a flag of a genre .* got 'yes'",
+        ),
+        (write_100k, "u.item", replaced("20|", "x|"), r"u\.item, line 2: item must be an integer, got 'x'"),
+        (write_100k, "u.user", replaced("24", "old"), r"u\.user, line 1: age must be an integer .* got 'old'"),
+        (write_100k, "u.user", replaced("|F|artist|2", ""), r"u\.user, line 2: at least 4 fields .* got 2"),
+        (
+            write_1m,
+            "users.dat",
+            replaced("::20::", "::21::"),
+            r"users\.dat, line 1: occupation .* \[0, 21\), got '21'",
+        ),
+        (write_1m, "users.dat", replaced("::20::", "::-1::"), r"users\.dat, line 1: occupation .* got '-1'"),
+        (write_1m, "movies.dat", replaced("::Drama", ""), r"movies\.dat, line 2: at least 3 fields"),
+        (write_25m, "movies.csv", replaced(",Drama", ""), r"movies\.csv, line 3: at least 3 fields .* got 2"),
+        (
+            write_25m,
+            "movies.csv",
+            replaced("30,", "x,"),
+            r"movies\.csv, line 4: item must be an integer, got 'x'",
+        ),
+        (write_recbole, "x.user", replaced("\tartist\t2", ""), r"x\.user, line 3: at least 4 fields .* got 3"),
+        (write_recbole, "x.item", replaced("\tDrama", ""), r"x\.item, line 3: at least 4 fields .* got 3"),
+    ],
+)
+def test_malformed_files_are_refused_by_name_and_line(tmp_path, layout, name, change, message):
+    layout(tmp_path)
+    file = tmp_path / name
+    encoding = "latin-1" if layout in (write_100k, write_1m) else "utf-8"
+    text = file.read_text(encoding)
+    file.write_text(change(text), encoding)
+    assert change(text) != text
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_text_of_another_encoding(tmp_path):
+    write_25m(tmp_path)
+    (tmp_path / "movies.csv").write_bytes((tmp_path / "movies.csv").read_text().encode("latin-1"))
+    with pytest.raises(ValueError, match=r"movies\.csv must be utf-8 text, got .* at byte \d+"):
+        load(tmp_path)

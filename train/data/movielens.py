@@ -1,8 +1,6 @@
 """MovieLens 100K, 1M and 25M as columns, from any of their published layouts."""
 
-import csv
 import dataclasses
-import io
 import os
 import re
 from pathlib import Path
@@ -10,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.inputs import RaggedTensor
+
+from .text_tables import Row, read_ratings, read_rows
 
 UNKNOWN = "unknown"
 # Lower bounds of the age groups of MovieLens-1M; group 0 is for users of unknown age.
@@ -116,6 +116,7 @@ def load(path: str | os.PathLike[str]) -> MovieLens:
 
     Raises:
       FileNotFoundError: if `path` holds none of them.
+      ValueError: if a line is not of its layout, naming file and line.
     """
     path = Path(path)
     if (path / "u.data").is_file():
@@ -135,49 +136,52 @@ def load(path: str | os.PathLike[str]) -> MovieLens:
 
 
 def _load_recbole(inter: Path) -> MovieLens:
-    ratings = np.loadtxt(inter, delimiter="\t", skiprows=1, ndmin=2)
-    items, users = inter.with_suffix(".item"), inter.with_suffix(".user")
-    item_rows = [line.split("\t") for line in items.read_text("utf-8").splitlines()[1:]]
-    user_rows = [line.split("\t") for line in users.read_text("utf-8").splitlines()[1:]]
+    item_rows = read_rows(inter.with_suffix(".item"), "\t", 4, skip=1)
+    user_rows = read_rows(inter.with_suffix(".user"), "\t", 4, skip=1)
     return _build(
-        ratings,
-        {int(r[0]): (r[1], r[2], r[3].split()) for r in item_rows},
-        {int(r[0]): (r[1], r[3]) for r in user_rows},
+        read_ratings(inter, "\t", skip=1),
+        {r.whole(0, "item"): (r[1], r[2], r[3].split()) for r in item_rows},
+        {r.whole(0, "user"): (_age_group(r, 1), r[3]) for r in user_rows},
     )
 
 
 def _load_100k(path: Path) -> MovieLens:
-    item_rows = [line.split("|") for line in (path / "u.item").read_text("latin-1").splitlines() if line]
-    user_rows = [line.split("|") for line in (path / "u.user").read_text("latin-1").splitlines() if line]
-    flags = {int(r[0]): [g for g, f in zip(_GENRES_100K, r[5:24], strict=True) if f == "1"] for r in item_rows}
+    item_rows = read_rows(path / "u.item", "|", 5 + len(_GENRES_100K), encoding="latin-1", exact=True)
+    user_rows = read_rows(path / "u.user", "|", 4, encoding="latin-1")
+
+    def genres(row):
+        flags = [row.whole(i, "a flag of a genre", 2) for i in range(5, len(row.fields))]
+        return [genre for genre, flag in zip(_GENRES_100K, flags, strict=True) if flag]
+
     return _build(
-        np.loadtxt(path / "u.data", delimiter="\t", ndmin=2),
-        {int(r[0]): (_untitle(r[1]), r[2], flags[int(r[0])]) for r in item_rows},
-        {int(r[0]): (r[1], r[3]) for r in user_rows},
+        read_ratings(path / "u.data", "\t"),
+        {r.whole(0, "item"): (_untitle(r[1]), r[2], genres(r)) for r in item_rows},
+        {r.whole(0, "user"): (_age_group(r, 1), r[3]) for r in user_rows},
     )
 
 
 def _load_1m(path: Path) -> MovieLens:
-    def read(name):
-        # Titles are latin-1; np.loadtxt takes delimiters of one character.
-        return (path / name).read_text("latin-1").replace("::", "\t")
+    item_rows = read_rows(path / "movies.dat", "::", 3, encoding="latin-1")
+    user_rows = read_rows(path / "users.dat", "::", 4, encoding="latin-1")
 
-    item_rows = [line.split("\t") for line in read("movies.dat").splitlines() if line]
-    user_rows = [line.split("\t") for line in read("users.dat").splitlines() if line]
+    def occupation(row):
+        return _OCCUPATIONS_1M[row.whole(3, "occupation", len(_OCCUPATIONS_1M))]
+
     return _build(
-        np.loadtxt(io.StringIO(read("ratings.dat")), delimiter="\t", ndmin=2),
-        {int(r[0]): (_untitle(r[1]), r[1], [genre for genre in r[2].split("|") if genre]) for r in item_rows},
-        {int(r[0]): (r[2], _OCCUPATIONS_1M[int(r[3])]) for r in user_rows},
+        read_ratings(path / "ratings.dat", "::"),
+        {r.whole(0, "item"): (_untitle(r[1]), r[1], [g for g in r[2].split("|") if g]) for r in item_rows},
+        {r.whole(0, "user"): (_age_group(r, 2), occupation(r)) for r in user_rows},
     )
 
 
 def _load_25m(path: Path) -> MovieLens:
-    with open(path / "movies.csv", newline="", encoding="utf-8") as file:
-        item_rows = list(csv.reader(file))[1:]
-    genres = {int(r[0]): [] if r[2] == "(no genres listed)" else r[2].split("|") for r in item_rows}
+    def genres(row):
+        return [] if row[2] == "(no genres listed)" else row[2].split("|")
+
+    item_rows = read_rows(path / "movies.csv", ",", 3, skip=1)
     return _build(
-        np.loadtxt(path / "ratings.csv", delimiter=",", skiprows=1, ndmin=2),
-        {int(r[0]): (_untitle(r[1]), r[1], genres[int(r[0])]) for r in item_rows},
+        read_ratings(path / "ratings.csv", ",", skip=1),
+        {r.whole(0, "item"): (_untitle(r[1]), r[1], genres(r)) for r in item_rows},
         {},
     )
 
@@ -185,14 +189,14 @@ def _load_25m(path: Path) -> MovieLens:
 def _build(
     ratings: np.ndarray,
     items: dict[int, tuple[str, str, list[str]]],
-    users: dict[int, tuple[str, str]],
+    users: dict[int, tuple[int, str]],
 ) -> MovieLens:
-    """From [E, 4] ratings; items as title, text with the year of release, genres; users as age, occupation."""
+    """From [E, 4] ratings; items as title, text with the year of release, genres; users as group of age, occupation."""
     columns = ratings[:, 0].astype(np.int64), ratings[:, 1].astype(np.int64)
     user_ids = np.union1d(columns[0], np.fromiter(users, np.int64))
     item_ids = np.union1d(columns[1], np.fromiter(items, np.int64))
     of_items = [items.get(i, (str(i), "", [])) for i in item_ids.tolist()]
-    of_users = [users.get(u, ("", UNKNOWN)) for u in user_ids.tolist()]
+    of_users = [users.get(u, (0, UNKNOWN)) for u in user_ids.tolist()]
     genre_names = sorted({genre for _, _, genres in of_items for genre in genres})
     genre_index = {name: i for i, name in enumerate(genre_names)}
     occupations = [UNKNOWN, *sorted({occupation for _, occupation in of_users} - {UNKNOWN})]
@@ -202,7 +206,7 @@ def _build(
         item=np.searchsorted(item_ids, columns[1]).astype(np.int32),
         rating=ratings[:, 2].astype(np.float32),
         timestamp=ratings[:, 3].astype(np.int64),
-        age=np.asarray([_age_group(age) for age, _ in of_users], np.int32),
+        age=np.asarray([age for age, _ in of_users], np.int32),
         occupation=np.asarray([occupation_index[occupation] for _, occupation in of_users], np.int32),
         genres=RaggedTensor.from_lists(
             [sorted(genre_index[g] for g in genres) for _, _, genres in of_items], np.int32
@@ -216,8 +220,8 @@ def _build(
     )
 
 
-def _age_group(age: str) -> int:
-    return int(np.searchsorted(AGE_BOUNDS, int(age), side="right")) if age else 0
+def _age_group(row: Row, at: int) -> int:
+    return int(np.searchsorted(AGE_BOUNDS, row.whole(at, "age", 200), side="right")) if row[at] else 0
 
 
 def _year(text: str) -> int:
