@@ -26,9 +26,10 @@ from .metrics import Metrics
 from .pace import Pace
 from .peers import Peers
 from .served import BundleModel, ServedModel
+from .version_folder import VersionFolder
 
 Load = Callable[[ServerConfig, int, ServedModel | None], ServedModel]
-_MANIFEST, _PIN = "manifest.json", "pin.json"
+_PIN = "pin.json"
 # After the last request: until then, loading leaves the interpreter to others.
 _BUSY_SECONDS = 1.0
 # After which a version is tried again that other workers serve, and this one could not.
@@ -56,7 +57,7 @@ class Versions:
         self._peers = peers
         #: By version: which one of that number, why, and when it is tried again.
         self._failed: dict[int, tuple[Any, str, float]] = {}
-        self._lacks: str | None = None
+        self._reported = ""
         self._thread = concurrent.futures.ThreadPoolExecutor(1, LOADER)
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -82,18 +83,10 @@ class Versions:
 
     def available(self) -> dict[int, tuple[int, ...]]:
         """The versions in the folder, in rising order, and what tells a version from another of its number."""
-        found = {}
-        try:
-            names = [name for name in os.listdir(self._config.directory) if name.isdecimal() and name.isascii()]
-        except OSError:
-            return {}
-        for name in sorted(names, key=int):
-            try:
-                stat = os.stat(self._config.directory / name / _MANIFEST)
-            except OSError:
-                continue
-            found[int(name)] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        return found
+        return self._read().versions
+
+    def _read(self) -> VersionFolder:
+        return VersionFolder.read(self._config.directory)
 
     def model(self, version: str | None = None) -> ServedModel:
         """The model for a request, of a version if it names one.
@@ -139,7 +132,8 @@ class Versions:
     async def look(self) -> None:
         """Looks at the folder, and switches if there is reason to."""
         async with self._turn:
-            available = await asyncio.get_running_loop().run_in_executor(self._thread, self.available)
+            folder = await asyncio.get_running_loop().run_in_executor(self._thread, self._read)
+            available = folder.versions
             pinned = self.pinned
             if pinned is not None:
                 candidates = [pinned] if pinned in available else []
@@ -147,6 +141,10 @@ class Versions:
                 # Never down by itself: a version that vanished may be served from the files that are mapped.
                 lowest = self._floor() if self._current is None else self._current.version
                 candidates = [version for version in available if version >= lowest][::-1]
+            if self._current is None and not candidates:
+                self._report("no version to serve yet", self._why_none(folder, pinned))
+            else:
+                self._report("the folder of the versions is not in order", folder.troubles())
             for version in candidates:
                 identity = available[version]
                 if self._current is not None and (version, identity) == (self._current.version, self._identity):
@@ -157,14 +155,12 @@ class Versions:
                         continue
                 if await self._switch(version, identity):
                     return
-            if self._current is None and not candidates:
-                self._report_lack(pinned)
 
     def _floor(self) -> int:
         """The highest version that other workers serve; -1 for none."""
         return -1 if self._peers is None else max(self._peers.others().values(), default=-1)
 
-    def _report_lack(self, pinned: int | None) -> None:
+    def _why_none(self, folder: VersionFolder, pinned: int | None) -> str:
         floor = self._floor()
         if pinned is not None:
             why = f"version {pinned} is pinned, and it is not there"
@@ -174,12 +170,15 @@ class Versions:
                 "takes no requests"
             )
         else:
-            why = "there is none"
-        if why != self._lacks:
-            self._lacks = why
-            self._metrics.log.warning(
-                "no version to serve yet", extra={"folder": str(self._config.directory), "reason": why}
-            )
+            return folder.why_none()
+        return "; ".join(text for text in (why, folder.troubles()) if text)
+
+    def _report(self, what: str, reason: str) -> None:
+        """Logs what is wrong with the folder, once."""
+        if reason and reason != self._reported:
+            extra = {"folder": str(self._config.directory), "reason": reason}
+            self._metrics.log.warning(what, extra=extra)
+        self._reported = reason
 
     async def _switch(self, version: int, identity: tuple[int, ...]) -> bool:
         loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()

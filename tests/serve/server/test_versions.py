@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import sys
+import types
 
 import httpx
 import pytest
 
 from jaxembed.serve.server.config import ServerConfig
+from jaxembed.serve.server.logs import logger
 from jaxembed.serve.server.metrics import Metrics
 from jaxembed.serve.server.served import BundleModel
 from jaxembed.serve.server.shared_memory import is_available
@@ -216,6 +218,89 @@ def test_the_pin_outlives_a_restart(tmp_path):
         assert (loaded, versions.pinned) == ([4], 4)
         await versions.pin(None)
         assert loaded == [4, 5]
+        await versions.stop()
+
+    run(check())
+
+
+def test_what_is_no_version_is_named(tmp_path, caplog, monkeypatch):
+    """Folders of other names, an empty one, and one that cannot be read, each told once."""
+    monkeypatch.setattr(logger(), "propagate", True)
+
+    def load(config, version, previous):
+        return types.SimpleNamespace(version=version)
+
+    def said():
+        found = [(r.getMessage(), r.reason) for r in caplog.records if hasattr(r, "reason")]
+        caplog.clear()
+        return found
+
+    async def check():
+        versions = Versions(ServerConfig(str(tmp_path)), Metrics(), load)
+        await versions.look()
+        ((what, why),) = said()
+        assert what == "no version to serve yet"
+        assert why.endswith("the folder is empty")
+        for name in ("0000000005", "v1"):
+            (tmp_path / name).mkdir()
+        await versions.look()
+        assert "there are '0000000005', 'v1', without one" in said()[0][1]
+        for name in ("0000000005", "v1"):
+            (tmp_path / name / "manifest.json").write_text("{}")
+        await versions.look()
+        await versions.look()
+        ((what, why),) = said()
+        assert what == "no version to serve yet"
+        assert "'0000000005', 'v1' hold bundles" in why
+        assert versions.failed == {}
+        (tmp_path / "v1").rename(tmp_path / "1")
+        await versions.look()
+        assert versions.current.version == 1
+        assert "'0000000005' hold bundles" in said()[0][1]
+        (tmp_path / "0000000005").rename(tmp_path / "5")
+        await versions.look()
+        assert versions.current.version == 5
+        shutil.move(tmp_path / "1", tmp_path.parent / "1")
+        tmp_path.rename(tmp_path.parent / "gone")
+        await versions.look()
+        assert versions.current.version == 5
+        assert "No such file or directory" in said()[0][1]
+        await versions.stop()
+
+    run(check())
+
+
+def test_a_worker_serves_no_version_below_those_of_others(tmp_path, monkeypatch):
+    """It waits for theirs; tries that one again, which fails for a reason of its own; and takes a lower one alone."""
+    for version in ("1", "2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "manifest.json").write_text("{}")
+    others, attempts = {7: 2}, []
+    monkeypatch.setattr("jaxembed.serve.server.versions._RETRY_SECONDS", 0.5)
+
+    def load(config, version, previous):
+        attempts.append(version)
+        if attempts.count(2) < 2:
+            raise MemoryError("for the moment")
+        return types.SimpleNamespace(version=version)
+
+    async def check():
+        peers = types.SimpleNamespace(others=lambda: others, serve=lambda version: None)
+        versions = Versions(ServerConfig(str(tmp_path)), Metrics(), load, peers)
+        await versions.look()
+        await versions.look()
+        assert (attempts, versions.current) == ([2], None)
+        await asyncio.sleep(0.6)
+        await versions.look()
+        assert versions.current.version == 2
+        await versions.stop()
+        shutil.rmtree(tmp_path / "2")
+        versions = Versions(ServerConfig(str(tmp_path)), Metrics(), load, peers)
+        await versions.look()
+        assert versions.current is None
+        others.clear()
+        await versions.look()
+        assert versions.current.version == 1
         await versions.stop()
 
     run(check())
