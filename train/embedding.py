@@ -111,7 +111,8 @@ class ShardedEmbedding(ShardedInputs):
     ):
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}.")
-        mesh, axes = Mesh(mesh.devices, mesh.axis_names), mesh_axes(mesh, axis)
+        axes = mesh_axes(mesh, axis)
+        mesh = Mesh(mesh.devices, mesh.axis_names)
         num_shards = math.prod(mesh.shape[axis] for axis in axes)
         cores = sparse_cores(engine, mesh.devices.flat[0])
         self.tables: dict[str, TableConfig] = feature_tables(feature_config)

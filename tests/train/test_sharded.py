@@ -348,6 +348,10 @@ def test_refusals():
         ShardedEmbedding(CONFIG, None, mesh())
     with pytest.raises(ValueError, match=r"plan names no table of the configuration: \['movie'\]"):
         ShardedEmbedding(CONFIG, SGD(), mesh(), plan={"movie": "mod"})
+    with pytest.raises(
+        ValueError, match=r"mesh must be a jax.sharding.Mesh, such as of jax.make_mesh, got 'cpu'"
+    ):
+        ShardedEmbedding(CONFIG, SGD(), "cpu")
     for plan in (["mod"], 3):
         with pytest.raises(
             ValueError, match=rf"plan must be a mapping of table names .* got {re.escape(str(plan))}"

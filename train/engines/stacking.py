@@ -16,8 +16,10 @@ def mesh_axes(mesh: Mesh, axis: str | tuple[str, ...] | None) -> tuple[str, ...]
     """Axes of the mesh over which tables are sharded; all where none is named.
 
     Raises:
-      ValueError: if an axis is not one of the mesh, or named twice.
+      ValueError: if it is no mesh, or an axis is not one of it, or named twice.
     """
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, such as of jax.make_mesh, got {mesh!r}.")
     if axis is None:
         return tuple(mesh.axis_names)
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
