@@ -91,6 +91,22 @@ def test_converted_files_load_as_one(tmp_path, chunk_bytes):
         convert_criteo(paths, directory, SIZES)
 
 
+def test_lines_may_end_with_carriage_returns():
+    lines, *_ = random_lines(20)
+    for end in ("", "\r\n"):
+        found = parse_criteo(("\r\n".join(lines) + end).encode(), SIZES)
+        for ours, theirs in zip(found, parse_criteo("\n".join(lines).encode(), SIZES), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_texts_without_examples(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=r"no examples are in .*a\.txt, .*b\.txt; see that they are whole"):
+        convert_criteo([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out", 10)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_click_log_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no click log is at .*train\.txt; .* must be downloaded"):
         convert_criteo([tmp_path / "train.txt"], tmp_path / "out", 10)
@@ -110,6 +126,9 @@ def test_a_failed_conversion_leaves_nothing(tmp_path):
     ("change", "message"),
     [
         ((0, "2"), "labels must be 0 or 1, got 2"),
+        ((0, ""), "labels must be 0 or 1, got none in line 0"),
+        ((1, "-"), "a count must be an integer or empty, got '-' in line 0"),
+        ((14, "\r"), "fields must be digits of base 16"),
         ((1, "1x"), "fields must be digits of base 10"),
         ((1, "a"), "fields must be digits of base 10"),
         ((1, "--1"), "fields must be digits of base 10"),

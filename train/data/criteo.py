@@ -33,8 +33,9 @@ def convert_criteo(
     """Turns Criteo's text into flat binary columns that `load_criteo` maps into memory.
 
     A line is a label, 13 integer counts and 26 categories of up to 8 hexadecimal digits, separated by
-    tabs; any of the counts and categories may be empty. That is the layout of Kaggle's `train.txt` and
-    of the terabyte's `day_0` to `day_23`, plain or `.gz`. With x a count and h a category:
+    tabs and ended by LF or CR LF; any of the counts and categories may be empty. That is the layout of
+    Kaggle's `train.txt` and of the terabyte's `day_0` to `day_23`, plain or `.gz`. With x a count and h a
+    category:
 
         dense = log(1 + max(x, 0)), 0 where empty
         id = 1 + h mod (V - 1), 0 where empty
@@ -49,7 +50,7 @@ def convert_criteo(
       `directory`.
 
     Raises:
-      ValueError: if a line is not of the form above, or a size is below 2.
+      ValueError: if a line is not of the form above, there is none, or a size is below 2.
       FileExistsError: if `directory` exists.
       FileNotFoundError: if one of the texts does not.
     """
@@ -79,6 +80,10 @@ def convert_criteo(
                     for file, column in zip((ids, dense, labels), columns, strict=True):
                         file.write(column.tobytes())
                     count += columns[2].shape[0]
+        if not count:
+            raise ValueError(
+                f"no examples are in {', '.join(map(str, paths)) or 'no texts'}; see that they are whole."
+            )
         meta = {"examples": count, "vocabulary_sizes": sizes, "texts": texts, "version": 1}
         (temporary / _META).write_text(json.dumps(meta))
         os.rename(temporary, directory)
@@ -155,6 +160,7 @@ def parse_criteo(
       ValueError: if a line is not of Criteo's form.
     """
     text = text if not text or text.endswith(b"\n") else text + b"\n"
+    text = text.replace(b"\r\n", b"\n") if b"\r" in text else text
     data = np.frombuffer(text + bytes(8), np.uint8)
     ends = np.flatnonzero((data == ord("\t")) | (data == ord("\n")))
     lines = data[ends] == ord("\n")
@@ -167,12 +173,20 @@ def parse_criteo(
         )
     starts = np.concatenate([[0], ends[:-1] + 1])[: ends.size].reshape(-1, _FIELDS)
     ends = ends.reshape(-1, _FIELDS)
-    labels, _ = _numbers(data, starts[:, 0], ends[:, 0], 10, where)
+    labels, empty = _numbers(data, starts[:, 0], ends[:, 0], 10, where)
+    if empty.any():
+        raise ValueError(
+            f"{where}: labels must be 0 or 1, got none in line {int(np.argmax(empty))} (test files without labels are not "
+            "read)."
+        )
     if (labels > 1).any():
         raise ValueError(f"{where}: labels must be 0 or 1, got {labels.max()}.")
     counts = slice(1, 1 + NUM_DENSE)
     minus = (data[starts[:, counts]] == ord("-")) & (starts < ends)[:, counts]
-    values, _ = _numbers(data, starts[:, counts] + minus, ends[:, counts], 10, where)
+    values, empty = _numbers(data, starts[:, counts] + minus, ends[:, counts], 10, where)
+    if (minus & empty).any():
+        at = int(np.argmax((minus & empty).any(1)))
+        raise ValueError(f"{where}: a count must be an integer or empty, got '-' in line {at}.")
     hashes, empty = _numbers(data, starts[:, 1 + NUM_DENSE :], ends[:, 1 + NUM_DENSE :], 16, where)
     ids = np.where(empty, 0, 1 + hashes % (np.asarray(vocabulary_sizes) - 1))
     dense = np.log1p(np.where(minus, 0, values))
