@@ -35,6 +35,7 @@ class _Entry:
     accepted_slowly: bool
     result: asyncio.Future[list[np.ndarray]]
     timer: asyncio.TimerHandle | None = None
+    begun: bool = False
 
 
 class Batcher:
@@ -172,12 +173,13 @@ class Batcher:
                 self._queue.popleft()
                 self._queued_rows -= len(entry.rows)
                 if not entry.result.done():
-                    entry.result.set_exception(expired())
+                    entry.result.set_exception(expired(begun=False))
                 self._disarm(entry)
                 continue
             other = batch and (entry.model is not batch[0].model or rows + len(entry.rows) > self._max_rows)
             if other:
                 break
+            entry.begun = True
             batch.append(self._queue.popleft())
             rows += len(entry.rows)
             self._metrics.stage("queue", timed - entry.timed)
@@ -235,4 +237,4 @@ class Batcher:
 
 def _expire(entry: _Entry) -> None:
     if not entry.result.done():
-        entry.result.set_exception(expired())
+        entry.result.set_exception(expired(entry.begun))

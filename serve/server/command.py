@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-queue-rows", type=int, default=8192, help="rows that wait or run, and most of one request"
     )
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds, of requests that name none")
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, help="seconds that a request may take; it may name fewer"
+    )
     parser.add_argument("--body-timeout", type=float, default=10.0)
     parser.add_argument("--idle-timeout", type=float, default=30.0)
     parser.add_argument("--drain-grace", type=float, default=0.0, help="seconds of service after SIGTERM")

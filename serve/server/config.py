@@ -37,7 +37,7 @@ class ServerConfig:
       body_timeout: seconds in which the body of a request must arrive.
       idle_timeout: seconds in which a connection must send the headers of its next request, and in which it must
         read something of what it is sent.
-      default_timeout: seconds after which a request that names no deadline is not run any more.
+      default_timeout: seconds after which a request is given up, and not run any more; it may name fewer, not more.
       drain_grace: seconds after SIGTERM in which requests are still taken, while readiness says no.
       drain_timeout: seconds that running requests have to end after that.
       poll_seconds: how often the folder is looked at.

@@ -46,6 +46,12 @@ def unavailable(why: str) -> RequestError:
     return RequestError(503, f"the server takes no requests: {why}.", retry_after=1)
 
 
-def expired() -> RequestError:
-    """Its deadline is over."""
+def expired(begun: bool) -> RequestError:
+    """Its deadline is over.
+
+    Args:
+      begun: whether it runs already.
+    """
+    if begun:
+        return RequestError(504, "the deadline of the request passed while it ran.")
     return RequestError(504, "the deadline of the request passed before it could run; it was not run.")

@@ -14,7 +14,7 @@ _ERRORS = {
     "415": "The body is compressed in a way that is not read.",
     "429": "The server is overloaded; see Retry-After.",
     "503": "The server takes no requests; see Retry-After.",
-    "504": "The deadline passed before the request ran.",
+    "504": "The deadline passed before the request was answered.",
 }
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 

@@ -125,6 +125,22 @@ def test_expired_and_abandoned_requests_never_run():
     run(check())
 
 
+def test_a_deadline_that_passes_while_it_runs():
+    async def check():
+        model, batcher = Model(), await started()
+        model.gate.clear()
+        with pytest.raises(RequestError, match="passed while it ran") as caught:
+            await batcher.submit(model, rows(0), soon(0.1))
+        assert caught.value.status == 504
+        assert "not run" not in caught.value.message
+        model.gate.set()
+        await settle()
+        assert model.batches == [[0]]
+        await batcher.stop()
+
+    run(check())
+
+
 def test_full_queue_refuses_at_once():
     async def check():
         model, batcher = Model(), await started(max_queued=3)
