@@ -9,6 +9,8 @@ from .errors import RequestError, bad_request
 from .scope import COMPLETE
 
 _WINDOW = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+_MAX_MEMBERS = 4096  # each takes time, even an empty one
+_PIECE = 1 << 16
 
 
 async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
@@ -58,19 +60,30 @@ async def _receive(request: Request, max_bytes: int) -> bytes:
 def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
     """What `body` unpacks to; no more than `max_bytes` are ever unpacked.
 
+    gzip may have several members, one after the other.
+
     Raises:
       RequestError: if it unpacks to more, or is damaged.
     """
-    stream = zlib.decompressobj(_WINDOW[encoding])
-    try:
-        data = stream.decompress(body, max_bytes + 1)
-    except zlib.error as e:
-        raise bad_request(f"the body is not {encoding}: {e}.") from None
-    if len(data) > max_bytes:
-        raise _too_large(max_bytes)
-    if not stream.eof or stream.unused_data:
-        raise bad_request(f"the body is not {encoding}: it ends too early or goes on after its end.")
-    return data
+    parts: list[bytes] = []
+    size, rest = 0, memoryview(body)
+    for _ in range(_MAX_MEMBERS if "gzip" in encoding else 1):
+        stream = zlib.decompressobj(_WINDOW[encoding])
+        while not stream.eof:
+            if not rest:
+                raise bad_request(f"the body is not {encoding}: it ends too early.")
+            piece = rest[:_PIECE]  # what follows a member is copied, so that it must not be all that follows
+            try:
+                parts.append(stream.decompress(piece, max_bytes + 1 - size))
+            except zlib.error as e:
+                raise bad_request(f"the body is not {encoding}: {e}.") from None
+            size += len(parts[-1])
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            rest = rest[len(piece) - len(stream.unused_data) :]
+        if not rest:
+            return b"".join(parts)
+    raise bad_request(f"the body is not {encoding}: it goes on after its end, or is of too many parts.")
 
 
 def _too_large(max_bytes: int) -> RequestError:
