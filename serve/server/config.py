@@ -14,6 +14,8 @@ from jaxembed.serve.table_memory import TABLES
 
 MEGABYTE = 1 << 20
 CONFIG_VARIABLE = "JAXEMBED_SERVER_CONFIG"
+#: File of the shared folder, and exit status: how a worker tells that the command line is wrong.
+MISTAKE, MISTAKE_STATUS = "mistake", 78
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,3 +55,7 @@ def expired(begun: bool) -> RequestError:
     if begun:
         return RequestError(504, "the deadline of the request passed while it ran.")
     return RequestError(504, "the deadline of the request passed before it could run; it was not run.")
+
+
+class OptionError(ValueError):
+    """An option of the server that does not fit what it is to serve; all there is to say is in the message."""

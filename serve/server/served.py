@@ -15,14 +15,14 @@ from jaxembed.checkpoint import Bundle, open_bundle
 from jaxembed.quantized_table import QuantizedTable
 from jaxembed.serve.checks import BadIdError
 from jaxembed.serve.compile_cache import compile_cache
-from jaxembed.serve.features import DEFAULT_MAX_IDS
+from jaxembed.serve.features import DEFAULT_MAX_IDS, served_features
 from jaxembed.serve.function import ServingFunction
 from jaxembed.serve.model import ServingModel
 from jaxembed.serve.rows import Rows, concatenate
 from jaxembed.serve.table_memory import copy_arrays, in_memory
 
 from .config import ServerConfig
-from .errors import RequestError
+from .errors import OptionError, RequestError
 from .native_reader import NativeReader, make_reader
 from .request import Flat
 from .shared_tables import shared_tables
@@ -71,12 +71,14 @@ class BundleModel:
 
     Raises:
       ValueError: if the version is damaged, or the model cannot be made.
+      OptionError: if the options of the server do not fit it.
       FileNotFoundError: if it is not there.
     """
 
     def __init__(self, config: ServerConfig, version: int, previous: "ServedModel | None" = None):
         begin = time.monotonic()
         bundle = _open(config, version)
+        _check_options(config, bundle)
         if config.verify:
             # Beside a version that serves on this thread alone, whose pace is set by who called.
             bundle.verify(rest=None if previous is None else 0.0)
@@ -173,6 +175,14 @@ def _open(config: ServerConfig, version: int) -> Bundle:
         return bundle
     shared = None if config.state is None else shared_tables(pathlib.Path(config.state).absolute())
     return in_memory(bundle, copy_arrays if shared is None else shared.copy)
+
+
+def _check_options(config: ServerConfig, bundle: Bundle) -> None:
+    limit = DEFAULT_MAX_IDS if config.max_ids_per_row is None else config.max_ids_per_row
+    try:
+        served_features(bundle.feature_config, limit, config.weighted)
+    except ValueError as e:
+        raise OptionError(f"the options do not fit this version: {e}") from e
 
 
 def _with_model(config: ServerConfig, opened: ServingModel, bundle: Bundle) -> ServingFunction:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import ServerConfig
-from .errors import RequestError, unavailable
+from .errors import OptionError, RequestError, unavailable
 from .metrics import Metrics
 from .pace import Pace
 from .peers import Peers
@@ -190,7 +190,11 @@ class Versions:
             again = loop.time() + _RETRY_SECONDS if old is None and version == self._floor() else math.inf
             self._failed[version] = (identity, f"{type(e).__name__}: {e}", again)
             self._metrics.version_failed()
-            self._metrics.log.error("a version cannot be served", extra={"version": version}, exc_info=e)
+            self._metrics.log.error(
+                "a version cannot be served",
+                extra={"version": version, "reason": str(e) or type(e).__name__},
+                exc_info=None if isinstance(e, OptionError) else e,
+            )
             return False
         self._current, self._identity = model, identity
         if self._peers is not None:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import pathlib
 import resource
 import signal
 import socket
@@ -13,10 +14,11 @@ import threading
 import jax
 
 from . import logs
-from .config import CONFIG_VARIABLE, ServerConfig
+from .config import CONFIG_VARIABLE, MISTAKE, MISTAKE_STATUS, ServerConfig
 from .doors import Doors
 from .metrics import Metrics
 from .peers import Peers
+from .served import find_model
 from .service import Service
 from .versions import LOADER, Versions
 
@@ -73,6 +75,17 @@ async def _orphaned(parent: int) -> None:
         await asyncio.sleep(0.5)
 
 
+def _check_model(config: ServerConfig) -> None:
+    """Ends the process if the command line names a model that there is not; the supervisor says so."""
+    if config.model is None or config.state is None:
+        return
+    try:
+        find_model(config.model)
+    except ValueError as e:
+        (pathlib.Path(config.state) / MISTAKE).write_text(str(e))
+        sys.exit(MISTAKE_STATUS)
+
+
 def _end() -> None:
     """Ends the process though a version loads: nothing interrupts what compiles, and it may take minutes."""
     for thread in threading.enumerate():
@@ -90,6 +103,7 @@ def main() -> None:
     """
     config = ServerConfig.from_json(os.environ.pop(CONFIG_VARIABLE))
     logs.configure()
+    _check_model(config)
     # Batches run where they are called from: to hand them to another thread costs more than quick ones take.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # What loads a version beside the one that serves lets go of the interpreter after so long, instead of 5 ms.

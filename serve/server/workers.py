@@ -18,7 +18,7 @@ from dataclasses import replace
 from types import FrameType
 
 from . import logs
-from .config import CONFIG_VARIABLE, ServerConfig
+from .config import CONFIG_VARIABLE, MISTAKE, MISTAKE_STATUS, ServerConfig
 from .peers import Peers
 
 _BACKLOG = 1024
@@ -34,7 +34,7 @@ class Supervisor:
       config: of the server.
 
     Raises:
-      ValueError: if there is no folder of bundles.
+      ValueError: if there is no folder of bundles, or a folder cannot be written.
       OSError: if a port is taken.
     """
 
@@ -49,6 +49,9 @@ class Supervisor:
                 f"{config.directory} is one version of a bundle; name the folder that it is in, "
                 f"{config.directory.parent}."
             )
+        for flag, folder in (("--state", config.state), ("--compile-cache", config.compile_cache)):
+            if folder is not None:
+                _check_writable(flag, pathlib.Path(folder).expanduser().absolute())
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         self._listener = socket.socket(family)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -71,6 +74,7 @@ class Supervisor:
         self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
         self._due: dict[int, float] = {}
         self._failures, self._lived = 0, False
+        self._mistake: str | None = None
         self._stop = threading.Event()
         self._log = logs.logger()
 
@@ -85,7 +89,11 @@ class Supervisor:
         return [process.pid for process, _ in self._workers.values()]
 
     def run(self) -> int:
-        """Runs until SIGTERM or SIGINT; 0 if all workers ended in time, 1 also if none can be started."""
+        """Runs until SIGTERM or SIGINT; 0 if all workers ended in time, 1 also if none can be started.
+
+        Raises:
+          ValueError: if workers find that the command line is wrong.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
         try:
@@ -97,6 +105,9 @@ class Supervisor:
             )
             while not self._stop.wait(0.05):
                 self._restart_dead()
+                if self._mistake is not None and not self._lived:
+                    self._end()
+                    raise ValueError(self._mistake)
                 if self._failures >= _HOPELESS and not self._lived:
                     self._log.error("giving up: every worker dies when it starts; what it printed says why")
                     self._end()
@@ -138,6 +149,8 @@ class Supervisor:
                 # One that lived is replaced at once, one that dies young more and more slowly.
                 delay = min(0.0 if self._failures <= 1 else 0.5 * 2**self._failures, _SLOWEST_RESTART)
                 self._due[slot] = now + delay
+                if process.returncode == MISTAKE_STATUS:
+                    self._mistake = (self._metrics.parent / MISTAKE).read_text()
                 self._log.error(
                     "a worker died", extra={"worker": process.pid, "status": process.returncode, "delay": delay}
                 )
@@ -165,6 +178,15 @@ class Supervisor:
                 process.wait()
                 late += 1
         return 1 if late else 0
+
+
+def _check_writable(flag: str, folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ValueError(f"{flag} {folder} cannot be written: {e.strerror}; name another folder.") from e
 
 
 def _cores() -> int:

@@ -50,6 +50,39 @@ def test_a_model_whose_module_is_not_there(tmp_path, capsys, monkeypatch):
     assert "there is no module 'nosuch'; install it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("nope", "has no attribute 'nope'"), ("__doc__", "must be callable, got str")]
+)
+def test_a_model_that_its_module_has_not(tmp_path, name, said):
+    """Only workers import it; one line, from a server that ends."""
+    command = [sys.executable, "-c", "import sys; from jaxembed.cli import main; sys.exit(main())", "serve"]
+    command += [
+        str(tmp_path),
+        "--http-port",
+        "0",
+        "--grpc-port",
+        "0",
+        "--workers",
+        "2",
+        "--model",
+        f"json:{name}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"jaxembed: model 'json:{name}'" in done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--state", "--compile-cache"])
+def test_folders_that_cannot_be_written(tmp_path, capsys, flag):
+    (tmp_path / "file").touch()
+    wrong = tmp_path / "file" / "folder"
+    arguments = ["serve", str(tmp_path), "--http-port", "0", "--grpc-port", "0", flag, str(wrong)]
+    assert main(arguments) == 2
+    assert f"{flag} {wrong} cannot be written: Not a directory; name another folder." in capsys.readouterr().err
+
+
 def test_a_package_that_is_not_there(tmp_path, capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(

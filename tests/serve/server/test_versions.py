@@ -223,6 +223,23 @@ def test_the_pin_outlives_a_restart(tmp_path):
     run(check())
 
 
+def test_options_that_do_not_fit_a_version_are_one_line(folder, caplog, monkeypatch):
+    monkeypatch.setattr(logger(), "propagate", True)
+
+    async def check():
+        versions = Versions(ServerConfig(str(folder), weighted=("nope",)), Metrics())
+        await versions.look()
+        await versions.stop()
+
+    run(check())
+    (record,) = caplog.records
+    assert record.exc_info is None
+    assert record.version == 0
+    assert record.reason == (
+        "the options do not fit this version: weighted has no feature 'nope'; features are ['history', 'user']."
+    )
+
+
 def test_what_is_no_version_is_named(tmp_path, caplog, monkeypatch):
     """Folders of other names, an empty one, and one that cannot be read, each told once."""
     monkeypatch.setattr(logger(), "propagate", True)
