@@ -1,6 +1,8 @@
 """Parquet files as examples."""
 
 import itertools
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -116,13 +118,81 @@ def test_bags_share_the_memory_of_arrow():
         ({"y": pa.array([[1]] * 9)}, r"column 'y' must hold numbers"),
         ({"w": pa.array([[1.0]] * 9)}, r"weights must be parallel to ids, got 1 weights for . ids in row"),
         ({"d1": pa.array([1, None, 3] * 3)}, r"'d1' must hold no nulls, got 2; fill them"),
-        ({"ids": pa.array([[1, None]] * 9)}, r"'a list' must hold no nulls"),
+        ({"ids": pa.array([[1, None]] * 9)}, r"x\.parquet: the lists of feature 'bag' must hold no nulls"),
+        (
+            {"id": pa.array([1, None, 3] * 3)},
+            r"x\.parquet: column 'id' of feature 'id' must hold no nulls, got 2",
+        ),
+        ({"y": pa.array([0, 1, None] * 3)}, r"x\.parquet: labels 'y' must hold no nulls, got 2"),
+        ({"y": pa.array([0, 1, np.nan] * 3)}, r"x\.parquet: labels 'y' must be finite, got nan and 1 more"),
+        (
+            {"ids": pa.array([[1]] * 9), "w": pa.array([[np.inf]] * 9)},
+            r"x\.parquet: the weights of feature 'bag' must be finite, got inf and 6 more",
+        ),
     ],
 )
 def test_wrong_columns(tmp_path, replace, message):
     write(tmp_path / "x.parquet", 0, 9, **replace)
     with pytest.raises(ValueError, match=message):
         ParquetExamples([tmp_path / "x.parquet"], **COLUMNS).load()
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty", "page"])
+def test_damaged_files_are_named(tmp_path, damage):
+    path = tmp_path / "x.parquet"
+    write(path, 0, 2000, row_group_size=2000)
+    content = bytearray(path.read_bytes())
+    if damage == "page":
+        content[4:200] = bytes(196)
+    path.write_bytes(
+        {"garbage": b"garbage" * 99, "truncated": content[:500], "empty": b"", "page": content}[damage]
+    )
+    with pytest.raises(ValueError, match=r"x\.parquet is no whole Parquet file: "):
+        ParquetExamples([path], **COLUMNS).load()
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.parquet"):
+        ParquetExamples([tmp_path / "nowhere.parquet"], **COLUMNS)
+
+
+def test_files_that_are_written_over_are_an_error(tmp_path):
+    path = tmp_path / "x.parquet"
+    write(path, 0, 14)
+    source = ParquetExamples([path], **COLUMNS)
+    write(path, 0, 14, row_group_size=6)
+    with pytest.raises(ValueError, match=r"x\.parquet: row group 0 had 7 rows when .*, now 6; write new data"):
+        source.load()
+    pq.write_table(pa.table({"id": list(range(14))}), path, row_group_size=7)
+    with pytest.raises(ValueError, match=r"x\.parquet is no whole Parquet file: "):
+        source.load()
+
+
+SHRINKING = """
+import os, sys
+import numpy as np
+import pyarrow.parquet as pq
+from jaxembed.train.data import ParquetExamples
+read = pq.ParquetFile.read_row_group
+def shrinks(file, *args, **options):
+    os.truncate(sys.argv[1], 4096)
+    return read(file, *args, **options)
+source = ParquetExamples([sys.argv[1]], {"id": "id"}, "y")
+pq.ParquetFile.read_row_group = shrinks
+try:
+    source.load()
+except ValueError as e:
+    print(e)
+"""
+
+
+def test_a_file_that_shrinks_while_it_is_read_does_not_end_the_process(tmp_path):
+    """Where it is mapped, the process dies of SIGBUS."""
+    path = tmp_path / "x.parquet"
+    rng = np.random.default_rng(0)
+    pq.write_table(pa.table({"id": rng.integers(0, 2**60, 100_000), "y": np.zeros(100_000)}), path)
+    run = subprocess.run(
+        [sys.executable, "-c", SHRINKING, path], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
+    assert "x.parquet is no whole Parquet file: File too short" in run.stdout
 
 
 def test_wrong_arguments(files):

@@ -250,6 +250,24 @@ def test_other_batches_are_an_error(whole, tmp_path):
     assert whole_steps(result.checkpoints) == [6, 9]
 
 
+@pytest.mark.parametrize("at", ["run", "run/checkpoints"])
+def test_out_must_be_a_folder(tmp_path, at):
+    (tmp_path / at).parent.mkdir(exist_ok=True)
+    (tmp_path / at).write_text("a file")
+    with pytest.raises(
+        ValueError, match=rf"{at} is no folder, so nothing can be written at .*; pass another path"
+    ):
+        train(job(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["train", "evaluation"])
+def test_data_without_examples_are_named(tmp_path, part):
+    path, empty = write_data(tmp_path), tmp_path / "empty.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), empty)
+    with pytest.raises(ValueError, match=rf"data\.{part} must hold examples to (train|evaluate) on, got none"):
+        open_sources(job(tmp_path, path, **{f"data.{part}": [str(empty)]}).data, 4)
+
+
 def test_batches_must_divide_over_the_devices(tmp_path):
     with pytest.raises(ValueError, match=r"training.batch_size must be a multiple of the 8 devices, got 12"):
         train(job(tmp_path, **{"training.batch_size": 12}))

@@ -67,6 +67,7 @@ def test_overrides(tmp_path):
         ),
         ("distributed.process_id=1", r"distributed: .* must be given together"),
         ("out=gs://bucket/run", r"out must be a folder that is mounted, got the address 'gs://bucket/run'"),
+        ('data={kind="parquet", train=[], labels="y", features={}}', r"train: Tuple .* at least 1 item"),
         ("out.x=1", r"'out' is a value, not a table"),
         ("out", r"--set must be of the form a.b=c, got 'out'"),
     ],

@@ -1,10 +1,11 @@
 """Parquet files as examples: loaded whole, or read row group by row group while training."""
 
+import contextlib
 import importlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ class ParquetExamples:
       keep: how many row groups are kept in memory.
 
     Raises:
-      ValueError: if a column is missing, of a type that does not fit or, where found when read, holds
-        nulls.
+      ValueError: if a file is damaged, or a column is missing, of a type that does not fit or, where found when
+        read, holds nulls, or labels or weights that are not finite.
       ImportError: if pyarrow is not installed.
     """
 
@@ -43,7 +44,6 @@ class ParquetExamples:
         weights: Mapping[str, str] | None = None,
         keep: int = 4,
     ):
-        parquet = _pyarrow("parquet")
         if keep < 1:
             raise ValueError(f"keep must be at least 1 row group, got {keep}.")
         self._features, self._weights = dict(features), dict(weights or {})
@@ -55,7 +55,7 @@ class ParquetExamples:
         self._lock = threading.Lock()
         sizes = []
         for path in paths:
-            with parquet.ParquetFile(path) as file:
+            with _opened(path) as file:
                 self._check(file.schema_arrow, path)
                 for group in range(file.num_row_groups):
                     if file.metadata.row_group(group).num_rows:
@@ -79,11 +79,13 @@ class ParquetExamples:
         """Per ragged feature, batch size times the longest bag, which takes reading all lists to find."""
         longest = dict.fromkeys(self.ragged_features, 0)
         for path, group in self._groups if longest else ():
-            with _pyarrow("parquet").ParquetFile(path, memory_map=True) as file:
+            with _opened(path) as file:
                 table = file.read_row_group(group, columns=[self._features[name] for name in longest])
-            for name in longest:
-                bags = bags_from_arrow(_column(table, self._features[name]))
-                longest[name] = max(longest[name], bags.max_length)
+                for name in longest:
+                    bags = bags_from_arrow(
+                        _column(table, self._features[name]), f"the lists of feature {name!r}"
+                    )
+                    longest[name] = max(longest[name], bags.max_length)
         return {name: max(1, batch_size * length) for name, length in longest.items()}
 
     def take(self, rows: np.ndarray, batch_size: int, capacities: Mapping[str, int]) -> Batch:
@@ -109,19 +111,27 @@ class ParquetExamples:
 
     def _read(self, group: int) -> Examples:
         path, index = self._groups[group]
-        with _pyarrow("parquet").ParquetFile(path, memory_map=True) as file:
+        with _opened(path) as file:
             table = file.read_row_group(index, columns=list(dict.fromkeys(self._columns)))
-        features = {}
-        for name, column in self._features.items():
-            ids = _column(table, column)
-            if name in self.ragged_features:
-                weights = self._weights.get(name)
-                features[name] = _bags(ids, None if weights is None else _column(table, weights), name)
-            else:
-                features[name] = _numbers(ids, name)
-        dense = [_numbers(_column(table, name), name) for name in self._dense]
+            expected = self.block_splits[group + 1] - self.block_splits[group]
+            if table.num_rows != expected:
+                raise ValueError(
+                    f"row group {index} had {expected} rows when the file was opened first, now {table.num_rows}; write "
+                    "new data to a new file."
+                )
+            features = {}
+            for name, column in self._features.items():
+                ids = _column(table, column)
+                if name in self.ragged_features:
+                    weights = self._weights.get(name)
+                    features[name] = _bags(ids, None if weights is None else _column(table, weights), name)
+                else:
+                    features[name] = _numbers(ids, f"column {column!r} of feature {name!r}")
+            dense = [_numbers(_column(table, name), f"column {name!r}") for name in self._dense]
+            labels = _finite(
+                _numbers(_column(table, self._labels), f"labels {self._labels!r}"), f"labels {self._labels!r}"
+            )
         stacked = np.stack(dense, axis=1) if dense else np.zeros((table.num_rows, 0))
-        labels = _numbers(_column(table, self._labels), self._labels)
         return Examples(features, stacked.astype(np.float32), labels.astype(np.float32))
 
     def _check(self, schema: Any, path: str | os.PathLike[str]) -> None:
@@ -161,8 +171,12 @@ class ParquetExamples:
         self._ragged = tuple(ragged)
 
 
-def bags_from_arrow(array: Any) -> RaggedColumn:
+def bags_from_arrow(array: Any, name: str = "a list") -> RaggedColumn:
     """A pyarrow array of lists of numbers as bags, without a copy of the numbers; a null list is empty.
+
+    Args:
+      array: of lists.
+      name: of the array, for errors.
 
     Raises:
       ValueError: if the array does not hold lists, or a list holds a null.
@@ -174,14 +188,15 @@ def bags_from_arrow(array: Any) -> RaggedColumn:
     lengths = np.diff(offsets)
     if array.null_count:
         lengths = np.where(array.is_valid().to_numpy(zero_copy_only=False), lengths, 0)
-    return RaggedColumn(_numbers(array.values, "a list"), offsets[:-1], lengths)
+    return RaggedColumn(_numbers(array.values, name), offsets[:-1], lengths)
 
 
 def _bags(ids: Any, weights: Any, name: str) -> RaggedColumn:
-    bags = bags_from_arrow(ids)
+    bags = bags_from_arrow(ids, f"the lists of feature {name!r}")
     if weights is None:
         return bags
-    found = bags_from_arrow(weights)
+    found = bags_from_arrow(weights, f"the weights of feature {name!r}")
+    _finite(found.values, f"the weights of feature {name!r}")
     if not np.array_equal(found.lengths, bags.lengths):
         at = int(np.argmax(found.lengths != bags.lengths))
         raise ValueError(
@@ -195,13 +210,39 @@ def _bags(ids: Any, weights: Any, name: str) -> RaggedColumn:
 
 def _numbers(array: Any, name: str) -> np.ndarray:
     if array.null_count:
-        raise ValueError(f"{name!r} must hold no nulls, got {array.null_count}; fill them before training.")
+        raise ValueError(f"{name} must hold no nulls, got {array.null_count}; fill them before training.")
     return array.to_numpy(zero_copy_only=array.type != "bool")
+
+
+def _finite(values: np.ndarray, what: str) -> np.ndarray:
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        found = values[~np.isfinite(values)]
+        raise ValueError(f"{what} must be finite, got {found[0]} and {found.size - 1} more that are not.")
+    return values
 
 
 def _column(table: Any, name: str) -> Any:
     column = table.column(name)
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The file, not mapped: one that shrinks while it is read would end the process with SIGBUS. Errors name it."""
+    parquet, arrow_error = _pyarrow("parquet"), _pyarrow("lib").ArrowException
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except (arrow_error, OSError, KeyError) as e:
+        # Those of the system, which have a number, name the file themselves.
+        if isinstance(e, OSError) and e.errno is not None:
+            raise
+        raise ValueError(f"{os.fspath(path)} is no whole Parquet file: {e}") from e
+    except ValueError as e:
+        where = os.fspath(path)
+        if where in str(e):
+            raise
+        raise ValueError(f"{where}: {e}") from e
 
 
 def _pyarrow(module: str) -> Any:

@@ -83,7 +83,7 @@ class ParquetData:
       dense: names of the dense columns.
     """
 
-    train: tuple[str, ...]
+    train: Annotated[tuple[str, ...], Field(min_length=1)]
     labels: str
     features: dict[str, ParquetFeature]
     kind: Literal["parquet"] = "parquet"

@@ -11,6 +11,8 @@ import jax
 from pydantic import TypeAdapter
 
 from jaxembed.checkpoint import CheckpointError
+from jaxembed.checkpoint.files import absolute_path
+from jaxembed.checkpoint.scratch import check_place
 
 from ..checkpoint import Checkpointer, Restored
 from ..trainer import Trainer, TrainState
@@ -59,6 +61,8 @@ def train(config: JobConfig, sources: Sources | None = None) -> Result:
       ValueError: if the data or a checkpoint does not fit the configuration, or another process writes to `config.out`.
     """
     start_processes(config)
+    # Of a step: that there can be a folder of them is part of it.
+    check_place(absolute_path(config.out) / "checkpoints" / "0")
     sources = sources or open_sources(config.data, config.model.dim)
     job = Job(config, sources)
     try:

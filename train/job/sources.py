@@ -61,12 +61,22 @@ def open_sources(data: Data, dim: int) -> Sources:
       ValueError: if it is not of the form that `data` says.
     """
     if isinstance(data, MovieLensData):
-        return _movielens(data, dim)
-    if isinstance(data, CriteoData):
-        return _criteo(data, dim)
-    if isinstance(data, ParquetData):
-        return _parquet(data, dim)
-    return _synthetic(data, dim)
+        sources = _movielens(data, dim)
+    elif isinstance(data, CriteoData):
+        sources = _criteo(data, dim)
+    elif isinstance(data, ParquetData):
+        sources = _parquet(data, dim)
+    else:
+        sources = _synthetic(data, dim)
+    for what, examples in (("train", sources.train), ("evaluate", sources.evaluation)):
+        if examples is not None and not len(examples):
+            named = (
+                f"data.{'train' if what == 'train' else 'evaluation'}"
+                if data.kind == "parquet"
+                else f"{data.kind} data"
+            )
+            raise ValueError(f"{named} must hold examples to {what} on, got none.")
+    return sources
 
 
 def _movielens(data: MovieLensData, dim: int) -> Sources:

@@ -131,7 +131,7 @@ class Watch:
         return TrainingDiverged(
             f"training diverged: {what} is not finite at step {step}. Nothing was saved since; {kept}. Lower "
             "tables.optimizer.learning_rate or dense_optimizer.learning_rate, or look for bad dense features, "
-            "and start again."
+            "labels or weights, and start again."
         )
 
 
