@@ -58,5 +58,5 @@ def app(arguments: Mapping[str, str]) -> serve.Application:
 
 
 def application(config: ServerConfig) -> Starlette:
-    """What a replica runs: it is ready once a version is."""
+    """What a replica runs: it has started once a version serves."""
     return make_app(Service(config), lifespan=True)

@@ -47,7 +47,8 @@ def make_app(
       service: started, or to be by the lifespan.
       predict_route: another path for TensorFlow Serving's predict, as Vertex AI names it.
       health_route: another path for readiness.
-      lifespan: whether the application starts and stops the service, for servers that are not ours.
+      lifespan: whether the application starts and stops the service, for servers that are not ours; it has started
+        once a version serves.
     """
     routes = Routes(service)
     name = service.config.name
@@ -110,6 +111,7 @@ class _App(Starlette):
 async def _running(service: Service) -> AsyncIterator[None]:
     await service.start()
     try:
+        await service.versions.loaded()
         yield
     finally:
         await service.stop()

@@ -36,6 +36,8 @@ class VersionFolder:
             return cls({}, problems=(str(e),))
         versions, misnamed, rest, problems = {}, [], [], []
         for name in names:
+            if name.startswith("."):  # it is still written
+                continue
             try:
                 stat = os.stat(path / name / _MANIFEST)
             except (FileNotFoundError, NotADirectoryError):

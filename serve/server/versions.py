@@ -60,6 +60,7 @@ class Versions:
         self._reported = ""
         self._thread = concurrent.futures.ThreadPoolExecutor(1, LOADER)
         self._turn = asyncio.Lock()
+        self._loaded = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._state = pathlib.Path(config.state) if config.state else pathlib.Path(tempfile.mkdtemp("jaxembed"))
 
@@ -104,6 +105,10 @@ class Versions:
         """Loads the version to serve, and begins to watch the folder."""
         await self.look()
         self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    async def loaded(self) -> None:
+        """Returns once a version serves."""
+        await self._loaded.wait()
 
     async def stop(self) -> None:
         """Stops watching; what loads a version is left to itself."""
@@ -197,6 +202,7 @@ class Versions:
             )
             return False
         self._current, self._identity = model, identity
+        self._loaded.set()
         if self._peers is not None:
             self._peers.serve(version)
         before = None if old is None else old.version

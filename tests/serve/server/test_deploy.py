@@ -1,11 +1,15 @@
 """The files of deploy/ parse, and say nothing that the command does not take."""
 
 import argparse
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
+import jaxembed
 from jaxembed.serve.server import command
 
 DEPLOY = pathlib.Path(__file__).resolve().parents[3] / "deploy"
@@ -90,6 +94,50 @@ def test_manifests_follow_the_schemas_of_kubernetes():
         "serving.kserve.io/v1beta1",
         "serving.kserve.io/v1alpha1",
     )
+
+
+def test_versions_are_copied_whole_in_rising_order(tmp_path):
+    """The script of the container beside the server, with folders of this machine."""
+    pod = documents("gke.yaml")[0]["spec"]["template"]["spec"]
+    (copy,) = pod["initContainers"]
+    mounted = {mount["mountPath"] for mount in copy["volumeMounts"]}
+    assert mounted == {"/bucket", "/bundles"}
+    bucket, local = tmp_path / "bucket", tmp_path / "bundles"
+    for name in ("10", "9", "11", "v1"):
+        (bucket / name / "tables").mkdir(parents=True)
+        (bucket / name / "tables" / "rows").write_text(name)
+        if name != "11":  # it is still uploaded
+            (bucket / name / "manifest.json").write_text("{}")
+    (local / ".copy" / "of-one-that-ended").mkdir(parents=True)
+    (script,) = copy["args"]
+    script = script.replace("/bucket", str(bucket)).replace("/bundles", str(local)).replace("sleep 30", "break")
+    traced = subprocess.run([*copy["command"], f"set -x\n{script}"], check=True, capture_output=True, text=True)
+    assert sorted(path.name for path in local.iterdir()) == ["10", "9"]
+    assert (local / "9" / "tables" / "rows").read_text() == "9"
+    assert sorted(path.name for path in (local / "10").iterdir()) == ["manifest.json", "tables"]
+    moves = [line for line in traced.stderr.splitlines() if line.startswith("+ mv")]
+    assert [line.rpartition("/")[2] for line in moves] == ["9", "10"]  # a delta comes after what it is one of
+
+
+def test_image_is_not_built_without_the_kernel():
+    text = (DEPLOY / "Dockerfile").read_text()
+    program = re.search(r'^RUN .*python -c "(.*)"$', text, re.M)[1]
+    for backend, status in (("auto", 0), ("xla", 1)):
+        if backend == "auto" and jaxembed.backend() != "native":
+            continue
+        environment = os.environ | {"JAXEMBED_BACKEND": backend}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, check=False
+        )
+        assert done.returncode == status, done.stderr
+
+
+def test_image_is_built_from_no_more_than_it_needs():
+    ignored = (DEPLOY.parent / ".dockerignore").read_text().split()
+    for folder in (".git", ".venv*", "data", "runs"):
+        assert folder in ignored
+    needed = {"jaxembed", "serve", "train", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"}
+    assert not needed & set(ignored)
 
 
 def test_dockerfile_starts_the_command():

@@ -10,10 +10,12 @@ import types
 import httpx
 import pytest
 
+from jaxembed.serve.server.app import make_app
 from jaxembed.serve.server.config import ServerConfig
 from jaxembed.serve.server.logs import logger
 from jaxembed.serve.server.metrics import Metrics
 from jaxembed.serve.server.served import BundleModel
+from jaxembed.serve.server.service import Service
 from jaxembed.serve.server.shared_memory import is_available
 from jaxembed.serve.server.versions import Versions
 from tests.serve.server import bundles
@@ -223,6 +225,30 @@ def test_the_pin_outlives_a_restart(tmp_path):
     run(check())
 
 
+def test_an_application_has_started_once_a_version_serves(tmp_path, checkpoint):
+    """In servers that are not ours: they send requests from then on."""
+    (tmp_path / "bundles").mkdir()
+
+    async def check():
+        service = Service(ServerConfig(str(tmp_path / "bundles"), **bundles.OPTIONS, poll_seconds=0.02))
+        app = make_app(service, lifespan=True)
+        started = asyncio.Event()
+
+        async def live():
+            async with app.router.lifespan_context(app):
+                started.set()
+
+        task = asyncio.create_task(live())
+        await asyncio.sleep(0.3)
+        assert not started.is_set()
+        await asyncio.to_thread(bundles.add, checkpoint, tmp_path / "bundles", 0)
+        await task
+        assert started.is_set()
+        assert service.versions.current.version == 0
+
+    run(check())
+
+
 def test_options_that_do_not_fit_a_version_are_one_line(folder, caplog, monkeypatch):
     monkeypatch.setattr(logger(), "propagate", True)
 
@@ -262,7 +288,8 @@ def test_what_is_no_version_is_named(tmp_path, caplog, monkeypatch):
             (tmp_path / name).mkdir()
         await versions.look()
         assert "there are '0000000005', 'v1', without one" in said()[0][1]
-        for name in ("0000000005", "v1"):
+        (tmp_path / ".5-scratch").mkdir()
+        for name in ("0000000005", "v1", ".5-scratch"):
             (tmp_path / name / "manifest.json").write_text("{}")
         await versions.look()
         await versions.look()
