@@ -234,8 +234,13 @@ def test_nan_in_the_evaluation_is_told_apart(whole, tmp_path):
     config, result = whole
     bad = write_data(tmp_path, nan_at=EXAMPLES - 1)
     examples = open_sources(job(tmp_path, bad).data, config.model.dim).evaluation
-    with pytest.raises(ValueError, match="look for bad dense features or weights in the evaluation data"):
+    message = "look for bad dense features, labels or weights in the evaluation data"
+    with pytest.raises(ValueError, match=message):
         evaluate(result.trainer, result.state, examples, BATCH)
+    good = open_sources(config.data, config.model.dim).evaluation.load()
+    labels = np.where(np.arange(EXAMPLES) == 3, np.nan, good.labels)
+    with pytest.raises(ValueError, match=message):
+        evaluate(result.trainer, result.state, dataclasses.replace(good, labels=labels), BATCH)
 
 
 def test_other_batches_are_an_error(whole, tmp_path):

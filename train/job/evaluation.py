@@ -24,7 +24,7 @@ def evaluate(
       max_batches: how many at most; None for all.
 
     Raises:
-      ValueError: if a logit is not finite.
+      ValueError: if a logit or label is not finite.
     """
     metrics, bad_ids = StreamingMetrics(), 0
     fed = feed(trainer, examples, batch_size, shuffle=False, num_epochs=1)
@@ -33,9 +33,9 @@ def evaluate(
         arrays = (logits, batch.labels, batch.mask, batch.features.bad_ids)
         logits, labels, mask, bad = map(np.asarray, gather(trainer, arrays))
         bad_ids += int(bad.sum())
-        if not np.isfinite(logits[mask > 0]).all():
+        if not np.isfinite([logits[mask > 0], labels[mask > 0]]).all():
             raise ValueError(
-                "evaluation gives NaN or infinity; look for bad dense features or weights in the evaluation data."
+                "evaluation gives NaN or infinity; look for bad dense features, labels or weights in the evaluation data."
             )
         metrics.update(labels, logits, mask)
     return figures(metrics) | {"bad_ids": bad_ids}
