@@ -25,6 +25,7 @@ class Peers:
     def serve(self, version: int) -> None:
         """This worker serves `version` from now on."""
         if not self._withdrawn:
+            self._folder.mkdir(parents=True, exist_ok=True)
             scratch = self._folder / f".{os.getpid()}"
             scratch.write_text(str(version))
             os.replace(scratch, self._folder / str(os.getpid()))
@@ -40,8 +41,12 @@ class Peers:
 
     def others(self) -> dict[int, int]:
         """By process, the versions that other workers serve."""
-        found = {}
-        for name in os.listdir(self._folder):
+        found: dict[int, int] = {}
+        try:
+            names = os.listdir(self._folder)
+        except FileNotFoundError:  # cleaned up by somebody
+            return found
+        for name in names:
             if name.isdecimal() and int(name) != os.getpid():
                 with contextlib.suppress(FileNotFoundError):  # it was forgotten meanwhile
                     found[int(name)] = int((self._folder / name).read_text())

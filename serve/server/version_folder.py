@@ -57,8 +57,8 @@ class VersionFolder:
         found = list(self.problems[:_SHOWN])
         if self.misnamed:
             found.append(
-                f"{_some(self.misnamed)} hold bundles, but versions are looked for in folders named by their number, "
-                "without zeros in front, such as 5: rename them"
+                f"bundles in {_some(self.misnamed)} are passed over: versions are looked for in folders named by their "
+                "number, without zeros in front, such as 5; rename them"
             )
         return "; ".join(found)
 

@@ -14,6 +14,7 @@ from jaxembed.serve.server.app import make_app
 from jaxembed.serve.server.config import ServerConfig
 from jaxembed.serve.server.logs import logger
 from jaxembed.serve.server.metrics import Metrics
+from jaxembed.serve.server.peers import Peers
 from jaxembed.serve.server.served import BundleModel
 from jaxembed.serve.server.service import Service
 from jaxembed.serve.server.shared_memory import is_available
@@ -295,12 +296,12 @@ def test_what_is_no_version_is_named(tmp_path, caplog, monkeypatch):
         await versions.look()
         ((what, why),) = said()
         assert what == "no version to serve yet"
-        assert "'0000000005', 'v1' hold bundles" in why
+        assert "bundles in '0000000005', 'v1' are passed over" in why
         assert versions.failed == {}
         (tmp_path / "v1").rename(tmp_path / "1")
         await versions.look()
         assert versions.current.version == 1
-        assert "'0000000005' hold bundles" in said()[0][1]
+        assert "bundles in '0000000005' are passed over" in said()[0][1]
         (tmp_path / "0000000005").rename(tmp_path / "5")
         await versions.look()
         assert versions.current.version == 5
@@ -362,3 +363,22 @@ def test_configurations_that_are_of_no_use():
     ):
         with pytest.raises(ValueError, match=message):
             ServerConfig("x", **options)
+
+
+def test_peers(tmp_path, monkeypatch):
+    one, other = Peers(tmp_path), Peers(tmp_path)
+    assert one.others() == {}  # somebody may clean the folder up
+    one.clear()
+    one.serve(3)
+    assert one.others() == {}
+    pid = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+    assert other.others() == {pid: 3}
+    other.serve(4)
+    other.withdraw()
+    other.serve(5)  # it leaves, and stays gone
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    assert one.others() == {}
+    other.forget(pid)
+    monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+    assert other.others() == {}
