@@ -41,8 +41,8 @@ class Connection(asyncio.Protocol):
 
     async def __aenter__(self) -> "Connection":
         self._loop = asyncio.get_running_loop()
-        self._transport, _ = await self._loop.create_connection(lambda: self, "127.0.0.1", self._port)
         self._answer: asyncio.Future[int] = self._loop.create_future()
+        self._transport, _ = await self._loop.create_connection(lambda: self, "127.0.0.1", self._port)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -109,8 +109,10 @@ async def overload(port: int, options: argparse.Namespace) -> None:
         f"peak {_spread(rates, ',.0f')} requests/s, p99 {_spread(p99s, '.2f', 1e3)} ms: median (least to most)"
     )
     print(f"offered {_spread([offered.rate for offered in rounds], ',.0f')} requests/s")
-    statuses = {status: sum(len(offered.times[status]) for offered in rounds) for status in rounds[0].times}
-    print(f"answers {statuses}; {sum(offered.late for offered in rounds)} found no connection")
+    answers: collections.Counter[int] = collections.Counter()
+    for offered in rounds:
+        answers.update({status: len(times) for status, times in offered.times.items()})
+    print(f"answers {dict(answers)}; {sum(offered.late for offered in rounds)} found no connection")
     goodput = [offered.good / rate for offered, rate in zip(rounds, rates, strict=True)]
     print(f"goodput {_spread(goodput, '.0%')} of the peak")
     admitted = [offered.quantile(200, 0.99) / p99 for offered, p99 in zip(rounds, p99s, strict=True)]

@@ -118,9 +118,8 @@ class Stack:
         n, p = self.num_blocks, placement
         if p.sharding == "mod" and n > 1:
             row = ids // n
-            block = (
-                ids - row * n + p.shift
-            )  # below 2 n; a remainder would be another division, which takes the host ms
+            # Below 2 n. A remainder would be another division, which takes milliseconds on the host.
+            block = ids - row * n + p.shift
             block = block - n * (block >= n).astype(block.dtype)
             return (block * (self.num_positions // n) + p.first_row + row).astype(np.int32)
         if p.sharding == "div":

@@ -68,14 +68,11 @@ def open_sources(data: Data, dim: int) -> Sources:
         sources = _parquet(data, dim)
     else:
         sources = _synthetic(data, dim)
-    for what, examples in (("train", sources.train), ("evaluate", sources.evaluation)):
+    parts = (("train", "train", sources.train), ("evaluation", "evaluate", sources.evaluation))
+    for part, use, examples in parts:
         if examples is not None and not len(examples):
-            named = (
-                f"data.{'train' if what == 'train' else 'evaluation'}"
-                if data.kind == "parquet"
-                else f"{data.kind} data"
-            )
-            raise ValueError(f"{named} must hold examples to {what} on, got none.")
+            named = f"data.{part}" if data.kind == "parquet" else f"{data.kind} data"
+            raise ValueError(f"{named} must hold examples to {use} on, got none.")
     return sources
 
 
