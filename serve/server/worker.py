@@ -103,6 +103,7 @@ def main() -> None:
     """
     config = ServerConfig.from_json(os.environ.pop(CONFIG_VARIABLE))
     logs.configure()
+    sys.path.append(os.getcwd())  # for --model
     _check_model(config)
     # Batches run where they are called from: to hand them to another thread costs more than quick ones take.
     jax.config.update("jax_cpu_enable_async_dispatch", False)

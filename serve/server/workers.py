@@ -126,7 +126,8 @@ class Supervisor:
     def _start(self, slot: int) -> None:
         descriptor = self._listener.fileno()
         port = -1 if self.grpc_port is None else self.grpc_port
-        command = [sys.executable, "-m", "jaxembed.serve.server.worker", str(descriptor), str(port)]
+        # Without -P, what lies in the working folder is taken for packages of the same names, in a clone ours.
+        command = [sys.executable, "-P", "-m", "jaxembed.serve.server.worker", str(descriptor), str(port)]
         environment = {
             **os.environ,
             "PROMETHEUS_MULTIPROC_DIR": str(self._metrics),

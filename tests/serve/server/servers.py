@@ -74,8 +74,14 @@ class Gate:
 class Process:
     """`jaxembed serve` with the model of `bundles`, its ports and its log."""
 
-    def __init__(self, folder, *options, environment=None, port=0, wait=True):
-        command = [sys.executable, "-c", "import sys; from jaxembed.cli import main; sys.exit(main())", "serve"]
+    def __init__(self, folder, *options, environment=None, port=0, wait=True, cwd=None):
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            "import sys; from jaxembed.cli import main; sys.exit(main())",
+            "serve",
+        ]
         command += [
             *([str(folder)] if folder else []),
             "--model",
@@ -103,6 +109,7 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "XLA_FLAGS": "", **(environment or {})},
+            cwd=cwd,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -388,3 +388,15 @@ def test_metrics_are_those_of_all_workers(shared_folder):
             assert answer.status_code == 200
         # Workers hand on what they counted five times a second.
         server.wait_for(lambda: count() == 30)
+
+
+def test_what_lies_in_the_working_folder_hides_no_package(shared_folder, tmp_path):
+    """In a clone that holds `jaxembed/` without its parts, workers once took that for the package; models are found there."""
+    (tmp_path / "uvicorn.py").write_text("raise ImportError('this is not uvicorn')")
+    (tmp_path / "mine.py").write_text(
+        "def model(params, activations, dense):\n    return activations['user'][:, 0] + 0.5\n"
+    )
+    with Process(shared_folder, "--model", "mine:model", cwd=tmp_path) as server:
+        body = {"instances": [{"user": 3, "history": [1], "dense": [0.0, 0.0]}]}
+        answer = httpx.post(f"{server.url}/v1/models/model:predict", json=body)
+        assert answer.json() == {"predictions": [3.5]}
