@@ -122,6 +122,10 @@ class VocabularyFile:
             object.__setattr__(self, "digest", xxhash.xxh3_128_hexdigest(content))
             object.__setattr__(self, "size", len(_parse(content, self.file, self.dtype)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read of the file."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @property
     def num_rows(self) -> int:
         """Rows lie in [0, num_rows)."""

@@ -19,7 +19,7 @@ from .authorization import authorize
 from .body import read_body
 from .errors import RequestError, out_of_memory
 from .openapi import openapi
-from .request import InferenceRequest, timeout_from
+from .request import LARGE, InferenceRequest, timeout_from
 from .scope import TASK
 from .service import Service
 from .status import page, status
@@ -129,10 +129,13 @@ class Routes:
         async def answer(body: bytes, begin: float) -> Response:
             service, started = self._service, perf_counter()
             model = service.versions.model(request.path_params.get("version"))
-            data, read = v2_binary.read(model, body, request.headers.get(v2_binary.HEADER))
-            wanted = v2_json.binary_outputs(data)
+            header, timeout = request.headers.get(v2_binary.HEADER), _timeout(request)
+            if len(body) < LARGE:
+                read, wanted = v2_binary.read(model, body, header)
+            else:
+                read, wanted = await service.large.v2(model, body, header, self._until(begin, timeout))
             service.metrics.stage("parse", perf_counter() - started)
-            read = _with_header_timeout(read, request)
+            read = _with_timeout(read, timeout)
             outputs = await service.infer(model, read, begin)
             written = perf_counter()
             head, parts = v2_json.write(model, self._config.name, read, outputs, wanted)
@@ -150,9 +153,14 @@ class Routes:
         async def answer(body: bytes, begin: float) -> Response:
             service, started = self._service, perf_counter()
             model = service.versions.model(request.path_params.get("version"))
-            read, by_row = tf_predict.read(model.signature, v2_json.read_object(body))
+            timeout = _timeout(request)
+            if len(body) < LARGE:
+                read, by_row = tf_predict.read(model.signature, body)
+            else:
+                until = self._until(begin, timeout)
+                read, by_row = await service.large.apart(until, "predict", model.signature, body)
             service.metrics.stage("parse", perf_counter() - started)
-            outputs = await service.infer(model, _with_header_timeout(read, request), begin)
+            outputs = await service.infer(model, _with_timeout(read, timeout), begin)
             written = perf_counter()
             content = tf_predict.write(by_row, outputs)
             service.metrics.stage("write", perf_counter() - written)
@@ -167,8 +175,8 @@ class Routes:
         arrived, status = monotonic(), 500
         task = request.scope[TASK] = asyncio.current_task()
         try:
-            with service.admission():
-                body = await read_body(request, self._config.max_body_bytes, self._config.body_timeout)
+            with service.admission(), service.large.hold() as hold:
+                body = await read_body(request, self._config, service.large, hold)
                 service.metrics.stage("read", perf_counter() - begin)
                 response = await answer(body, arrived)
             status = response.status_code
@@ -190,6 +198,11 @@ class Routes:
         finally:
             request.scope.pop(TASK, None)
             service.metrics.request(protocol, status, perf_counter() - begin)
+
+    def _until(self, begin: float, timeout: float | None) -> float:
+        """The deadline of a request of which only a header was read."""
+        default = self._config.default_timeout
+        return begin + (default if timeout is None else min(timeout, default))
 
     async def live(self, request: Request) -> Response:
         """The process answers."""
@@ -278,18 +291,22 @@ class Routes:
         return JSONResponse({"version": None if current is None else current.version, "pinned": version})
 
 
-def _with_header_timeout(read: InferenceRequest, request: Request) -> InferenceRequest:
+def _timeout(request: Request) -> float | None:
+    """Seconds, as the header says."""
     header = request.headers.get(TIMEOUT_HEADER)
     if header is None:
-        return read
+        return None
     try:
         milliseconds: Any = float(header)
     except ValueError:
         milliseconds = header
-    timeout = timeout_from(milliseconds, 1e3)
-    return dataclasses.replace(
-        read, timeout=timeout if read.timeout is None or timeout is None else min(read.timeout, timeout)
-    )
+    return timeout_from(milliseconds, 1e3)
+
+
+def _with_timeout(read: InferenceRequest, timeout: float | None) -> InferenceRequest:
+    if timeout is None:
+        return read
+    return dataclasses.replace(read, timeout=timeout if read.timeout is None else min(read.timeout, timeout))
 
 
 def _error(error: RequestError) -> Response:

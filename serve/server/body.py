@@ -2,48 +2,63 @@
 
 import asyncio
 import zlib
+from time import monotonic
 
 from starlette.requests import ClientDisconnect, Request
 
+from .config import ServerConfig
 from .errors import RequestError, bad_request
+from .large import Hold, Large
 from .scope import COMPLETE
 
 _WINDOW = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _MAX_MEMBERS = 4096  # each takes time, even an empty one
 _PIECE = 1 << 16
+_QUICK = 1 << 12  # compressed bytes: at most 4 MB, unpacked in some milliseconds
 
 
-async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
+async def read_body(request: Request, config: ServerConfig, large: Large, hold: Hold) -> bytes:
     """The body, decompressed.
 
     Args:
       request: of starlette.
-      max_bytes: of the body, compressed and not.
-      timeout: seconds in which all of it must arrive.
+      config: of the server: how large a body may be, compressed and not, and in how many seconds it must arrive.
+      large: where much is decompressed.
+      hold: of the request.
 
     Raises:
-      RequestError: if it is too large, too slow, or not compressed as it says.
+      RequestError: if it is too large, too slow, or not compressed as it says, or there is no room for it.
       ClientDisconnect: if the client is gone.
     """
-    headers = request.headers
+    headers, max_bytes, timeout = request.headers, config.max_body_bytes, config.body_timeout
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity" and encoding not in _WINDOW:
         raise RequestError(415, f"Content-Encoding must be gzip, deflate or identity, got {encoding[:40]!r}.")
     length = headers.get("content-length")
-    if length is not None and length.isdecimal() and int(length[:20]) > max_bytes:
-        raise _too_large(max_bytes)
+    if length is not None and length.isdecimal():
+        if int(length[:20]) > max_bytes:
+            raise _too_large(max_bytes)
+        hold.grow(int(length))
     if COMPLETE in request.scope:
-        body = await _receive(request, max_bytes)
+        body = await _receive(request, max_bytes, hold)
     else:
         try:
             async with asyncio.timeout(timeout):
-                body = await _receive(request, max_bytes)
+                body = await _receive(request, max_bytes, hold)
         except TimeoutError:
             raise RequestError(408, f"the body did not arrive in {timeout:g} s.") from None
-    return body if encoding == "identity" else decompress(body, encoding, max_bytes)
+    if encoding == "identity":
+        return body
+    if len(body) < _QUICK:
+        unpacked = decompress(body, encoding, max_bytes)
+    else:
+        until = monotonic() + config.default_timeout
+        unpacked = await large.run(until, decompress, body, encoding, max_bytes)
+    hold.grow(len(body) + len(unpacked))
+    return unpacked
 
 
-async def _receive(request: Request, max_bytes: int) -> bytes:
+async def _receive(request: Request, max_bytes: int, hold: Hold) -> bytes:
     parts, size, more = [], 0, True
     while more:
         message = await request.receive()
@@ -53,6 +68,7 @@ async def _receive(request: Request, max_bytes: int) -> bytes:
         size += len(part)
         if size > max_bytes:
             raise _too_large(max_bytes)
+        hold.grow(size)
         parts.append(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 

@@ -11,7 +11,7 @@ import grpc
 from . import v2_grpc, v2_json
 from .errors import RequestError, out_of_memory
 from .messages import METHODS, SERVICE
-from .request import InferenceRequest
+from .request import LARGE, InferenceRequest
 from .served import ServedModel
 from .service import Service
 
@@ -67,9 +67,6 @@ def _tolerant(message: Any) -> Callable[[bytes], Any]:
     return deserialize
 
 
-_INFER = _tolerant(METHODS["ModelInfer"][0])
-
-
 def _serialize(message: Any) -> bytes:
     return message.SerializeToString()
 
@@ -119,10 +116,16 @@ class Methods:
         arrived = monotonic()
 
         async def answer() -> Any:
-            with service.admission():
-                model, name, read = self._read(request)
-                service.metrics.stage("parse", perf_counter() - begin)
+            with service.admission(), service.large.hold() as hold:
                 remaining = context.time_remaining()
+                if len(request) < LARGE:
+                    model, name, read = self._read(request)
+                else:
+                    hold.grow(len(request))
+                    default = service.config.default_timeout
+                    until = arrived + (default if remaining is None else min(remaining, default))
+                    model, name, read = await self._read_large(request, until)
+                service.metrics.stage("parse", perf_counter() - begin)
                 if remaining is not None:
                     timeout = remaining if read.timeout is None else min(remaining, read.timeout)
                     read = dataclasses.replace(read, timeout=timeout)
@@ -137,16 +140,36 @@ class Methods:
     def _read(self, body: bytes) -> tuple[ServedModel, str, InferenceRequest]:
         """The model that a ModelInferRequest is for, its name, and the request."""
         current = self._service.versions.current
-        found = None if current is None or current.reader is None else current.reader.message(body)
-        message = _INFER(body if found is None else found[1])
-        if isinstance(message, Exception):
-            raise RequestError(400, "the message cannot be read.")
+        found = (
+            None if current is None or current.reader is None else v2_grpc.read_natively(current.reader, body)
+        )
+        message = v2_grpc.message_of(body) if found is None else found[0]
         model = self._model(message.model_name, message.model_version)
-        if found is not None and model is current:
-            read = v2_grpc.request(message, found[0], {}, {})
-        else:
-            read = v2_grpc.read(model.signature, message)
+        read = (
+            v2_grpc.read(model.signature, message)
+            if found is None
+            else v2_grpc.request(message, found[1], {}, {})
+        )
         return model, message.model_name, read
+
+    async def _read_large(self, body: bytes, until: float) -> tuple[ServedModel, str, InferenceRequest]:
+        """`_read` elsewhere than in the event loop, for the version that serves then."""
+        large = self._service.large
+        while True:
+            current, found = self._service.versions.model(), None
+            if current.reader is not None:
+                found = await large.run(until, v2_grpc.read_natively, current.reader, body)
+            if found is not None:
+                message, rows = found
+                name, version = message.model_name, message.model_version
+                read: Any = v2_grpc.request(message, rows, {}, {})
+            else:
+                name, version, read = await large.apart(until, "message", current.signature, body)
+            if self._model(name, version) is current:
+                break
+        if not isinstance(read, InferenceRequest):
+            raise RequestError(**read)
+        return current, name, read
 
     def _model(self, name: str, version: str) -> Any:
         if name != self._service.config.name:

@@ -10,6 +10,8 @@ from jaxembed.serve.rows import Rows
 from .errors import bad_request
 
 ROW_SPLITS, WEIGHTS = ".row_splits", ".weights"
+#: Bytes of a request from which on reading it would keep the event loop for long.
+LARGE = 1 << 19
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,7 +13,6 @@ import numpy as np
 from jaxembed import structure
 from jaxembed.checkpoint import Bundle, open_bundle
 from jaxembed.quantized_table import QuantizedTable
-from jaxembed.serve.checks import BadIdError
 from jaxembed.serve.compile_cache import compile_cache
 from jaxembed.serve.features import DEFAULT_MAX_IDS, served_features
 from jaxembed.serve.function import ServingFunction
@@ -22,9 +21,10 @@ from jaxembed.serve.rows import Rows, concatenate
 from jaxembed.serve.table_memory import copy_arrays, in_memory
 
 from .config import ServerConfig
-from .errors import OptionError, RequestError
+from .errors import OptionError
 from .native_reader import NativeReader, make_reader
 from .request import Flat
+from .request_packer import RequestPacker
 from .shared_tables import shared_tables
 from .signature import Output, Signature
 
@@ -98,10 +98,10 @@ class BundleModel:
         self.version: int = version
         self.digest: str = bundle.digest
         features, dense = {f.path: f for f in self._function.features}, self._function.dense_shapes
-        self._paths = list(features)
         self.signature: Signature = Signature(
             features, dense, self._outputs(dense), config.max_queue_rows, self._function.takes_flat
         )
+        self._packer = RequestPacker(self.signature)
         self.reader: NativeReader | None = make_reader(self.signature)
         self.tables: tuple[TableInfo, ...] = tuple(
             _table_info(name, table) for name, table in bundle.tables.items()
@@ -126,30 +126,7 @@ class BundleModel:
         Raises:
           RequestError: if it is not what a ServingFunction takes.
         """
-        try:
-            if isinstance(inputs, Flat):
-                return self._function.pack_flat(inputs.ids, inputs.lengths, dense)
-            return self._pack_nested(inputs, weights, dense)
-        except BadIdError as e:
-            raise RequestError(400, str(e), feature=e.feature) from None
-        except (ValueError, TypeError, OverflowError) as e:
-            raise RequestError(400, str(e)) from None
-
-    def _pack_nested(
-        self, inputs: Mapping[str, Any], weights: Mapping[str, Any], dense: Mapping[str, Any]
-    ) -> Rows:
-        for given, what in ((inputs, "input"), (weights, "weight")):
-            unknown = given.keys() - self.signature.features.keys()
-            if unknown:
-                raise RequestError(400, f"{what} {min(unknown)!r} is no feature; features are {self._paths}.")
-        missing = [path for path in self._paths if path not in inputs]
-        if missing:
-            raise RequestError(400, f"input {missing[0]!r} is missing; features are {self._paths}.")
-        nested = structure.pack(self._feature_config, iter([inputs[path] for path in self._paths]))
-        parallel = None
-        if weights:
-            parallel = structure.pack(self._feature_config, iter([weights.get(p) for p in self._paths]))
-        return self._function.pack(nested, parallel, dense)
+        return self._packer.pack(inputs, weights, dense)
 
     def run(self, parts: Sequence[Rows]) -> tuple[list[np.ndarray], int]:
         """Runs the rows of all parts at once.
@@ -161,7 +138,7 @@ class BundleModel:
         return jax.tree.leaves(self._function.run(rows)), self._function.padded_size(len(rows))
 
     def _outputs(self, dense: Mapping[str, tuple[int, ...]]) -> tuple[Output, ...]:
-        nothing = structure.pack(self._feature_config, iter([[[]]] * len(self._paths)))
+        nothing = structure.pack(self._feature_config, iter([[[]]] * len(self._function.features)))
         zeros = {name: np.zeros((1, *shape), np.float32) for name, shape in dense.items()}
         leaves = jax.tree.leaves_with_path(self._function(nothing, None, zeros))
         return tuple(

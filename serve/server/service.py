@@ -11,6 +11,7 @@ from jaxembed.serve.rows import Rows
 from .batcher import Batcher
 from .config import ServerConfig
 from .errors import RequestError, overloaded, unavailable
+from .large import Large
 from .metrics import Metrics
 from .request import InferenceRequest
 from .served import ServedModel
@@ -34,6 +35,7 @@ class Service:
         self.batcher: Batcher = Batcher(
             config.max_batch_rows, config.batch_wait_ms / 1e3, config.max_queue_rows, self.metrics
         )
+        self.large: Large = Large(config.max_body_bytes, self.metrics)
         #: Readiness says no, and requests are served all the same.
         self.leaving: bool = False
         self.draining: bool = False
@@ -70,6 +72,7 @@ class Service:
             await asyncio.sleep(0.01)
         await self.versions.stop()
         await self.batcher.stop()
+        self.large.stop()
         if self._flushing is not None:
             self._flushing.cancel()
         self.metrics.flush()

@@ -11,7 +11,7 @@ the feature takes strings.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -86,6 +86,23 @@ def shape_of(name: str, shape: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def check_rows(signature: Signature, shapes: Mapping[str, Any]) -> None:
+    """Refuses too many rows before any value is read: rows without ids take no bytes in a request.
+
+    Args:
+      signature: of the model.
+      shapes: by name of tensor, as they were sent.
+
+    Raises:
+      RequestError: if there are too many rows.
+    """
+    for ids, splits in zip(*signature.tensor_names, strict=True):
+        shape = shapes.get(splits) if splits in shapes else shapes.get(ids)
+        size = shape[0] if isinstance(shape, list | tuple) and shape else None
+        if type(size) is int and signature.max_rows + (splits in shapes) < size < 2**31:
+            raise too_many_rows(size - (splits in shapes), signature.max_rows)
+
+
 def from_bytes(name: str, datatype: Any, shape: Any, data: Any) -> Tensor:
     """A tensor sent as its little-endian bytes, which are used in place.
 
@@ -153,7 +170,6 @@ def assemble(
     if len(by_name) != len(tensors):
         names = [tensor.name for tensor in tensors]
         raise bad_request(f"input {next(name for name in names if names.count(name) > 1)!r} is there twice.")
-    _check_rows(signature, by_name)
     flat = _flat(signature, by_name) if signature.takes_flat else None
     if flat is not None:
         return flat, {}, {n: _numbers(n, by_name[n]) for n in signature.dense if n in by_name}
@@ -170,14 +186,6 @@ def assemble(
     if by_name:
         raise bad_request(_unknown(next(iter(by_name)), signature))
     return inputs, weights, dense
-
-
-def _check_rows(signature: Signature, by_name: dict[str, np.ndarray]) -> None:
-    """Before anything is allocated for them: rows without ids take no bytes in a request."""
-    for ids, splits in zip(*signature.tensor_names, strict=True):
-        rows = len(by_name[splits]) - 1 if splits in by_name else len(by_name.get(ids, ()))
-        if rows > signature.max_rows:
-            raise too_many_rows(rows, signature.max_rows)
 
 
 def _flat(signature: Signature, by_name: dict[str, np.ndarray]) -> Flat | None:

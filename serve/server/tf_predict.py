@@ -21,7 +21,7 @@ from .served import ServedModel
 from .signature import Signature
 from .strings import takes_strings
 from .tensors import ragged
-from .v2_json import as_json, to_json
+from .v2_json import as_json, read_object, to_json
 
 _SIGNATURE = "serving_default"
 _TYPES = {
@@ -35,12 +35,13 @@ _TYPES = {
 }
 
 
-def read(signature: Signature, data: dict[str, Any]) -> tuple[InferenceRequest, bool]:
+def read(signature: Signature, body: bytes) -> tuple[InferenceRequest, bool]:
     """A request, and whether it is of rows.
 
     Raises:
       RequestError: if it is not one.
     """
+    data = read_object(body)
     if data.get("signature_name", _SIGNATURE) not in (_SIGNATURE, ""):
         raise bad_request(f"signature_name must be {_SIGNATURE!r}, got {str(data['signature_name'])[:80]!r}.")
     if ("instances" in data) == ("inputs" in data):

@@ -4,20 +4,20 @@ References:
   https://github.com/triton-inference-server/server, "Binary Tensor Data Extension".
 """
 
-from typing import Any
-
 from . import v2_json
 from .errors import bad_request
-from .request import InferenceRequest
+from .native_reader import NativeReader
+from .request import LARGE, InferenceRequest
 from .served import ServedModel
+from .signature import Signature
 from .v2_json import read_object
 
 _SMALL = 256
 HEADER = "inference-header-content-length"
 
 
-def read(model: ServedModel, body: bytes, header: str | None) -> tuple[dict[str, Any], InferenceRequest]:
-    """A request, and its JSON object, which may lack the inputs.
+def read(model: ServedModel, body: bytes, header: str | None) -> tuple[InferenceRequest, set[str] | bool]:
+    """A request, and which of its outputs are to be answered in binary, as `v2_json.binary_outputs` has it.
 
     Args:
       model: that it is for.
@@ -27,14 +27,28 @@ def read(model: ServedModel, body: bytes, header: str | None) -> tuple[dict[str,
     Raises:
       RequestError: if it is none.
     """
-    size = _json_size(body, header)
-    found = None if model.reader is None else model.reader.json(body, size)
-    if found is not None:
-        data = v2_json.read_small(found[1]) if len(found[1]) < _SMALL else read_object(found[1])
-        return data, v2_json.request(data, found[0], {}, {})
-    view = memoryview(body)
+    found = None if model.reader is None else read_natively(model.reader, body, header)
+    return read_in_python(model.signature, body, header) if found is None else found
+
+
+def read_natively(
+    reader: NativeReader, body: bytes, header: str | None
+) -> tuple[InferenceRequest, set[str] | bool] | None:
+    """`read` of what the native reader does not leave alone; None for the rest."""
+    found = reader.json(body, _json_size(body, header))
+    if found is None or len(found[1]) >= LARGE:
+        return None
+    data = v2_json.read_small(found[1]) if len(found[1]) < _SMALL else read_object(found[1])
+    return v2_json.request(data, found[0], {}, {}), v2_json.binary_outputs(data)
+
+
+def read_in_python(
+    signature: Signature, body: bytes, header: str | None
+) -> tuple[InferenceRequest, set[str] | bool]:
+    """`read` of any request."""
+    size, view = _json_size(body, header), memoryview(body)
     data = read_object(view[:size])
-    return data, v2_json.read(model.signature, data, view[size:])
+    return v2_json.read(signature, data, view[size:]), v2_json.binary_outputs(data)
 
 
 def _json_size(body: bytes, header: str | None) -> int:

@@ -9,10 +9,11 @@ from jaxembed.serve.rows import Rows
 
 from .errors import bad_request
 from .messages import METHODS
-from .request import Flat, InferenceRequest, text_from, timeout_from
+from .native_reader import NativeReader
+from .request import LARGE, Flat, InferenceRequest, text_from, timeout_from
 from .served import ServedModel
 from .signature import Signature
-from .tensors import assemble, datatype_of, dtype_of, from_bytes, from_list
+from .tensors import assemble, check_rows, datatype_of, dtype_of, from_bytes, from_list
 
 _MICROSECONDS = 1e6
 #: By kind and size of a type, the field of InferTensorContents that holds it; 16-bit floats have none.
@@ -32,6 +33,24 @@ _FIELDS = {
 }
 
 
+def message_of(body: bytes) -> Any:
+    """The ModelInferRequest in some bytes.
+
+    Raises:
+      RequestError: if there is none.
+    """
+    try:
+        return METHODS["ModelInfer"][0].FromString(body)
+    except Exception:
+        raise bad_request("the message cannot be read.") from None
+
+
+def read_natively(reader: NativeReader, body: bytes) -> tuple[Any, Rows] | None:
+    """A ModelInferRequest without its tensors, and the rows that these make up; None for what the reader leaves alone."""
+    found = reader.message(body)
+    return None if found is None or len(found[1]) >= LARGE else (message_of(found[1]), found[0])
+
+
 def read(signature: Signature, message: Any) -> InferenceRequest:
     """The request of a ModelInferRequest.
 
@@ -44,8 +63,10 @@ def read(signature: Signature, message: Any) -> InferenceRequest:
             f"raw_input_contents must have one entry for each of {len(message.inputs)} inputs, got {len(raw)}."
         )
     tensors = []
-    for at, entry in enumerate(message.inputs):
-        name, shape = text_from(entry.name, "the name of an input"), tuple(entry.shape)
+    names = [text_from(entry.name, "the name of an input") for entry in message.inputs]
+    shapes = [tuple(entry.shape) for entry in message.inputs]
+    check_rows(signature, dict(zip(names, shapes, strict=True)))
+    for at, (name, shape, entry) in enumerate(zip(names, shapes, message.inputs, strict=True)):
         if raw:
             if entry.HasField("contents"):
                 raise bad_request(f"input {name!r} has contents beside raw_input_contents; send one of them.")

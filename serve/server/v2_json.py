@@ -19,7 +19,7 @@ from .request import Flat, InferenceRequest, text_from, timeout_from
 from .served import ServedModel
 from .signature import Signature
 from .strings import takes_strings
-from .tensors import assemble, datatype_of, from_bytes, from_list
+from .tensors import assemble, check_rows, datatype_of, from_bytes, from_list
 
 _MICROSECONDS = 1e6
 
@@ -61,10 +61,11 @@ def read(signature: Signature, data: dict[str, Any], binary: memoryview) -> Infe
       RequestError: if it is not one.
     """
     tensors, at = [], 0
-    for entry in _objects(data.get("inputs"), "inputs"):
-        name, parameters = entry.get("name"), entry.get("parameters")
-        if type(name) is not str or len(name) > 1000:
-            name = text_from(name, "the name of an input")
+    entries = _objects(data.get("inputs"), "inputs")
+    names = [text_from(entry.get("name"), "the name of an input") for entry in entries]
+    check_rows(signature, {name: entry.get("shape") for name, entry in zip(names, entries, strict=True)})
+    for name, entry in zip(names, entries, strict=True):
+        parameters = entry.get("parameters")
         size = None
         if parameters is not None:
             size = _parameters(entry).get("binary_data_size")

@@ -32,11 +32,13 @@ class Context:
         pass
 
     async def abort(self, code, details):
-        raise Aborted(code.name)
+        raise Aborted(code.name, details)
 
 
 class Aborted(Exception):
-    pass
+    def __init__(self, code, details):
+        super().__init__(code)
+        self.details = details
 
 
 def test_http(shared_folder):

@@ -1,0 +1,140 @@
+"""Large: requests that take long to read, read elsewhere than in the event loop, a few at a time."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+from . import v2_binary
+from .apart import Apart
+from .errors import RequestError, expired, overloaded
+from .metrics import Metrics
+from .request import LARGE, InferenceRequest
+from .served import ServedModel
+
+_HELD_BODIES = 4  # of the largest size that there may be
+_IDLE_SECONDS = 60.0
+
+
+class Hold:
+    """What one request holds of the bytes that bodies may take together; those of small ones are not counted."""
+
+    def __init__(self, large: "Large"):
+        self._large, self._bytes = large, 0
+
+    def grow(self, size: int) -> None:
+        """The request takes so many bytes altogether.
+
+        Raises:
+          RequestError: if there is no room for them.
+        """
+        more = size - self._bytes
+        if size < LARGE or more <= 0:
+            return
+        if self._large.held + more > self._large.most:
+            raise overloaded(f"the bodies of large requests take {self._large.held} bytes already")
+        self._large.held += more
+        self._bytes = size
+
+    def release(self) -> None:
+        """The request takes nothing any more."""
+        self._large.held -= self._bytes
+        self._bytes = 0
+
+
+class Large:
+    """Reads large requests: on a thread what native code reads, all else in a process of its own, one at a time each.
+
+    Args:
+      max_body_bytes: of one request.
+      metrics: told of bad ids.
+    """
+
+    def __init__(self, max_body_bytes: int, metrics: Metrics):
+        self.most: int = _HELD_BODIES * max_body_bytes
+        #: Bytes of the bodies that are held.
+        self.held: int = 0
+        self._metrics, self._apart = metrics, Apart()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-read")
+        self._asking = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-apart")
+        self._asked, self._idle = 0, None
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[Hold]:
+        """For the bytes of one request."""
+        hold = Hold(self)
+        try:
+            yield hold
+        finally:
+            hold.release()
+
+    async def v2(
+        self, model: ServedModel, body: bytes, header: str | None, until: float
+    ) -> tuple[InferenceRequest, set[str] | bool]:
+        """What `v2_binary.read` gives.
+
+        Args:
+          model: that it is for.
+          body: of the request.
+          header: as of `v2_binary.read`.
+          until: its deadline, in the time of `time.monotonic`.
+
+        Raises:
+          RequestError: if it is none, or the deadline passed first.
+        """
+        if model.reader is not None:
+            found = await self.run(until, v2_binary.read_natively, model.reader, body, header)
+            if found is not None:
+                return found
+        return await self.apart(until, "v2", model.signature, body, header)
+
+    async def run(self, until: float, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The value of a function that lets go of the interpreter, from the thread.
+
+        Raises:
+          RequestError: if the deadline passed first.
+        """
+        return await _within(until, self._thread, function, *arguments)
+
+    async def apart(self, until: float, reader: str, *arguments: Any) -> Any:
+        """What a reader of READERS makes of a signature and a request, in a process of its own.
+
+        Raises:
+          RequestError: if it refuses the request, or the deadline passed first.
+        """
+        self._asked += 1
+        if self._idle is not None:
+            self._idle.cancel()
+        try:
+            return await _within(until, self._asking, self._apart.read, reader, *arguments)
+        except RequestError as e:
+            if e.feature is not None:
+                self._metrics.bad_id(e.feature)
+            raise
+        finally:
+            self._asked -= 1
+            if not self._asked:
+                self._idle = asyncio.get_running_loop().call_later(
+                    _IDLE_SECONDS, self._asking.submit, self._apart.stop
+                )
+
+    def stop(self) -> None:
+        """Ends threads and process; nothing is to be read any more."""
+        if self._idle is not None:
+            self._idle.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._apart.end()
+        self._asking.shutdown(cancel_futures=True)
+        self._apart.stop()
+
+
+async def _within(
+    until: float, pool: concurrent.futures.Executor, function: Callable[..., Any], *arguments: Any
+) -> Any:
+    try:
+        async with asyncio.timeout(until - monotonic()):
+            return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+    except TimeoutError:
+        raise expired(begun=False) from None

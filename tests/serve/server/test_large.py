@@ -1,0 +1,269 @@
+"""Large requests: read elsewhere than in the event loop, with the same answers as small ones, a few at a time."""
+
+import asyncio
+import gzip
+import json
+import os
+import pickle
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+
+from jaxembed import FeatureConfig, TableConfig, VocabularyFile
+from jaxembed.serve.features import ServedFeature
+from jaxembed.serve.native_library import library
+from jaxembed.serve.server import large, tensors, v2_binary, v2_grpc, v2_json
+from jaxembed.serve.server.apart import Apart
+from jaxembed.serve.server.errors import RequestError
+from jaxembed.serve.server.grpc_server import Methods
+from jaxembed.serve.server.messages import METHODS
+from jaxembed.serve.server.native_reader import NativeReader
+from jaxembed.serve.server.request import LARGE
+from jaxembed.serve.server.signature import Signature
+from tests.serve.server import fuzz
+from tests.serve.server.servers import client_of, counts, run, until
+from tests.serve.server.test_fuzz import Aborted, Context
+from tests.serve.server.test_rest import BAD_TF, BAD_V2, ROW
+
+INFER, PREDICT = "/v2/models/model/infer", "/v1/models/model:predict"
+BLANKS = b" " * LARGE
+#: A field that the protocol does not have, as large as it takes.
+UNKNOWN = b"\x7a" + bytes([LARGE & 0x7F | 0x80, LARGE >> 7 & 0x7F | 0x80, LARGE >> 14]) + bytes(LARGE)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_large_is_read_here(monkeypatch):
+    """Python reads large requests in another process, native code on another thread."""
+    loop_thread = threading.get_ident()
+    strict_json, message_of, json_, message = (
+        *(v2_json.strict_json, v2_grpc.message_of),
+        *(NativeReader.json, NativeReader.message),
+    )
+
+    def small(call):
+        def checked(data):
+            assert len(data) < LARGE, "Python reads it here"
+            return call(data)
+
+        return checked
+
+    def elsewhere(call):
+        def checked(self, data, *arguments):
+            assert len(data) < LARGE or threading.get_ident() != loop_thread, "the event loop reads it"
+            return call(self, data, *arguments)
+
+        return checked
+
+    monkeypatch.setattr(v2_json, "strict_json", small(strict_json))
+    monkeypatch.setattr(v2_grpc, "message_of", small(message_of))
+    monkeypatch.setattr(NativeReader, "json", elsewhere(json_))
+    monkeypatch.setattr(NativeReader, "message", elsewhere(message))
+
+
+def test_same_answers_as_small_ones(shared_folder):
+    good = json.dumps(fuzz.GOOD_V2).encode()
+    strange = good.replace(b'"user"', b'"us\\u0065r"')  # which native code leaves to Python
+    bodies = [(INFER, good), (INFER, strange), (PREDICT, json.dumps(fuzz.GOOD_ROWS).encode())]
+    bodies += [(PREDICT, json.dumps(fuzz.GOOD_COLUMNS).encode())]
+    bodies += [(INFER, json.dumps(body).encode()) for body, _ in BAD_V2.values()]
+    rows = [{**ROW, **change} for change, _ in BAD_TF.values()]
+    bodies += [(PREDICT, json.dumps({"instances": [row]}).encode()) for row in rows]
+    bodies += [(PREDICT, body) for body in (b"[" * 5000, b"[]", b"\xff", b'{"instances": [], "instances": []}')]
+
+    async def check_all():
+        async with client_of(shared_folder, max_ids_per_row=8) as (client, service):
+            seen = set()
+            for path, body in bodies:
+                one, other = [await client.post(path, content=content) for content in (body, body + BLANKS)]
+                assert (one.status_code, one.content) == (other.status_code, other.content), body
+                packed = gzip.compress(body + BLANKS, 0)
+                other = await client.post(path, content=packed, headers={"content-encoding": "gzip"})
+                assert (one.status_code, one.content) == (other.status_code, other.content), body
+                seen.add(one.status_code)
+            assert seen == {200, 400}
+            assert service.large.held == 0
+            service.metrics.flush()
+            bad = [
+                line
+                for line in service.metrics.text().decode().splitlines()
+                if "jaxembed_bad_ids_total{" in line
+            ]
+            assert bad
+            assert all(float(line.split()[-1]) % 3 == 0 for line in bad)  # each was sent three times
+
+    run(check_all())
+
+
+def test_same_answers_over_grpc(shared_folder):
+    messages = [fuzz.good_message().SerializeToString()]
+    rng = fuzz.seeded(5)
+    messages += [fuzz.grpc_case(rng) for _ in range(60)]
+
+    async def outcome(methods, message):
+        try:
+            return (await methods.ModelInfer(message, Context())).SerializeToString(deterministic=True)
+        except Aborted as e:
+            return str(e), e.details
+
+    async def check_all():
+        async with client_of(shared_folder) as (_, service):
+            methods, seen = Methods(service), []
+            for message in messages:
+                # Damaged ones may end in the middle of a field, of which what is added would be a part.
+                try:
+                    METHODS["ModelInfer"][0].FromString(message)
+                except Exception:
+                    continue
+                one = await outcome(methods, message)
+                assert await outcome(methods, message + UNKNOWN) == one
+                seen.append(type(one))
+            assert set(seen) == {bytes, tuple}
+            assert await outcome(methods, b"\x2a" * LARGE) == (
+                "INVALID_ARGUMENT",
+                "the message cannot be read.",
+            )
+
+    run(check_all())
+
+
+@pytest.mark.skipif(library() is None, reason="the native code was not built")
+def test_usual_requests_need_no_process(shared_folder, monkeypatch):
+    monkeypatch.setattr(Apart, "read", None)
+    rows = 8000
+    arrays = {
+        "user": np.arange(rows) % 50,
+        "history": np.arange(8 * rows) % 70,
+        "history.row_splits": np.arange(rows + 1) * 8,
+        "dense": np.zeros((rows, 2), np.float32),
+    }
+    message = METHODS["ModelInfer"][0](model_name="model")
+    head, raw = [], []
+    for name, array in arrays.items():
+        kind = {"int64": "INT64", "float32": "FP32"}[array.dtype.name]
+        message.inputs.add(name=name, datatype=kind, shape=array.shape)
+        head.append({"name": name, "datatype": kind, "shape": list(array.shape)})
+        raw.append(array.tobytes())
+    message.raw_input_contents.extend(raw)
+    listed = [{**h, "data": a.ravel().tolist()} for h, a in zip(head, arrays.values(), strict=True)]
+    sized = [{**h, "parameters": {"binary_data_size": len(r)}} for h, r in zip(head, raw, strict=True)]
+    text = json.dumps({"inputs": sized}).encode()
+
+    async def check_all():
+        async with client_of(shared_folder) as (client, service):
+            answers = [
+                await client.post(INFER, content=json.dumps({"inputs": listed}).encode() + BLANKS),
+                await client.post(
+                    INFER, content=text + b"".join(raw), headers={v2_binary.HEADER: str(len(text))}
+                ),
+            ]
+            for answer in answers:
+                outputs = {o["name"]: o["data"] for o in answer.json()["outputs"]}
+                assert outputs["user"] == (np.arange(rows) % 50).tolist()
+            answer = await Methods(service).ModelInfer(message.SerializeToString(), Context())
+            assert [list(output.shape) for output in answer.outputs] == [[rows]] * 3
+
+    run(check_all())
+
+
+def test_rows_are_counted_before_a_value_is_read(monkeypatch):
+    features = {"a": ServedFeature("a", FeatureConfig(TableConfig(10, 2, name="a")), 3, False)}
+    signature = Signature(features, {}, (), max_rows=64)
+    for module in (v2_json, v2_grpc):
+        for name in ("from_list", "from_bytes"):
+            monkeypatch.setattr(module, name, None)
+    for declared in ({"a": [65]}, {"a": [65, 7]}, {"a": [9], "a.row_splits": [66]}):
+        entries = [{"name": name, "shape": shape, "datatype": "INT64"} for name, shape in declared.items()]
+        message = METHODS["ModelInfer"][0]()
+        for entry in entries:
+            message.inputs.add(**entry)
+        with pytest.raises(RequestError, match="at most 64 rows, got 65"):
+            v2_json.read(signature, {"inputs": entries}, memoryview(b""))
+        with pytest.raises(RequestError, match="at most 64 rows, got 65"):
+            v2_grpc.read(signature, message)
+    tensors.check_rows(signature, {"a": [64], "b": [10**6]})
+    tensors.check_rows(signature, {"a": [10**6], "a.row_splits": [65]})
+
+
+def test_bodies_together_are_bounded(shared_folder):
+    async def check():
+        async with client_of(shared_folder, max_body_bytes=LARGE * 2) as (client, service):
+            body = json.dumps(fuzz.GOOD_ROWS).encode()
+            with service.large.hold() as hold:
+                hold.grow(service.large.most - LARGE - 1000)
+                assert (await client.post(PREDICT, content=body + BLANKS)).status_code == 200
+                refused = await client.post(PREDICT, content=body + BLANKS + b" " * 1000)
+                assert refused.status_code == 429
+                assert refused.headers["retry-after"] == "1"
+
+                async def parts():  # whose length nobody said
+                    for _ in range(8):
+                        yield BLANKS[: LARGE // 4]
+
+                assert (await client.post(PREDICT, content=parts())).status_code == 429
+                with pytest.raises(Aborted, match="RESOURCE_EXHAUSTED"):
+                    await Methods(service).ModelInfer(bytes(LARGE + 2000), Context())
+                assert (await client.post(PREDICT, content=body)).status_code == 200
+            assert service.large.held == 0
+            assert (await client.post(PREDICT, content=body + BLANKS + b" " * 1000)).status_code == 200
+
+    run(check())
+
+
+def test_a_process_that_dies_or_is_idle(shared_folder, monkeypatch):
+    monkeypatch.setattr(large, "_IDLE_SECONDS", 0.2)
+    body = json.dumps(fuzz.GOOD_ROWS).encode() + BLANKS
+    deep = b"[" * (1 << 24)
+
+    async def check():
+        async with client_of(shared_folder) as (client, service):
+            apart = service.large._apart
+            assert (await client.post(PREDICT, content=body)).status_code == 200
+            os.kill(apart._process.pid, signal.SIGSTOP)
+            reading = asyncio.create_task(client.post(PREDICT, content=deep))
+            await asyncio.sleep(0.1)
+            os.kill(apart._process.pid, signal.SIGKILL)
+            answer = await reading
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert "died" in answer.json()["error"]
+            assert (await client.post(PREDICT, content=body)).status_code == 200
+            assert await until(lambda: apart._process is None)
+            assert (await client.post(PREDICT, content=body)).status_code == 200
+            # A deadline does not wait for it, and neither does the end of the server.
+            os.kill(apart._process.pid, signal.SIGSTOP)
+            late = await client.post(PREDICT, content=body, headers={"x-request-timeout-ms": "50"})
+            assert late.status_code == 504
+            assert any('status="504"' in line for line in counts(service))
+        assert apart._process is None
+
+    run(check())
+
+
+def test_vocabularies_go_to_another_process_as_their_file(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("drama\ncomedy\n")
+    vocabulary = VocabularyFile(str(file), num_oov_buckets=0)
+    assert vocabulary.rows(["comedy"]).tolist() == [1]
+    copy = pickle.loads(pickle.dumps(vocabulary))
+    assert copy == vocabulary
+    assert "_index" in vars(vocabulary)
+    assert "_index" not in vars(copy)
+    assert copy.rows(["comedy", "drama"]).tolist() == [1, 0]
+    config = FeatureConfig(TableConfig(2, 2, name="words"), preprocessing=vocabulary)
+    signature = Signature({"w": ServedFeature("w", config, 3, False)}, {}, (), max_rows=64)
+    apart = Apart()
+    try:
+        read, by_row = apart.read("predict", signature, b'{"instances": [{"w": ["comedy", "drama"]}]}')
+        assert by_row
+        assert read.inputs.packed.ids.tolist() == [1, 0]
+        with pytest.raises(RequestError, match="'odd' is not in the vocabulary") as caught:
+            apart.read("predict", signature, b'{"instances": [{"w": ["odd"]}]}')
+        assert caught.value.status == 400
+        with pytest.raises(RuntimeError, match="KeyError"):
+            apart.read("nothing", signature)
+        assert apart.read("predict", signature, b'{"instances": [{"w": []}]}')[0].inputs.packed.rows == 1
+    finally:
+        apart.stop()
