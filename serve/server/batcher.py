@@ -2,11 +2,12 @@
 
 import asyncio
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
-import functools
+import queue
+import threading
+from collections.abc import Sequence
 from time import monotonic, perf_counter
-from typing import Any
 
 import numpy as np
 
@@ -38,32 +39,55 @@ class _Entry:
     begun: bool = False
 
 
-class Batcher:
-    """Runs one batch at a time; what arrives meanwhile makes up the next one.
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of a batch: of the entries that ran, outputs and rows computed; or an error."""
 
-    A request that finds nothing running runs at once, with all that the event loop reads together with it, or
+    entries: Sequence[_Entry]
+    outputs: Sequence[np.ndarray]
+    computed: int
+    begin: float
+    seconds: float
+    error: BaseException | None = None
+
+
+class Batcher:
+    """Runs a few batches at a time; what arrives while none may start makes up the next one.
+
+    A request that finds a thread idle runs at once, with all that the event loop reads together with it, or
     after at most `wait` seconds in which others may join it. Batches that are known to be quick run in the event
     loop, others on a thread; of gRPC, which takes the loop several turns to accept a call, only while hardly any come
-    beside another. A request whose deadline passed, or that nobody waits for, is never run. All rows of
-    a batch are of one version. Used from one event loop.
+    beside another. What waits is divided among the threads that are idle, unless it is quick as a whole; while none is,
+    one large batch is made ready, so that a thread need not wait for the event loop. A request whose deadline passed,
+    or that nobody waits for, is never run. All rows of a batch are of one version. Used from one event loop.
 
     Args:
-      max_rows: of a batch; a request of more rows runs alone.
+      max_rows: of a batch; a request of half as many rows or more runs alone, as company would only delay it.
       wait: seconds.
       max_queued_rows: rows that may wait or run; further requests are refused, and for good those of more.
       metrics: told of every batch.
+      at_once: batches that may run at a time, each on a thread.
     """
 
-    def __init__(self, max_rows: int, wait: float, max_queued_rows: int, metrics: Metrics):
+    def __init__(self, max_rows: int, wait: float, max_queued_rows: int, metrics: Metrics, at_once: int = 1):
         self._max_rows, self._wait, self._max_queued = max_rows, wait, max_queued_rows
         self._metrics = metrics
         self._queue: collections.deque[_Entry] = collections.deque()
-        self._queued_rows = 0
-        self._inline, self._company = 0, 0.0
+        #: Batches for the threads; None ends one.
+        self._ready: queue.SimpleQueue[list[_Entry] | None] = queue.SimpleQueue()
+        self._queued_rows = self._waiting_rows = 0
+        # Requests that came since a batch ended, while others ran; and how many did of late.
+        self._beside, self._company = 0, 0.0
+        self._inline = 0
         # Seconds that batches took of late, by the number of bits of their rows.
         self._seconds: dict[int, float] = {}
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-run")
-        self._running: asyncio.Future[Any] | None = None
+        self._at_once = at_once
+        self._threads: list[threading.Thread] = []
+        #: Batches that run on threads, or are ready to.
+        self._under_way = 0
+        self._stopped: asyncio.Future[None] | None = None
+        # A quick batch that runs on a thread, so that others come beside it: none starts, it would be a small one.
+        self._gathering: list[_Entry] | None = None
         self._due: asyncio.Handle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -84,9 +108,14 @@ class Batcher:
         for entry in self._queue:
             self._fail([entry], RequestError(503, "the server is stopping.", retry_after=1))
         self._queue.clear()
-        if self._running is not None:
-            await asyncio.wait([self._running])
-        self._thread.shutdown()
+        if self._under_way:
+            self._stopped = asyncio.get_running_loop().create_future()
+            await self._stopped
+        for _ in self._threads:
+            self._ready.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
 
     async def submit(
         self, model: ServedModel, rows: Rows, deadline: float, accepted_slowly: bool = False
@@ -114,16 +143,25 @@ class Batcher:
         )
         self._queue.append(entry)
         self._queued_rows += len(rows)
-        if self._running is not None or self._wait:
+        self._waiting_rows += len(rows)
+        self._beside += self._under_way > 0
+        if self._under_way or self._wait:
             self._arm(entry)
-        if self._running is None:
+        if self._has_room:
             self._schedule()
         return await entry.result
+
+    @property
+    def _has_room(self) -> bool:
+        if self._gathering is not None:
+            return False
+        large = 2 * self._waiting_rows >= self._max_rows
+        return self._under_way < self._at_once + large
 
     def _schedule(self) -> None:
         """The next batch runs once the event loop has read what is there, or the oldest request has waited."""
         assert self._loop is not None
-        if not self._wait or self._queued_rows >= self._max_rows:
+        if not self._wait or self._waiting_rows >= self._max_rows:
             if self._due is None or isinstance(self._due, asyncio.TimerHandle):
                 if self._due is not None:
                     self._due.cancel()
@@ -135,29 +173,42 @@ class Batcher:
 
     def _next(self) -> None:
         self._due = None
-        batch = self._next_batch()
+        batch = self._next_batch() if self._has_room else []
         if not batch:
             return
-        model, parts = batch[0].model, [entry.rows for entry in batch]
-        total = sum(map(len, parts))
-        assert self._loop is not None
-        if self._runs_inline(batch, total):
-            try:
-                outcome = self._run(model, parts)
-            except Exception as e:
-                outcome = e
-            self._finish(batch, total, outcome)
+        quick = self._is_quick(sum(len(entry.rows) for entry in batch))
+        if quick and self._runs_inline(batch):
+            self._finish(batch, self._run(batch))
             return
-        # While the thread runs, deadlines are watched.
+        # While threads run, deadlines are watched.
         for entry in (*batch, *self._queue):
             if entry.timer is None:
                 self._arm(entry)
-        self._running = self._loop.run_in_executor(self._thread, self._run, model, parts)
-        self._running.add_done_callback(functools.partial(self._ran, batch, total))
+        if self._under_way == len(self._threads) < self._at_once:
+            self._start_thread()
+        self._under_way += 1
+        if quick:
+            self._gathering = batch
+        self._ready.put(batch)
+        if self._queue and self._has_room:
+            self._schedule()
 
-    def _runs_inline(self, batch: list[_Entry], total: int) -> bool:
-        if self._seconds.get(total.bit_length(), 1.0) >= _INLINE_SECONDS:
-            return False
+    def _start_thread(self) -> None:
+        name = f"jaxembed-run-{len(self._threads)}"
+        self._threads.append(threading.Thread(target=self._work, args=(self._loop,), name=name, daemon=True))
+        self._threads[-1].start()
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        while (batch := self._ready.get()) is not None:
+            outcome = self._run(batch)
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                loop.call_soon_threadsafe(self._ran, batch, outcome)
+            del batch, outcome  # not until the next batch comes
+
+    def _is_quick(self, rows: int) -> bool:
+        return self._seconds.get(rows.bit_length(), 1.0) < _INLINE_SECONDS
+
+    def _runs_inline(self, batch: list[_Entry]) -> bool:
         if not batch[0].accepted_slowly:
             return True
         # While the event loop runs a batch none of these get here, so that each would run alone.
@@ -166,60 +217,80 @@ class Batcher:
 
     def _next_batch(self) -> list[_Entry]:
         batch: list[_Entry] = []
-        rows, now, timed = 0, monotonic(), perf_counter()
+        rows, now = 0, monotonic()
+        share = -(-self._waiting_rows // max(self._at_once - self._under_way, 1))
         while self._queue:
             entry = self._queue[0]
             if entry.result.done() or entry.deadline <= now:
                 self._queue.popleft()
                 self._queued_rows -= len(entry.rows)
+                self._waiting_rows -= len(entry.rows)
                 if not entry.result.done():
                     entry.result.set_exception(expired(begun=False))
                 self._disarm(entry)
                 continue
-            other = batch and (entry.model is not batch[0].model or rows + len(entry.rows) > self._max_rows)
-            if other:
+            if batch and (
+                entry.model is not batch[0].model
+                or rows + len(entry.rows) > self._max_rows
+                or 2 * max(len(entry.rows), len(batch[0].rows)) >= self._max_rows
+                or (rows >= share and not self._is_quick(rows))
+            ):
                 break
-            entry.begun = True
             batch.append(self._queue.popleft())
             rows += len(entry.rows)
-            self._metrics.stage("queue", timed - entry.timed)
+            self._waiting_rows -= len(entry.rows)
         return batch
 
-    def _run(self, model: ServedModel, parts: list[Rows]) -> tuple[list[np.ndarray], int, float]:
-        begin = perf_counter()
-        outputs, computed = model.run(parts)
-        return outputs, computed, perf_counter() - begin
+    def _run(self, batch: Sequence[_Entry]) -> _Outcome:
+        begin, now = perf_counter(), monotonic()
+        entries = [entry for entry in batch if entry.deadline > now and not entry.result.done()]
+        for entry in entries:
+            entry.begun = True
+        try:
+            outputs, computed = entries[0].model.run([entry.rows for entry in entries]) if entries else ([], 0)
+        except BaseException as e:
+            return _Outcome(entries, [], 0, begin, 0.0, e)
+        return _Outcome(entries, outputs, computed, begin, perf_counter() - begin)
 
-    def _ran(self, batch: list[_Entry], total: int, running: asyncio.Future[Any]) -> None:
-        self._running = None
-        self._company += 0.1 * (len(self._queue) - self._company)
-        self._finish(batch, total, running.exception() or running.result())
+    def _ran(self, batch: list[_Entry], outcome: _Outcome) -> None:
+        self._under_way -= 1
+        if self._gathering is batch:
+            self._gathering = None
+        self._company += 0.1 * (self._beside - self._company)
+        self._beside = 0
+        self._finish(batch, outcome)
+        if self._stopped is not None and not self._under_way:
+            self._stopped.set_result(None)
 
-    def _finish(self, batch: list[_Entry], total: int, outcome: Any) -> None:
-        self._queued_rows -= total
-        if isinstance(outcome, BaseException):
+    def _finish(self, batch: Sequence[_Entry], outcome: _Outcome) -> None:
+        entries = outcome.entries
+        self._queued_rows -= sum(len(entry.rows) for entry in batch)
+        if len(entries) < len(batch):
+            self._fail([entry for entry in batch if not entry.begun], expired(begun=False))
+        for entry in entries:
+            self._metrics.stage("queue", outcome.begin - entry.timed)
+        if outcome.error is not None:
             # Requests were checked before, so this is the model's or the machine's fault, and not theirs.
-            self._metrics.log.error("a batch failed", exc_info=outcome)
-            message = f"the model failed: {type(outcome).__name__}; see the log of the server."
-            self._fail(batch, RequestError(503, message, retry_after=1))
-        else:
-            outputs, computed, seconds = outcome
-            size = total.bit_length()
-            known = self._seconds.get(size, seconds)
+            self._metrics.log.error("a batch failed", exc_info=outcome.error)
+            message = f"the model failed: {type(outcome.error).__name__}; see the log of the server."
+            self._fail(entries, RequestError(503, message, retry_after=1))
+        elif entries:
+            rows, seconds = sum(len(entry.rows) for entry in entries), outcome.seconds
+            known = self._seconds.get(rows.bit_length(), seconds)
             # What it takes, and not what it takes when the machine is busy with something else.
-            self._seconds[size] = min(seconds, known + _FORGET * (seconds - known))
-            self._metrics.batch(seconds, len(batch), total, computed, self._max_rows)
+            self._seconds[rows.bit_length()] = min(seconds, known + _FORGET * (seconds - known))
+            self._metrics.batch(seconds, len(entries), rows, outcome.computed, self._max_rows)
             first = 0
-            for entry in batch:
+            for entry in entries:
                 last = first + len(entry.rows)
                 if not entry.result.done():
-                    entry.result.set_result([output[first:last] for output in outputs])
+                    entry.result.set_result([output[first:last] for output in outcome.outputs])
                 self._disarm(entry)
                 first = last
-        if self._queue and self._loop is not None:
+        if self._queue and self._loop is not None and self._has_room:
             self._schedule()
 
-    def _fail(self, batch: list[_Entry], error: RequestError) -> None:
+    def _fail(self, batch: Sequence[_Entry], error: RequestError) -> None:
         for entry in batch:
             if not entry.result.done():
                 entry.result.set_exception(error)

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-batch-rows", type=int, default=256)
     parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="how long a request waits for others")
+    parser.add_argument("--batches-at-once", type=int, help="of a worker; default: its share of the cores")
     parser.add_argument("--max-queue-requests", type=int, default=512)
     parser.add_argument(
         "--max-queue-rows", type=int, default=8192, help="rows that wait or run, and most of one request"
@@ -115,6 +116,7 @@ def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         tables=options.tables,
         max_batch_rows=options.max_batch_rows,
         batch_wait_ms=options.batch_wait_ms,
+        batches_at_once=options.batches_at_once,
         max_queue_requests=options.max_queue_requests,
         max_queue_rows=options.max_queue_rows,
         default_timeout=options.timeout,

@@ -33,6 +33,8 @@ class ServerConfig:
       tables: "mapped" from their files, or copied into "memory", on huge pages.
       max_batch_rows: rows that run at once.
       batch_wait_ms: how long a request may wait for others to run with, at most.
+      batches_at_once: batches that run at a time in a worker, each on a thread; None takes the worker's share of the
+        cores.
       max_queue_requests: requests that are read, wait or run; more are refused.
       max_queue_rows: rows that wait or run; more are refused, as are requests that have more themselves.
       max_body_bytes: of a request, also after it is decompressed.
@@ -68,6 +70,7 @@ class ServerConfig:
     tables: str = "mapped"
     max_batch_rows: int = 256
     batch_wait_ms: float = 0.0
+    batches_at_once: int | None = None
     max_queue_requests: int = 512
     max_queue_rows: int = 8192
     max_body_bytes: int = 64 * MEGABYTE
@@ -104,6 +107,7 @@ class ServerConfig:
         for field in (
             "max_ids_per_row",
             "max_batch_rows",
+            "batches_at_once",
             "max_queue_requests",
             "max_queue_rows",
             "max_body_bytes",
@@ -111,7 +115,7 @@ class ServerConfig:
             "threads",
         ):
             value = getattr(self, field)
-            if value is None and field in ("max_ids_per_row", "threads"):
+            if value is None and field in ("max_ids_per_row", "batches_at_once", "threads"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} must be an int of at least 1, got {value!r}.")
@@ -150,6 +154,12 @@ class ServerConfig:
     def from_json(cls, text: str) -> "ServerConfig":
         """What `to_json` wrote."""
         return cls(**json.loads(text))
+
+
+def cores_of_worker(workers: int) -> int:
+    """The share that one of so many workers has of the cores that this process may run on."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(cores // workers, 1)
 
 
 def _is_found(module: str) -> bool:

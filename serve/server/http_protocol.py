@@ -17,6 +17,9 @@ from .errors import RequestError, overloaded
 from .scope import COMPLETE, TASK
 from .service import Service
 
+_CONTINUE = b"HTTP/1.1 100 "
+# Bytes of a body until which its reader is not woken up, nor the client held back, before all of it is there.
+_GATHERED, _MOST_PARTS = 1 << 19, 64
 #: Of the URL and all headers of a request, or the trailers of its body.
 MAX_HEAD_BYTES = 1 << 16
 
@@ -62,6 +65,28 @@ def _unsent(transport: Any) -> int:
     return unsent
 
 
+class _OneWrite:
+    """Of a transport, what answers one request: the head and the first part of the body leave together.
+
+    Apart, each would be a call of the kernel, and wake the client up.
+    """
+
+    def __init__(self, transport: Any):
+        self._transport, self._head = transport, b""
+        self.is_closing, self.close = transport.is_closing, transport.close
+
+    def write(self, data: bytes) -> None:
+        if self._head is None:
+            self._transport.write(data)
+        elif self._head:
+            self._transport.write(self._head + data)
+            self._head = None
+        elif data.startswith(_CONTINUE):
+            self._transport.write(data)
+        else:
+            self._head = data
+
+
 class DeadlineProtocol(HttpToolsProtocol):
     """Closes a connection that does not send the headers of its next request, or read its answers, in time.
 
@@ -86,6 +111,9 @@ class DeadlineProtocol(HttpToolsProtocol):
     _seen: Any = None
     _started: Any = None  # the request that is being answered, or was last
     _skips = False
+    #: Of the body that is being read, what its reader does not have yet.
+    _parts: list[bytes]
+    _held = 0
     #: Bytes since the last ones of a body: of a head, or of what is between the parts of a body and after them.
     _outside = 0
 
@@ -154,6 +182,7 @@ class DeadlineProtocol(HttpToolsProtocol):
                 self.refused(protocol)
                 self._arm()
                 return
+        self._parts, self._held = [], 0
         super().on_headers_complete()
         if self.leaves():
             self.leave()
@@ -165,10 +194,15 @@ class DeadlineProtocol(HttpToolsProtocol):
             cycle.default_headers = [*cycle.default_headers, (b"connection", b"close")]
 
     def on_body(self, body: bytes) -> None:
-        """That of a refused request is dropped."""
+        """That of a refused request is dropped; of others all is handed on at once, unless it is large."""
         self._outside = 0
-        if not self._skips:
-            super().on_body(body)
+        if self._skips or self.cycle.response_complete:
+            return
+        self._parts.append(body)
+        self._held += len(body)
+        if self._held > _GATHERED or len(self._parts) == _MOST_PARTS:
+            super().on_body(b"".join(self._parts))
+            self._parts, self._held = [], 0
 
     def on_message_complete(self) -> None:
         """The next request may begin."""
@@ -180,9 +214,12 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._skips = False
             self._arm()
         else:
-            if self.cycle is not None:
+            if self.cycle is not None and not self.cycle.response_complete:
                 scope: Any = self.cycle.scope
                 scope[COMPLETE] = True
+                parts: Any = [self.cycle.body, *self._parts] if self.cycle.body else self._parts
+                self.cycle.body = parts[0] if len(parts) == 1 else b"".join(parts)
+                self._parts = []
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -211,6 +248,7 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._started = cycle
+        cycle.transport = _OneWrite(self.transport)
         super()._start_asgi_task(cycle, app)
 
     def _arm(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxembed.serve.rows import Rows
 
 from .batcher import Batcher
-from .config import ServerConfig
+from .config import ServerConfig, cores_of_worker
 from .errors import RequestError, overloaded, unavailable
 from .large import Large
 from .metrics import Metrics
@@ -33,7 +33,11 @@ class Service:
         self.metrics: Metrics = metrics or Metrics()
         self.versions: Versions = versions or Versions(config, self.metrics)
         self.batcher: Batcher = Batcher(
-            config.max_batch_rows, config.batch_wait_ms / 1e3, config.max_queue_rows, self.metrics
+            config.max_batch_rows,
+            config.batch_wait_ms / 1e3,
+            config.max_queue_rows,
+            self.metrics,
+            config.batches_at_once or cores_of_worker(config.workers),
         )
         self.large: Large = Large(config.max_body_bytes, self.metrics)
         #: Readiness says no, and requests are served all the same.

@@ -18,7 +18,7 @@ from dataclasses import replace
 from types import FrameType
 
 from . import logs
-from .config import CONFIG_VARIABLE, MISTAKE, MISTAKE_STATUS, ServerConfig
+from .config import CONFIG_VARIABLE, MISTAKE, MISTAKE_STATUS, ServerConfig, cores_of_worker
 from .peers import Peers
 
 _BACKLOG = 1024
@@ -133,7 +133,7 @@ class Supervisor:
             "PROMETHEUS_MULTIPROC_DIR": str(self._metrics),
             CONFIG_VARIABLE: self._config.to_json(),
             # What XLA sizes its threads by; there is no option for it.
-            "NPROC": str(self._config.threads or max(_cores() // self._config.workers, 1)),
+            "NPROC": str(self._config.threads or cores_of_worker(self._config.workers)),
         }
         process = subprocess.Popen(command, pass_fds=[descriptor], env=environment, start_new_session=True)
         self._workers[slot] = (process, time.monotonic())
@@ -188,11 +188,6 @@ def _check_writable(flag: str, folder: pathlib.Path) -> None:
             pass
     except OSError as e:
         raise ValueError(f"{flag} {folder} cannot be written: {e.strerror}; name another folder.") from e
-
-
-def _cores() -> int:
-    """Those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _reserve(config: ServerConfig, family: socket.AddressFamily) -> tuple[socket.socket | None, int | None]:

@@ -21,9 +21,8 @@ from tests.serve.server import bundles
 @contextlib.asynccontextmanager
 async def client_of(folder, **options):
     """(client, service) of an application in this event loop, without sockets."""
-    config = ServerConfig(
-        str(folder), **{**bundles.OPTIONS, "max_batch_rows": 8, "poll_seconds": 0.02, **options}
-    )
+    defaults = {"max_batch_rows": 8, "batches_at_once": 1, "poll_seconds": 0.02}
+    config = ServerConfig(str(folder), **{**bundles.OPTIONS, **defaults, **options})
     service = Service(config)
     await service.start()
     transport = httpx.ASGITransport(make_app(service), client=("127.0.0.1", 1))

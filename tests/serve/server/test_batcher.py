@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from jaxembed.serve.rows import Rows
 from jaxembed.serve.server.batcher import Batcher
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.metrics import Metrics
-from tests.serve.server.servers import run
+from tests.serve.server.servers import run, until
 
 
 class Model:
@@ -35,8 +36,8 @@ def rows(number, count=1):
     return Rows(packed, [np.full(count, number, np.float32)])
 
 
-async def started(max_rows=4, wait=0.0, max_queued=100):
-    batcher = Batcher(max_rows, wait, max_queued, Metrics())
+async def started(max_rows=4, wait=0.0, max_queued=100, at_once=1):
+    batcher = Batcher(max_rows, wait, max_queued, Metrics(), at_once)
     batcher.start()
     return batcher
 
@@ -70,18 +71,104 @@ def test_what_arrives_while_one_runs_runs_together():
 
 def test_one_version_a_batch_and_large_requests_alone():
     async def check():
-        one, other, batcher = Model(), Model(), await started()
+        one, other, batcher = Model(), Model(), await started(max_rows=5)
         one.gate.clear()
         tasks = [asyncio.create_task(batcher.submit(one, rows(0), soon()))]
         await settle()
-        order = [(one, 1, 1), (other, 2, 1), (other, 3, 2), (other, 4, 9), (other, 5, 1)]
+        order = [(one, 1, 1), (other, 2, 1), (other, 3, 2), (other, 4, 9), (other, 5, 1), (other, 6, 3)]
         tasks += [asyncio.create_task(batcher.submit(m, rows(i, n), soon())) for m, i, n in order]
         await settle()
         one.gate.set()
         results = await asyncio.gather(*tasks)
-        assert (one.batches, other.batches) == ([[0], [1]], [[2, 3], [4], [5]])
+        assert (one.batches, other.batches) == ([[0], [1]], [[2, 3], [4], [5], [6]])
         assert results[4][0].tolist() == [4.0] * 9
         await batcher.stop()
+
+    run(check())
+
+
+def test_what_waits_is_divided_among_idle_threads():
+    async def check():
+        model, batcher = Model(), await started(max_rows=100, at_once=2)
+        model.gate.clear()
+        tasks = [asyncio.create_task(batcher.submit(model, rows(i, 10), soon())) for i in range(6)]
+        await settle()
+        tasks += [asyncio.create_task(batcher.submit(model, rows(i, 10), soon())) for i in range(6, 9)]
+        await settle()
+        assert batcher.queued_rows == 90
+        model.gate.set()
+        results = await asyncio.gather(*tasks)
+        assert sorted(model.batches)[:2] == [[0, 1, 2], [3, 4, 5]]
+        assert [result[0].tolist() for result in results] == [[i] * 10 for i in range(9)]
+        await batcher.stop()
+
+    run(check())
+
+
+def test_no_more_run_at_once_than_may():
+    async def check():
+        model, batcher = Model(), await started(max_rows=4, at_once=3)
+        entered, most, lock = 0, 0, threading.Lock()
+        whole = model.run
+
+        def counted(parts):
+            nonlocal entered, most
+            with lock:
+                entered += 1
+                most = max(most, entered)
+            time.sleep(0.005)
+            with lock:
+                entered -= 1
+            return whole(parts)
+
+        model.run = counted
+        tasks = [asyncio.create_task(batcher.submit(model, rows(i, 2), soon())) for i in range(40)]
+        results = await asyncio.gather(*tasks)
+        assert most == 3
+        assert [result[0].tolist() for result in results] == [[i] * 2 for i in range(40)]
+        await batcher.stop()
+
+    run(check())
+
+
+def test_what_expires_once_it_is_ready_never_runs():
+    async def check():
+        model, batcher = Model(), await started()
+        model.gate.clear()
+        first = asyncio.create_task(batcher.submit(model, rows(0), soon()))
+        await settle()
+        late = asyncio.create_task(batcher.submit(model, rows(1, 4), soon(0.05)))
+        gone = asyncio.create_task(batcher.submit(model, rows(2, 4), soon()))
+        await settle()
+        assert batcher._under_way == 2  # `late` is ready
+        with pytest.raises(RequestError, match="it was not run"):
+            await late
+        gone.cancel()
+        await settle()
+        model.gate.set()
+        await first
+        assert await until(lambda: batcher.queued_rows == 0)
+        assert model.batches == [[0]]
+        await batcher.stop()
+
+    run(check())
+
+
+def test_stopping_refuses_what_waits_and_answers_what_is_under_way():
+    async def check():
+        model, batcher = Model(), await started(at_once=2)
+        model.gate.clear()
+        tasks = [asyncio.create_task(batcher.submit(model, rows(i, 4), soon())) for i in range(5)]
+        await settle()
+        stopping = asyncio.create_task(batcher.stop())
+        await settle()
+        assert not stopping.done()
+        model.gate.set()
+        await asyncio.wait_for(stopping, 10)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [result[0].tolist() for result in results[:3]] == [[i] * 4 for i in range(3)]
+        assert [result.status for result in results[3:]] == [503, 503]
+        assert not [t for t in threading.enumerate() if t.name.startswith("jaxembed-run")]
 
     run(check())
 

@@ -177,6 +177,43 @@ def test_heads_as_large_as_they_may_be_and_bodies_of_any_size():
     run(check())
 
 
+class Recorded(DeadlineProtocol):
+    """Keeps what is written."""
+
+    def connection_made(self, transport):
+        self.written, write = [], transport.write
+
+        class Transport:
+            def __getattr__(self, name):
+                return getattr(transport, name)
+
+            def write(_, data):
+                self.written.append(bytes(data))
+                write(data)
+
+        super().connection_made(Transport())
+
+
+def test_an_answer_leaves_in_one_piece_and_continue_before_it():
+    async def check():
+        async with serving(protocol=Recorded) as (port, state):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for size in (0, 3, 300_000, 700_000):
+                body = b"x" * size
+                writer.write(post(b"/x", body))
+                assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x " + body)
+            head, _, body = post(b"/x", b"abc", b"Expect: 100-continue").partition(b"\r\n\r\n")
+            writer.write(head + b"\r\n\r\n")
+            assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(body)
+            assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x abc")
+            (connection,) = state.connections
+            assert [data.count(b"POST") for data in connection.written] == [1, 1, 1, 1, 0, 1]
+            writer.close()
+
+    run(check())
+
+
 async def connect_slowly(port, data):
     """A socket that takes little without being read, and has sent `data`."""
     connection = socket.socket()
