@@ -214,11 +214,11 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._skips = False
             self._arm()
         else:
-            if self.cycle is not None and not self.cycle.response_complete:
-                scope: Any = self.cycle.scope
-                scope[COMPLETE] = True
-                parts: Any = [self.cycle.body, *self._parts] if self.cycle.body else self._parts
-                self.cycle.body = parts[0] if len(parts) == 1 else b"".join(parts)
+            cycle: Any = self.cycle
+            if cycle is not None and not cycle.response_complete:
+                cycle.scope[COMPLETE] = True
+                parts = [cycle.body, *self._parts] if cycle.body else self._parts
+                cycle.body = parts[0] if len(parts) == 1 else b"".join(parts)
                 self._parts = []
             super().on_message_complete()
 
