@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from time import monotonic, perf_counter
 from typing import Any
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -32,6 +33,7 @@ _PAGE_HEADERS = {
 }
 _EXTENSIONS = ["binary_tensor_data"]
 _VERSION = "0.1.0"
+LARGE_ANSWER = 1 << 18  # bytes of outputs from which on writing them would keep the event loop for long
 
 
 def make_app(
@@ -138,7 +140,9 @@ class Routes:
             read = _with_timeout(read, timeout)
             outputs = await service.infer(model, read, begin)
             written = perf_counter()
-            head, parts = v2_json.write(model, self._config.name, read, outputs, wanted)
+            head, parts = await self._write(
+                outputs, v2_json.write, model, self._config.name, read, outputs, wanted
+            )
             service.metrics.stage("write", perf_counter() - written)
             if not parts:
                 return Response(head, media_type=_JSON)
@@ -162,7 +166,7 @@ class Routes:
             service.metrics.stage("parse", perf_counter() - started)
             outputs = await service.infer(model, _with_timeout(read, timeout), begin)
             written = perf_counter()
-            content = tf_predict.write(by_row, outputs)
+            content = await self._write(outputs, tf_predict.write, by_row, outputs)
             service.metrics.stage("write", perf_counter() - written)
             return Response(content, media_type=_JSON)
 
@@ -198,6 +202,14 @@ class Routes:
         finally:
             request.scope.pop(TASK, None)
             service.metrics.request(protocol, status, perf_counter() - begin)
+
+    async def _write(
+        self, outputs: Sequence[tuple[str, np.ndarray]], write: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """What `write` gives, on a thread if it is of large outputs."""
+        if sum(array.nbytes for _, array in outputs) < LARGE_ANSWER:
+            return write(*arguments)
+        return await self._service.large.run(monotonic() + self._config.default_timeout, write, *arguments)
 
     def _until(self, begin: float, timeout: float | None) -> float:
         """The deadline of a request of which only a header was read."""

@@ -21,7 +21,7 @@ from .served import ServedModel
 from .signature import Signature
 from .strings import takes_strings
 from .tensors import ragged
-from .v2_json import as_json, read_object, to_json
+from .v2_json import as_json, as_known, in_pieces, read_object, to_json
 
 _SIGNATURE = "serving_default"
 _TYPES = {
@@ -53,12 +53,20 @@ def read(signature: Signature, body: bytes) -> tuple[InferenceRequest, bool]:
 
 def write(by_row: bool, outputs: Sequence[tuple[str, np.ndarray]]) -> bytes:
     """A response; an only output goes without its name."""
-    named = {name: as_json(array) for name, array in outputs}
-    content: Any = named
-    if len(named) == 1:
-        (content,) = named.values()
-    elif by_row:
-        content = [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
+    names = [name for name, _ in outputs]
+    if len(names) == 1:
+        content = as_json(outputs[0][1])
+    elif by_row and len(outputs[0][1]):
+        arrays = [as_known(array) for _, array in outputs]
+
+        def as_rows(piece: range) -> list[dict[str, Any]]:
+            parts = (array[piece.start : piece.stop] for array in arrays)
+            return [dict(zip(names, row, strict=True)) for row in zip(*parts, strict=True)]
+
+        rows = len(arrays[0])
+        content = in_pieces(range(rows), sum(array.size for array in arrays) // rows, as_rows)
+    else:
+        content = [] if by_row else {name: as_json(array) for name, array in outputs}
     return to_json({"predictions" if by_row else "outputs": content})
 
 

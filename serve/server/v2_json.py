@@ -5,7 +5,7 @@ References:
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from .strings import takes_strings
 from .tensors import assemble, check_rows, datatype_of, from_bytes, from_list
 
 _MICROSECONDS = 1e6
+_PIECE = 1 << 16  # numbers, which take some milliseconds to write
 
 
 def read_object(body: Any) -> dict[str, Any]:
@@ -160,11 +161,30 @@ def to_json(value: Any) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def as_json(array: np.ndarray) -> np.ndarray:
-    """An array that `to_json` takes: contiguous, and of a type that it knows."""
+def as_json(array: np.ndarray) -> Any:
+    """What `to_json` takes for an array: itself, of a type that it knows; the text of a large one."""
+    array = as_known(array)
+    return array if array.size <= _PIECE else in_pieces(array, array.size // len(array), lambda piece: piece)
+
+
+def as_known(array: np.ndarray) -> np.ndarray:
+    """An array that orjson takes: contiguous, and of a type that it knows."""
     if array.dtype.kind not in "biuf" or array.dtype == np.float16:
         array = array.astype(np.float32)
     return np.ascontiguousarray(array)
+
+
+def in_pieces(rows: Any, width: int, content: Callable[[Any], Any]) -> orjson.Fragment:
+    """The list that the pieces of `rows` make up, written one by one: other threads get the interpreter in between.
+
+    Args:
+      rows: at least one; slices of it are pieces.
+      width: numbers of one row.
+      content: the list, or array, that a piece is written as.
+    """
+    step = max(_PIECE // max(width, 1), 1)
+    pieces = [to_json(content(rows[first : first + step]))[1:-1] for first in range(0, len(rows), step)]
+    return orjson.Fragment(b"[%b]" % b",".join(pieces))
 
 
 def metadata(model: ServedModel, name: str, versions: Sequence[int]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ pytest.importorskip("starlette")
 from jaxembed import FeatureConfig, TableConfig, VocabularyFile
 from jaxembed.serve.features import ServedFeature
 from jaxembed.serve.native_library import library
-from jaxembed.serve.server import large, tensors, v2_binary, v2_grpc, v2_json
+from jaxembed.serve.server import app, large, tensors, tf_predict, v2_binary, v2_grpc, v2_json
 from jaxembed.serve.server.apart import Apart
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.grpc_server import Methods
 from jaxembed.serve.server.messages import METHODS
 from jaxembed.serve.server.native_reader import NativeReader
-from jaxembed.serve.server.request import LARGE
+from jaxembed.serve.server.request import LARGE, InferenceRequest
 from jaxembed.serve.server.signature import Signature
 from tests.serve.server import fuzz
 from tests.serve.server.servers import client_of, counts, run, until
@@ -267,3 +267,50 @@ def test_vocabularies_go_to_another_process_as_their_file(tmp_path):
         assert apart.read("predict", signature, b'{"instances": [{"w": []}]}')[0].inputs.packed.rows == 1
     finally:
         apart.stop()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 300])
+def test_large_answers_are_written_in_pieces_and_elsewhere(rows, monkeypatch):
+    outputs = [
+        ("a", np.arange(rows * 6, dtype=np.float32).reshape(rows, 2, 3)),
+        ("b", np.arange(rows)),
+        ("c", np.arange(rows * 2, dtype=np.float16).reshape(rows, 2)),
+    ]
+
+    def everything():
+        yield from (tf_predict.write(by_row, outputs) for by_row in (False, True))
+        yield from (tf_predict.write(by_row, [output]) for by_row in (False, True) for output in outputs)
+        yield v2_json.write(Model, "m", request, outputs)[0]
+
+    class Model:
+        version = 3
+
+    request = InferenceRequest({}, {}, {})
+    whole = list(everything())
+    monkeypatch.setattr(v2_json, "_PIECE", 7)
+    assert list(everything()) == whole
+    data = json.loads(whole[1])["predictions"]
+    assert data == [{name: array[row].tolist() for name, array in outputs} for row in range(rows)]
+    assert json.loads(whole[0])["outputs"] == {name: array.tolist() for name, array in outputs}
+
+
+def test_large_answers_are_written_on_a_thread(shared_folder, monkeypatch):
+    threads = []
+    for module in (v2_json, tf_predict):
+
+        def write(*arguments, write=module.write):
+            threads.append(threading.get_ident() == threading.main_thread().ident)
+            return write(*arguments)
+
+        monkeypatch.setattr(module, "write", write)
+
+    async def check():
+        async with client_of(shared_folder) as (client, _):
+            for limit, inline in ((LARGE, True), (1, False)):
+                monkeypatch.setattr(app, "LARGE_ANSWER", limit)
+                for path, body in ((INFER, fuzz.GOOD_V2), (PREDICT, fuzz.GOOD_ROWS)):
+                    threads.clear()
+                    assert (await client.post(path, json=body)).status_code == 200
+                    assert threads == [inline]
+
+    run(check())
