@@ -42,7 +42,7 @@ TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5p:2x2x2", "v6e:4x4")
 VOCABULARIES = (1_000_000, 10_000_000)
 #: The exchanges of the `xla` engine, and the other engine.
 EXCHANGES = ("all_gather", "all_to_all", "sparsecore")
-#: What reads and updates rows on the `xla` engine.
+#: What reads and updates rows on the `xla` engine; the default takes the latter here, where there is no device to try.
 ROW_KERNELS = ("xla", "pallas")
 #: Measured on 2026-11-25 and 2026-11-27 with libtpu 0.0.42.1; operations compiled alone unless a step is meant.
 WHERE_BYTES_GO = """
@@ -133,7 +133,7 @@ def compile_step(
     optimizer: Optimizer | None = None,
     quantization: QuantizationConfig | None = None,
     weighted: bool = False,
-    row_kernels: str = "xla",
+    row_kernels: str = "auto",
 ) -> Cost:
     """Compiles one train step.
 
@@ -148,6 +148,9 @@ def compile_step(
       quantization: of every table.
       weighted: whether ids have weights.
       row_kernels: of ShardedEmbedding, on the `xla` engine.
+
+    Returns:
+      What it costs; `row_kernels` as chosen.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices), ("devices",))
@@ -190,7 +193,7 @@ def compile_step(
         sum(int(np.prod(shape)) * x.dtype.itemsize for shape, x in zip(pieces, tables, strict=True)),
         len(hlo.whole_copies(text, set(pieces) | as_rows)),
         seconds,
-        row_kernels,
+        "pallas" if "pallas" in embedding.row_kernels.values() else "xla",
     )
 
 
@@ -287,7 +290,8 @@ def _report(costs: list[Cost], refused: list[str]) -> str:
         "A loop counts once: batches that fit the exchange's window take one round. SparseCores exchange rows inside "
         "of their own programs, whose text does not show it: at most the predicted bytes, which are not in those "
         "exchanged. The compiler counts all of a table that SparseCores read as touched; no figure is given.\n\n"
-        '"Row kernels" are steps with `row_kernels="pallas"`, which is not the default. The compiler cannot count what '
+        '"Row kernels" are steps with `row_kernels="pallas"`, which is what the default, "auto", takes where there is no '
+        'device to try it on; the others are `row_kernels="xla"`. The compiler cannot count what '
         "a kernel does: of the bytes touched, those of kernels are what their copies read and write at most, computed "
         "from the sizes and handed to the compiler as `pl.CostEstimate`; all others are counted by it.\n\n"
         + targets_of(costs)

@@ -22,7 +22,7 @@ from .engines.canonical import CanonicalTables
 from .engines.gradients import checked_gradients
 from .engines.initial import initial_rows, whole_slots, whole_tables
 from .engines.planner import ShardingPlan
-from .engines.row_kernels import check_row_kernels
+from .engines.row_kernels import choose_row_kernels
 from .engines.sparsecore_stacks import sparse_cores
 from .engines.stacking import mesh_axes, shardings_of, stacks_of
 from .engines.step import StepProgram
@@ -63,8 +63,10 @@ class ShardedEmbedding(ShardedInputs):
         devices that are no TPUs, "sparsecore" is emulated, with 4 SparseCores a device: the same layout and
         packing of batches, rows read and updated as "xla" does. For tests; it shows nothing of a TPU's speed.
       row_kernels: what reads and updates rows of float32 tables on the "xla" engine where D is a multiple of 128:
-        "xla", or "pallas", kernels for TPUs that move single rows (`engines.pallas_rows`): compiled and
-        interpreted, never run on a TPU. Other tables stay on "xla", and the log says which and why.
+        "xla"; "pallas", kernels for TPUs that move single rows (`engines.pallas_rows`), other tables staying on
+        "xla", as the log says; or "auto", these kernels on TPUs, after they were tried on one of each process: where
+        they give other rows than XLA, or take longer, they are left. `row_kernels` of the embedding has what was
+        chosen.
       capacity: entries that a shard has room for in each stack, of all its features together. None takes
         what the batches need, in steps of a thirty-second, and never less than before.
       example_batch: of `plan="auto"`: a batch of this host like those to come.
@@ -104,7 +106,7 @@ class ShardedEmbedding(ShardedInputs):
         plan: Mapping[str, str] | ShardingPlan | str | None = None,
         exchange: str = "auto",
         engine: str = "auto",
-        row_kernels: str = "xla",
+        row_kernels: str = "auto",
         capacity: int | None = None,
         example_batch: Any = None,
         overrides: Mapping[str, str] | None = None,
@@ -121,8 +123,11 @@ class ShardedEmbedding(ShardedInputs):
         shardings = shardings_of(plan, self.tables, num_shards)
         stacks = stacks_of(self.tables, optimizer, shardings, num_shards, cores)
         super().__init__(feature_config, stacks, mesh, axes, capacity)
-        check_row_kernels(row_kernels, self.stacks.values(), self.mesh.devices.flat[0])
-        self._program = StepProgram(self.stacks, self.mesh, self.axes, exchange, row_kernels)
+        kernels = choose_row_kernels(row_kernels, self.stacks, self.mesh)
+        self.row_kernels: dict[str, str] = {
+            p.table.name: kernels[name] for name, stack in self.stacks.items() for p in stack.placements
+        }
+        self._program = StepProgram(self.stacks, self.mesh, self.axes, exchange, kernels)
         self._canonical = CanonicalTables(
             self.stacks, list(self.tables), self.mesh, self.axes, self._program.shardings()
         )

@@ -9,13 +9,16 @@ import pytest
 from tests.tpu.processes import answer, needs_libtpu, start
 
 pytestmark = [pytest.mark.tpu, needs_libtpu]
-EXCHANGES = ("all_gather", "all_to_all")
+#: Exchanges, and what reads and updates rows: by itself, kernels.
+STEPS_OF = (("all_gather", "xla"), ("all_to_all", "xla"), ("all_to_all", "auto"))
 VOCABULARIES = (1_000_000, 10_000_000)
-#: By topology, exchange and vocabularies.
+#: By topology, exchange, row kernels and vocabularies.
 STEPS = """
 import dataclasses, json, sys, tpu_compile
-topology, exchange, *vocabularies = sys.argv[1:]
-costs = [tpu_compile.compile_step(topology, int(v), exchange, features=5) for v in vocabularies]
+topology, exchange, kernels, *vocabularies = sys.argv[1:]
+costs = [
+    tpu_compile.compile_step(topology, int(v), exchange, features=5, row_kernels=kernels) for v in vocabularies
+]
 json.dump([dataclasses.asdict(c) for c in costs], sys.stdout)
 """
 READER = """
@@ -122,9 +125,9 @@ json.dump(found, sys.stdout)
 
 @pytest.fixture(scope="module")
 def costs():
-    """By exchange, at V of a million and ten million; the two compile side by side."""
-    processes = {exchange: start(STEPS, "v5e:4x4", exchange, *map(str, VOCABULARIES)) for exchange in EXCHANGES}
-    return {exchange: answer(process) for exchange, process in processes.items()}
+    """By exchange and row kernels, at V of a million and ten million; they compile side by side."""
+    processes = {step: start(STEPS, "v5e:4x4", *step, *map(str, VOCABULARIES)) for step in STEPS_OF}
+    return {step: answer(process) for step, process in processes.items()}
 
 
 def test_the_reader_finds_copies_where_there_are_some():
@@ -138,26 +141,26 @@ def test_the_reader_finds_copies_where_there_are_some():
     assert found["kernel with a result of its own"] > 0
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_tables_are_updated_in_place_and_never_copied(costs, exchange):
-    for cost, vocabulary in zip(costs[exchange], VOCABULARIES, strict=True):
+@pytest.mark.parametrize("step", STEPS_OF)
+def test_tables_are_updated_in_place_and_never_copied(costs, step):
+    for cost, vocabulary in zip(costs[step], VOCABULARIES, strict=True):
         # Table and accumulators of five features, a share of 16.
         assert cost["table_bytes"] == 2 * 5 * vocabulary * 128 * 4 // 16
         assert cost["aliased"] >= cost["table_bytes"]
         assert cost["copies"] == 0
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_cost_is_flat_in_the_vocabulary(costs, exchange):
-    small, large = costs[exchange]
+@pytest.mark.parametrize("step", STEPS_OF)
+def test_cost_is_flat_in_the_vocabulary(costs, step):
+    small, large = costs[step]
     assert large["touched"] == pytest.approx(small["touched"], rel=0.02)
     assert large["temporary"] == pytest.approx(small["temporary"], rel=0.02)
     assert large["exchanged"] == small["exchanged"]
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_tables_exchange_what_the_formula_says(costs, exchange):
-    for cost in costs[exchange]:
+@pytest.mark.parametrize("step", STEPS_OF)
+def test_tables_exchange_what_the_formula_says(costs, step):
+    for cost in costs[step]:
         # The gradients of the dense model are all-reduced.
         exchanged = sum(cost["exchanged"].values()) - cost["dense_bytes"]
         # all_gather brings the entries once for both ways, which the formula counts twice.

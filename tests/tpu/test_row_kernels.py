@@ -5,11 +5,11 @@ import pytest
 from tests.tpu.processes import answer, needs_libtpu, start
 
 pytestmark = [pytest.mark.tpu, needs_libtpu]
-#: The whole DLRM by all_to_all; by topology and V.
+#: The whole DLRM as it is by default; by topology and V.
 STEP = """
 import dataclasses, json, sys, tpu_compile
 topology, vocabulary = sys.argv[1:]
-cost = tpu_compile.compile_step(topology, int(vocabulary), "all_to_all", row_kernels="pallas")
+cost = tpu_compile.compile_step(topology, int(vocabulary), "auto")
 json.dump(dataclasses.asdict(cost), sys.stdout)
 """
 #: By topology and D: of the lookup and the update by each optimizer, MB touched, bytes aliased and whole-table copies.

@@ -178,7 +178,7 @@ def test_an_embedding_trains_as_by_xla(devices, exchange, optimizer, monkeypatch
         kernel = getattr(pallas_rows, name)
         monkeypatch.setattr(pallas_rows, name, lambda *a, k=kernel: used.append(k.__name__) or k(*a))
     options = {"optimizer": optimizer, "exchange": exchange}
-    wanted = train(embedding(devices, **options))
+    wanted = train(embedding(devices, row_kernels="xla", **options))
     assert not used
     found = train(embedding(devices, row_kernels="pallas", **options))
     # One device looks bags up as everywhere.
@@ -192,6 +192,7 @@ def test_choices_that_are_none_are_refused(monkeypatch):
         embedding(2, row_kernels="mosaic")
     with pytest.raises(ValueError, match=r"row_kernels='pallas' needs TPUs, got .*'cpu'"):
         embedding(2, row_kernels="pallas")
+    assert set(embedding(2).row_kernels.values()) == {"xla"}
 
 
 def test_tables_left_to_xla_are_named(caplog):
@@ -211,7 +212,9 @@ def test_tables_left_to_xla_are_named(caplog):
     }
     config = {name: FeatureConfig(table) for name, table in tables.items()}
     plan = {"copied": "replicated", "split": "column"}
-    embedding(2, config=config, plan=plan, row_kernels="pallas")
+    own = embedding(2, config=config, plan=plan, row_kernels="pallas")
     (record,) = caplog.records
     for name in tables:
-        assert (f"'{name}'" in record.getMessage()) == (name not in ("held", "wide")), name
+        by_kernel = name in ("held", "wide")
+        assert (f"'{name}'" in record.getMessage()) == (not by_kernel), name
+        assert own.row_kernels[name] == ("pallas" if by_kernel else "xla"), name

@@ -8,7 +8,8 @@ between the table, which stays where it is, and where it is needed:
     update    a block of rows and slots comes in while the rule runs on the block before it and the one before that
               goes out: three buffers. Rows differ, so that no copy waits for another block's.
 
-Both are compiled for TPU topologies and interpreted on CPU in the tests; they have not run on a TPU.
+Both are compiled for TPU topologies and interpreted on CPU in the tests; they have not run on a TPU, and are tried on the
+one at hand (`row_trial`).
 """
 
 from typing import Any

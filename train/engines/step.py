@@ -27,7 +27,7 @@ class StepProgram:
       mesh: with automatic axes.
       axes: those over which batch and tables are sharded.
       exchange: "all_gather", "all_to_all" or "auto".
-      row_kernels: one of `row_kernels.ROW_KERNELS`.
+      row_kernels: "xla" or "pallas", by stack.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class StepProgram:
         mesh: Mesh,
         axes: tuple[str, ...],
         exchange: str,
-        row_kernels: str = "xla",
+        row_kernels: Mapping[str, str],
     ):
         self.stacks: dict[str, Stack] = dict(stacks)
         self.mesh: Mesh = mesh
         self.axes: tuple[str, ...] = axes
         self.exchange: str = exchange
-        self.row_kernels: str = row_kernels
+        self.row_kernels: dict[str, str] = dict(row_kernels)
         self.look_up: jax.stages.Wrapped = jax.jit(self._look_up)
         self.update: jax.stages.Wrapped = jax.jit(self._update)
 
@@ -104,10 +104,10 @@ class StepProgram:
         if exchange == "auto":
             exchange = cheaper_exchange(config, num_segments, capacity)
         window = pair_window(capacity, config.num_shards) if exchange == "all_to_all" else capacity
-        # SparseCores keep rows as lines, which no kernel here reads.
-        kernels = "xla" if config.cores else self.row_kernels
         sizes = tuple(f.num_segments for f in layout.of_stack(stack))
-        return xla.StackExchange(config, exchange, self.axes, num_segments, window, kernels, sizes)
+        return xla.StackExchange(
+            config, exchange, self.axes, num_segments, window, self.row_kernels[stack], sizes
+        )
 
     def predicted_bytes(self, batch: ShardedBatch) -> int:
         """Bytes that one shard exchanges for a lookup and an update of a batch without weights."""

@@ -14,7 +14,7 @@ from jaxembed.optimizers import dedupe, native, sparse_update
 from . import gathering, routing
 from .batch import FeatureLayout
 from .placement import Stack
-from .row_kernels import is_by_kernel, take_rows, update_unique
+from .row_kernels import take_rows, update_unique
 from .segments import add_segments, scale
 from .traffic import pair_window
 
@@ -33,7 +33,7 @@ class StackExchange:
       axes: of the mesh.
       num_segments: S, on one shard.
       window: how many rows are taken at a time.
-      row_kernels: what reads and updates rows where it can, one of `row_kernels.ROW_KERNELS`.
+      row_kernels: what reads and updates rows, "xla" or "pallas".
       feature_sizes: the segments of each feature, on one shard; they sum to S.
     """
 
@@ -210,7 +210,7 @@ def _update_alone(ex, table, slots, positions, segments, weights, gradients, lea
             return update_unique(ex.row_kernels, optimizer, table, slots, rows, sums, learning_rate, step)
         return sparse_update(optimizer, table, slots, positions, values, step, learning_rate=learning_rate)
 
-    by_kernel = is_by_kernel(ex.row_kernels, optimizer, table)
+    by_kernel = ex.row_kernels == "pallas"
     arguments = (table, slots, positions, segments, weights, gradients, learning_rate, step)
     if by_kernel or not native.supports(optimizer, table):
         return portable(*arguments)

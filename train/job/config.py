@@ -75,7 +75,7 @@ class Tables:
       overrides: of `plan = "auto"`: sharding by table.
       exchange: how rows travel.
       engine: "xla", "sparsecore" or "auto".
-      row_kernels: "xla", or "pallas" on TPUs.
+      row_kernels: "xla", "pallas" on TPUs, or "auto".
       capacity: entries that a shard has room for in each stack.
     """
 
@@ -84,7 +84,7 @@ class Tables:
     overrides: dict[str, Sharding] = Field(default_factory=dict)
     exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
     engine: str = "auto"
-    row_kernels: Literal["xla", "pallas"] = "xla"
+    row_kernels: Literal["auto", "xla", "pallas"] = "auto"
     capacity: PositiveInt | None = None
 
     def __post_init__(self) -> None:

@@ -114,8 +114,11 @@ class Job:
         self._report = report = Report(
             config.logs, self._out, config.training.batch_size, step, max(self._total, step)
         )
-        if self.trainer.embedding.plan is not None:
-            report.say(str(self.trainer.embedding.plan))
+        embedding = self.trainer.embedding
+        if embedding.plan is not None:
+            report.say(str(embedding.plan))
+        if by_kernel := [name for name, kernels in embedding.row_kernels.items() if kernels == "pallas"]:
+            report.say(f"rows of {len(by_kernel)} of {len(embedding.row_kernels)} tables are moved by kernels")
         if step:
             report.say(f"goes on from step {step:,} of {self._total:,}")
         self._write_config()
