@@ -91,14 +91,14 @@ def convert(trainer, examples, checkpoint, out):
     """Converts the checkpoint, with the dense model as a program, into a bundle; returns its path."""
     template = trainer.init(jax.random.key(0))
     exported = export_model(
-        lambda params, activations, dense: trainer.apply_model(params, dense["dense"], activations),
-        template.params,
+        lambda variables, activations, dense: trainer.apply_model(variables, dense["dense"], activations),
+        trainer.variables(template.model),
         trainer.embedding.feature_config,
         dense_inputs={"dense": examples.dense.shape[1]},
         weighted=["history"],
     )
     shutil.rmtree(out / checkpoint.name, ignore_errors=True)  # of an earlier run
-    report = convert_to_bundle(checkpoint, out, select_model=lambda model: model["params"], exported=exported)
+    report = convert_to_bundle(checkpoint, out, select_model=trainer.variables, exported=exported)
     size = sum(table.num_bytes for table in report.tables)
     print(
         f"converted {len(report.tables)} tables ({size / 2**20:.1f} MiB) and the model ({len(exported):,} bytes)"
@@ -110,9 +110,8 @@ def restored_predictions(trainer, test, checkpoint):
     """Labels, and what the trainer predicts once it is restored from the checkpoint."""
     with Checkpointer(checkpoint.parent, trainer.embedding) as checkpointer:
         template = trainer.init(jax.random.key(0))
-        model_like = {"params": template.params, "opt_state": template.opt_state}
-        restored = checkpointer.restore(int(checkpoint.name), model=model_like)
-    state = TrainState(restored.state, restored.model["params"], restored.model["opt_state"])
+        restored = checkpointer.restore(int(checkpoint.name), model=template.model)
+    state = TrainState(restored.state, **restored.model)
     return predict(trainer, state, test)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ class DLRM(nnx.Module):
         z = (x0, <x_i, x_j> for i < j, x = (x0, embeddings))
         logit = top(z)
 
-    It holds no tables and no state but its parameters, so `nnx.split` gives all that serving needs.
+    It holds no tables.
 
     Args:
       num_dense: K; 0 leaves the bottom MLP out.
@@ -27,10 +28,12 @@ class DLRM(nnx.Module):
       bottom: widths of the bottom MLP's hidden layers.
       top: widths of the top MLP's hidden layers.
       concat_embeddings: give the top MLP the embeddings themselves, too, and not only their products.
-      rngs: a stream for the initial parameters.
+      dropout: the fraction of the hidden layers' outputs that training leaves out.
+      batch_norm: normalize what the hidden layers' linear parts give, by `nnx.BatchNorm`.
+      rngs: streams for the initial parameters and for dropout.
 
     Raises:
-      ValueError: if a size is not positive, or there is nothing to interact.
+      ValueError: if a size is not positive, `dropout` not in [0, 1), or there is nothing to interact.
 
     References:
       Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation
@@ -46,6 +49,8 @@ class DLRM(nnx.Module):
         bottom: Sequence[int] = (64,),
         top: Sequence[int] = (64, 32),
         concat_embeddings: bool = False,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         if num_dense < 0 or num_embeddings < 1 or dim < 1:
@@ -53,6 +58,8 @@ class DLRM(nnx.Module):
                 "DLRM needs num_dense of at least 0, num_embeddings and dim of at least 1, got "
                 f"{num_dense}, {num_embeddings} and {dim}."
             )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"DLRM needs dropout in [0, 1), got {dropout}.")
         vectors = num_embeddings + (num_dense > 0)
         if vectors < 2 and not concat_embeddings:
             raise ValueError("DLRM needs two vectors to interact, got one embedding and no dense features.")
@@ -62,17 +69,22 @@ class DLRM(nnx.Module):
         self.concat_embeddings: bool = concat_embeddings
         width = vectors * (vectors - 1) // 2
         width += dim * vectors if concat_embeddings else dim * (num_dense > 0)
-        self.bottom: MLP | None = MLP((num_dense, *bottom, dim), rngs=rngs) if num_dense else None
-        self.top: MLP = MLP((width, *top, 1), rngs=rngs)
+        options: dict[str, Any] = {"dropout": dropout, "batch_norm": batch_norm, "rngs": rngs}
+        self.bottom: MLP | None = MLP((num_dense, *bottom, dim), **options) if num_dense else None
+        self.top: MLP = MLP((width, *top, 1), **options)
 
     def __call__(
-        self, dense: DenseFeatures, embeddings: Mapping[str, Activations] | Sequence[Activations]
+        self,
+        dense: DenseFeatures,
+        embeddings: Mapping[str, Activations] | Sequence[Activations],
+        mask: jax.Array | None = None,
     ) -> PerExample:
         """The logits.
 
         Args:
           dense: [B, K] floating point.
           embeddings: F activations [B, D]; those of a mapping are taken in the order of its sorted keys.
+          mask: bool [B], False for rows that `batch_norm` is not to count; None counts all.
 
         Returns:
           [B] float32 logits; `jax.nn.sigmoid` makes them probabilities.
@@ -85,7 +97,7 @@ class DLRM(nnx.Module):
         self._check(dense, embeddings)
         vectors = [jnp.asarray(x, jnp.float32) for x in embeddings]
         if self.bottom is not None:
-            vectors = [jax.nn.relu(self.bottom(jnp.asarray(dense, jnp.float32))), *vectors]
+            vectors = [jax.nn.relu(self.bottom(jnp.asarray(dense, jnp.float32), mask)), *vectors]
         stacked = jnp.stack(vectors, axis=1)
         products = jnp.einsum("bid,bjd->bij", stacked, stacked)
         rows, columns = np.triu_indices(len(vectors), k=1)
@@ -94,7 +106,7 @@ class DLRM(nnx.Module):
             parts = [*vectors, *parts]
         elif self.bottom is not None:
             parts = [vectors[0], *parts]
-        return self.top(jnp.concatenate(parts, axis=1))[:, 0]
+        return self.top(jnp.concatenate(parts, axis=1), mask)[:, 0]
 
     def _check(self, dense, embeddings):
         shapes = [tuple(x.shape) for x in embeddings]
@@ -109,22 +121,34 @@ class DLRM(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Linear layers with ReLU between them.
+    """Linear layers; between them, in this order, batch normalization where asked for, ReLU, and dropout.
 
     Args:
       widths: of the input, the hidden layers and the output.
-      rngs: a stream for the initial parameters.
+      dropout: the fraction that training leaves out.
+      batch_norm: whether to normalize.
+      rngs: streams for the initial parameters and for dropout.
     """
 
-    def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
+    def __init__(
+        self, widths: Sequence[int], *, dropout: float = 0.0, batch_norm: bool = False, rngs: nnx.Rngs
+    ):
         layers = [
             nnx.Linear(fan_in, fan_out, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
             for fan_in, fan_out in pairwise(widths)
         ]
         self.layers: nnx.List[nnx.Linear] = nnx.List(layers)
+        norms = [nnx.BatchNorm(width, rngs=rngs) for width in widths[1:-1] if batch_norm]
+        self.norms: nnx.List[nnx.BatchNorm] = nnx.List(norms)
+        self.dropout: nnx.Dropout | None = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, widths[0]] to [B, widths[-1]]."""
-        for layer in self.layers[:-1]:
-            x = jax.nn.relu(layer(x))
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """[B, widths[0]] to [B, widths[-1]]; rows that `mask`, bool [B], says False of are not counted."""
+        for i, layer in enumerate(self.layers[:-1]):
+            x = layer(x)
+            if self.norms:
+                x = self.norms[i](x, mask=None if mask is None else mask[:, None])
+            x = jax.nn.relu(x)
+            if self.dropout is not None:
+                x = self.dropout(x)
         return self.layers[-1](x)

@@ -1,7 +1,7 @@
 """One training step of tables and dense model together: lookup, gradients, both updates."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxembed.shapes import ActivationTree, DenseFeatures, PerExample, Scalar
 
 from .data import Batch
 from .embedding import ShardedEmbedding
+from .pure_model import PureModel
 from .state import EmbeddingState
 
 
@@ -23,8 +24,10 @@ class TrainState:
 
     Attributes:
       embedding: tables, slots and the number of steps taken.
-      params: pure nested dict of the dense model's parameters.
+      params: nested dict of the dense model's parameters.
       opt_state: of the optax optimizer.
+      model_state: nested dict of what else the model holds: running averages of `nnx.BatchNorm`, keys and counts of
+        `nnx.Rngs`; empty for most models.
 
     Examples:
       >>> from jaxembed.optimizers import Adagrad
@@ -39,11 +42,24 @@ class TrainState:
       >>> state = trainer.init(jax.random.key(0))
       >>> sorted(state.params), state.embedding.step.item()
       (['bottom', 'top'], 0)
+      >>> sorted(state.model)
+      ['opt_state', 'params']
+      >>> again = TrainState(state.embedding, **state.model)
     """
 
     embedding: EmbeddingState
     params: Any
     opt_state: Any
+    model_state: Any = dataclasses.field(default_factory=dict[str, Any])
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """All but the tables, by name: what `Checkpointer.save` and `restore` take as `model`.
+
+        Without "model_state" where the model has none. `TrainState(restored.state, **restored.model)` is the way back.
+        """
+        rest = {"model_state": self.model_state} if self.model_state else {}
+        return {"params": self.params, "opt_state": self.opt_state, **rest}
 
 
 def binary_cross_entropy(logits: PerExample, batch: Batch) -> Scalar:
@@ -55,16 +71,23 @@ def binary_cross_entropy(logits: PerExample, batch: Batch) -> Scalar:
 class Trainer:
     """Trains a ShardedEmbedding and a Flax NNX model around it.
 
+    A step runs the model as after `model.train()`, and keeps what the model changes of its state in
+    `TrainState.model_state`; `predict` and `apply_model` run it as after `model.eval()`, and change nothing. All of
+    this is one program over the batch of all devices and hosts: `nnx.BatchNorm` averages over all of it, and a mask
+    of `nnx.Dropout` is drawn once for all of it, whatever the mesh. The random keys are part of the state: a run
+    that was stopped goes on with the draws that were to come.
+
     Args:
       embedding: the tables.
-      model: called as `model(dense, activations) -> logits`; its parameters start as they are in it. It has no
-        other state, as `nnx.BatchNorm` and `nnx.Dropout` have; for those, a step of your own around
-        `jaxembed.train.Embedding` keeps it.
+      model: called as `model(dense, activations) -> logits`; it is left as it is, and its parameters and other state
+        start as they are in it. Where its call has an argument `mask`, it gets a bool [B] in training, False for
+        rows that fill up a last batch: `nnx.BatchNorm` counts those otherwise, so pass it on (`mask[:, None]`), or
+        train on whole batches. Evaluation passes no mask.
       optimizer: of the dense parameters.
       loss: called as `loss(logits, batch) -> scalar`.
 
     Raises:
-      ValueError: if the model has state that is no `nnx.Param`.
+      ValueError: if the model holds tables of its own (`jaxembed.train.Embedding`).
 
     Examples:
       >>> from jaxembed.optimizers import Adagrad
@@ -93,10 +116,7 @@ class Trainer:
         self.embedding = embedding
         self.optimizer = optimizer
         self.loss = loss
-        _check_stateless(model)
-        graphdef, params = nnx.split(model)
-        self.graphdef: nnx.GraphDef[nnx.Module] = graphdef
-        self._initial_params = nnx.to_pure_dict(params)
+        self._model = PureModel(model)
         #: (state, batch) to the next state, which takes the memory of this one, and a dict of the "loss", the [B]
         #: "logits", and the "rounds" that `ShardedEmbedding.lookup` counts.
         self.step: Any = jax.jit(self._step, donate_argnums=0)
@@ -108,12 +128,12 @@ class Trainer:
 
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state."""
-        params = jax.device_put(self._initial_params, self.embedding.replicated)
+        initial = jax.device_put((self._model.params, self._model.state), self.embedding.replicated)
         # Copied, since the step donates its state.
-        params = jax.tree.map(jnp.copy, params)
+        params, model_state = jax.tree.map(jnp.copy, initial)
         # Laid out as the step returns it, so that the second step finds the first one's program.
         opt_state = jax.device_put(self.optimizer.init(params), self.embedding.replicated)
-        return TrainState(self.embedding.init(key), params, opt_state)
+        return TrainState(self.embedding.init(key), params, opt_state, model_state)
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of a state, for compiling a step ahead of time."""
@@ -121,9 +141,9 @@ class Trainer:
         def abstract(x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.embedding.replicated)
 
-        params = jax.tree.map(abstract, self._initial_params)
+        params, model_state = jax.tree.map(abstract, (self._model.params, self._model.state))
         opt_state = jax.tree.map(abstract, jax.eval_shape(self.optimizer.init, params))
-        return TrainState(self.embedding.abstract_state(), params, opt_state)
+        return TrainState(self.embedding.abstract_state(), params, opt_state, model_state)
 
     def abstract_batch(self, batch: Batch) -> Batch:
         """Shapes, types and shardings of what `shard_batch` returns for a batch."""
@@ -151,9 +171,18 @@ class Trainer:
         """The devices' half: a packed batch, and what `ShardedEmbedding.agree` returned for its features."""
         return self._with_rest(packed, *self.embedding.place_batch(packed.features, agreed))
 
-    def apply_model(self, params: Any, dense: DenseFeatures, activations: ActivationTree) -> PerExample:
-        """The dense model as a pure function: [B] logits."""
-        return nnx.merge(self.graphdef, nnx.State(params))(dense, activations)
+    def variables(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """What evaluation and serving need of `TrainState.model`, or of the dense model of a checkpoint.
+
+        It is what `apply_model` takes: parameters and running averages in one nested dict, without random keys. Of a
+        model that has parameters alone, it is these. For `export_model`'s `params`, and `select_model` of
+        `convert_to_bundle`.
+        """
+        return self._model.variables(model["params"], model.get("model_state", {}))
+
+    def apply_model(self, variables: Any, dense: DenseFeatures, activations: ActivationTree) -> PerExample:
+        """The dense model in evaluation mode, as a pure function of `variables`: [B] logits."""
+        return self._model.evaluate(variables, dense, activations)
 
     def _with_rest(self, batch: Batch, features: Any, weights: Any) -> Batch:
         rest = jax.make_array_from_process_local_data(
@@ -169,32 +198,22 @@ class Trainer:
         )
 
         def loss_of(params, activations):
-            logits = self.apply_model(params, batch.dense, activations)
-            return self.loss(logits, batch), logits
+            logits, after = self._model.train(
+                params, state.model_state, batch.dense, activations, batch.mask > 0
+            )
+            return self.loss(logits, batch), (logits, after)
 
         gradient = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
-        (loss, logits), (param_grads, activation_grads) = gradient(state.params, activations)
+        (loss, (logits, after)), (param_grads, activation_grads) = gradient(state.params, activations)
+        model_state = jax.lax.with_sharding_constraint(after, self.embedding.replicated)
         embedding = self.embedding.apply_gradients(
             state.embedding, batch.features, activation_grads, batch.weights, called_values=called
         )
         updates, opt_state = self.optimizer.update(param_grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         found = {"loss": loss, "logits": logits, "rounds": rounds}
-        return TrainState(embedding, params, opt_state), found
+        return TrainState(embedding, params, opt_state, model_state), found
 
     def _predict(self, state: TrainState, batch: Batch) -> PerExample:
         activations = self.embedding.lookup(state.embedding, batch.features, batch.weights)
-        return self.apply_model(state.params, batch.dense, activations)
-
-
-def _check_stateless(model: nnx.Module) -> None:
-    """Raises ValueError if a model has state beside its parameters, which gradients would be taken of."""
-    rest = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))
-    found = [f"{'.'.join(map(str, path))} ({type(variable).__name__})" for path, variable in rest]
-    if found:
-        raise ValueError(
-            "Trainer trains models whose only state is nnx.Param, got one with "
-            f"{', '.join(found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''}. Use layers without "
-            "other state, such as nnx.LayerNorm in place of nnx.BatchNorm, and no nnx.Dropout; or put "
-            "jaxembed.train.Embedding into the model and write the step yourself, as its docstring shows."
-        )
+        return self.apply_model(self.variables(state.model), batch.dense, activations)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import tempfile
+from typing import Any
 
 from jaxembed.checkpoint import convert_to_bundle
 from jaxembed.checkpoint.bundle import BundleReport, plan_bundle, refuse_bundle
@@ -81,7 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--delta-from", type=int, metavar="VERSION", help="write only the rows that changed since"
     )
-    serving.add_argument("--model-key", help="keep this part of the dense model only, such as params")
+    serving.add_argument(
+        "--model-key",
+        action="append",
+        metavar="KEY",
+        help="keep this part of the dense model only, such as params; if repeated, as for model_state, in one",
+    )
     serving.add_argument(
         "--exported", type=pathlib.Path, metavar="FILE", help="what jaxembed.serve.export_model returned"
     )
@@ -175,9 +181,12 @@ def _to_serving(
     options: argparse.Namespace, checkpoint: str | pathlib.Path, imported: ConversionReport | None = None
 ) -> int:
     def select(model):
-        if not isinstance(model, dict) or options.model_key not in model:
-            raise ValueError(f"the dense model has no part {options.model_key!r}, it has {sorted(model)}.")
-        return model[options.model_key]
+        found: Any = {}
+        for key in options.model_key:
+            if not isinstance(model, dict) or key not in model:
+                raise ValueError(f"the dense model has no part {key!r}, it has {sorted(model)}.")
+            found = _together(found, model[key], key) if found else model[key]
+        return found
 
     step = options.step if imported is None else None
     total = sum(array.num_bytes for array in open_checkpoint(checkpoint, step).tables.values())
@@ -196,6 +205,16 @@ def _to_serving(
         )
     _print_bundle(options, report, imported)
     return 0
+
+
+def _together(one: Any, other: Any, key: str) -> Any:
+    """The entries of two parts of a dense model, of one layer side by side."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        raise ValueError(
+            f"--model-key {key}: it has an entry that a part before it has, too; keep one of them."
+        )
+    both = {name: _together(one[name], other[name], key) for name in one.keys() & other.keys()}
+    return {**one, **other, **both}
 
 
 def _exported(options: argparse.Namespace) -> bytes | None:

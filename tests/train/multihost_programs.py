@@ -55,7 +55,7 @@ def trainer():
     own = ShardedEmbedding(
         config, Adagrad(0.1), mesh, plan="auto", example_batch=example, overrides={"id": "div", "bag": "mod"}
     )
-    return Trainer(own, DLRM(3, 2, 8, rngs=nnx.Rngs(0)), optax.adam(1e-2))
+    return Trainer(own, DLRM(3, 2, 8, dropout=0.3, batch_norm=True, rngs=nnx.Rngs(0)), optax.adam(1e-2))
 
 
 def train(own, state, iterator, steps):
@@ -73,17 +73,15 @@ def main(directory):
     own, iterator = trainer(), iter(dataset)
     state, losses = train(own, own.init(jax.random.key(0)), iterator, STEPS // 2)
     with Checkpointer(directory, own.embedding) as checkpointer:
-        model = {"params": state.params, "opt_state": state.opt_state}
-        checkpointer.save(state.embedding, model=model, data=iterator.get_state())
+        checkpointer.save(state.embedding, model=state.model, data=iterator.get_state())
     own, iterator = trainer(), iter(dataset)
     fresh = own.init(jax.random.key(1))
     with Checkpointer(directory, own.embedding) as checkpointer:
-        restored = checkpointer.restore(model={"params": fresh.params, "opt_state": fresh.opt_state})
+        restored = checkpointer.restore(model=fresh.model)
         iterator.set_state(restored.data)
-        state = TrainState(restored.state, restored.model["params"], restored.model["opt_state"])
+        state = TrainState(restored.state, **restored.model)
         state, more = train(own, state, iterator, STEPS - STEPS // 2)
-        model = {"params": state.params, "opt_state": state.opt_state}
-        checkpointer.save(state.embedding, model=model, data=iterator.get_state())
+        checkpointer.save(state.embedding, model=state.model, data=iterator.get_state())
     if jax.process_index() == 0:
         print(
             json.dumps(

@@ -42,6 +42,23 @@ def test_equals_the_formula(num_dense, concat):
     np.testing.assert_array_equal(run(model, dense, vectors[-F:]), found)
 
 
+def test_batch_norm_dropout_and_mask():
+    model = DLRM(K, F, D, bottom=(5,), top=(7, 6), dropout=0.5, batch_norm=True, rngs=nnx.Rngs(0))
+    dense, embeddings = make_inputs()
+    padded = np.concatenate([dense, 100 + dense])
+    more = {name: np.concatenate([x, 100 + x]) for name, x in embeddings.items()}
+    model.set_attributes(nnx.Dropout, deterministic=True)
+    found = model(padded, more, np.arange(2 * B) < B)[:B]
+    x = dense @ np.asarray(model.bottom.layers[0].kernel[...])
+    np.testing.assert_allclose(model.bottom.norms[0].mean[...], 0.01 * x.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, model(dense, embeddings), rtol=1e-4, atol=1e-5)
+    model.train()
+    one, other = model(dense, embeddings), model(dense, embeddings)
+    assert (np.asarray(one) != np.asarray(other)).any()
+    with pytest.raises(ValueError, match=r"dropout in \[0, 1\), got 1"):
+        DLRM(K, F, D, dropout=1, rngs=nnx.Rngs(0))
+
+
 def test_split_model_is_a_pure_function_that_shards_over_the_batch():
     graphdef, state = nnx.split(DLRM(K, F, D, rngs=nnx.Rngs(0)))
     dense, embeddings = make_inputs()

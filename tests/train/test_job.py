@@ -172,6 +172,25 @@ def test_sigterm_saves_and_the_next_start_ends_in_the_same_bits(whole, tmp_path)
     assert_same_bits(result.checkpoints, expected.checkpoints)
 
 
+def test_dropout_and_batch_norm_resume_to_the_same_bits(tmp_path):
+    checkpoints = []
+    for name, at in (("whole", None), ("stopped", 5)):
+        (tmp_path / name).mkdir()
+        changes = {"model.dropout": 0.3, "model.batch_norm": True, "training.prefetch": 0}
+        config = job(tmp_path / name, **changes)
+        sources = open_sources(config.data, config.model.dim)
+        if at is not None:
+            interrupted = dataclasses.replace(sources, train=Interrupting(sources.train, at=at))
+            assert train(config, interrupted).step == at
+        result = train(config, sources)
+        assert (result.preempted, result.step) == (False, 9)
+        checkpoints.append(result.checkpoints)
+    assert_same_bits(*checkpoints)
+    state = read_checkpoint(checkpoints[0]).model["model_state"]
+    assert state["top"]["dropout"]["rngs"]["count"] == 9
+    assert np.abs(state["bottom"]["norms"]["0"]["mean"]).max() > 1e-3
+
+
 def test_batches_are_laid_out_on_another_thread_ahead_of_the_step(whole):
     config, result = whole
     examples = open_sources(config.data, config.model.dim).train

@@ -121,34 +121,3 @@ def test_padding_examples_change_nothing(mesh, features):
         state, _ = trainer.step(trainer.init(jax.random.key(0)), trainer.shard_batch(batch))
         states.append(np.asarray(embedding.embedding_tables(state.embedding)[TABLE]))
     np.testing.assert_array_equal(*states)
-
-
-class Regularized(nnx.Module):
-    def __init__(self, layer, rngs):
-        self.linear, self.layer = nnx.Linear(4, 1, rngs=rngs), layer
-
-    def __call__(self, dense, activations):
-        return self.linear(self.layer(activations["a"] + dense))[:, 0]
-
-
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [
-        (
-            lambda rngs: nnx.BatchNorm(4, rngs=rngs),
-            r"layer\.mean \(BatchStat\), layer\.var \(BatchStat\)\. Use",
-        ),
-        (lambda rngs: nnx.Dropout(0.5, rngs=rngs), r"layer\.rngs\.count \(RngCount\), .* and no nnx\.Dropout"),
-        (
-            lambda rngs: Embedding(CONFIG, Adagrad(0.1), jax.make_mesh((8,), ("d",)), rngs=rngs),
-            r"layer\.state \(EmbeddingVariable\)",
-        ),
-    ],
-    ids=["batch_norm", "dropout", "embedding"],
-)
-def test_trainer_refuses_state_that_is_no_parameter(mesh, layer, message):
-    rngs = nnx.Rngs(0)
-    embedding = ShardedEmbedding(CONFIG, Adagrad(0.3), mesh)
-    with pytest.raises(ValueError, match=f"only state is nnx.Param, got one with {message}"):
-        Trainer(embedding, Regularized(layer(rngs), rngs), optax.sgd(0.1))
-    Trainer(embedding, Regularized(nnx.LayerNorm(4, rngs=rngs), rngs), optax.sgd(0.1))

@@ -53,6 +53,8 @@ def build_trainer(config: JobConfig, sources: Sources) -> Trainer:
         bottom=config.model.bottom,
         top=config.model.top,
         concat_embeddings=config.model.concat_embeddings,
+        dropout=config.model.dropout,
+        batch_norm=config.model.batch_norm,
         rngs=nnx.Rngs(config.training.seed),
     )
     return Trainer(embedding, model, config.dense_optimizer.build())

@@ -8,19 +8,21 @@ from pydantic.dataclasses import dataclass
 
 from jaxembed.optimizers import Optimizer, optimizer_class
 
-from .data_config import STRICT, Count, Data
+from .data_config import STRICT, Count, Data, Fraction
 
 Sharding = Literal["mod", "div", "table", "column", "replicated"]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Model:
-    """The DLRM: D, and the widths of the hidden layers of its two MLPs."""
+    """The DLRM: D, the widths of the hidden layers of its two MLPs, and what is in these."""
 
     dim: PositiveInt = 16
     bottom: tuple[PositiveInt, ...] = (64,)
     top: tuple[PositiveInt, ...] = (64, 32)
     concat_embeddings: bool = False
+    dropout: Fraction = 0.0
+    batch_norm: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -153,9 +153,8 @@ class Job:
         latest = self._checkpointer.latest_step()
         if latest is None:
             return fresh, None
-        like = {"params": fresh.params, "opt_state": fresh.opt_state}
         try:
-            restored = self._checkpointer.restore(latest, model=like)
+            restored = self._checkpointer.restore(latest, model=fresh.model)
         except CheckpointError as e:
             folder = self._checkpointer.directory / str(latest)
             raise CheckpointError(
@@ -165,8 +164,7 @@ class Job:
         self.trainer.embedding.reserve(restored.metadata.get("capacities", {}))
         self._watch.last_good = restored.step
         self._history = list(restored.metadata.get("history", []))
-        model = restored.model
-        return TrainState(restored.state, model["params"], model["opt_state"]), restored.data
+        return TrainState(restored.state, **restored.model), restored.data
 
     def _check_batches(self, restored: Restored) -> None:
         saved, own = restored.metadata.get("batches"), _json(self._config.batches_key())
@@ -220,7 +218,7 @@ class Job:
         step = int(state.embedding.step)
         self._checkpointer.save(
             state.embedding,
-            model={"params": state.params, "opt_state": state.opt_state},
+            model=state.model,
             data=place,
             metadata={
                 "batches": _json(self._config.batches_key()),
