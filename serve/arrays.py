@@ -157,7 +157,8 @@ def _integers(feature: ServedFeature, ids: np.ndarray) -> np.ndarray:
 def _weights(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray, np.ndarray]:
     checks.takes_weights(feature)
     if isinstance(weight, list | tuple) and all(isinstance(row, list | tuple | np.ndarray) for row in weight):
-        weight = RaggedTensor.from_lists(weight, np.float32)
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
+            weight = RaggedTensor.from_lists(weight, np.float32)
     if not isinstance(weight, RaggedTensor):
         raise checks.weight_kind(feature, weight, "a RaggedTensor or a list of lists")
     values, splits = _ragged(feature, weight)

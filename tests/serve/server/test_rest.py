@@ -294,6 +294,25 @@ def test_every_bad_v2_request_says_what_is_wrong(shared_folder):
     run(check_all())
 
 
+def test_weights_beside_row_splits_must_be_finite(shared_folder):
+    """In float32, too."""
+    columns = {
+        "user": [3, 7],
+        "history": [1, 2],
+        "history.row_splits": [0, 2, 2],
+        "history.weights": [1.0, 1e39],
+        "dense": [[0.0, 0.0]] * 2,
+    }
+
+    async def check_all():
+        async with client_of(shared_folder) as (client, _):
+            answer = await client.post("/v1/models/model:predict", json={"inputs": columns})
+            assert answer.status_code == 400, answer.text
+            assert "finite float32" in answer.json()["error"]
+
+    run(check_all())
+
+
 def test_too_many_rows(shared_folder):
     """Also rows of nothing, which take no bytes."""
 
