@@ -1,6 +1,7 @@
 """Real processes under jax.distributed train, checkpoint and resume as one process does."""
 
 import json
+import re
 import signal
 import time
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxembed.checkpoint import latest_step, read_checkpoint
+from jaxembed.train.job import load_config, train
 
 from .jobs import write_config, write_data
 from .processes import HERE, free_port, outputs, started
@@ -89,7 +91,7 @@ def test_the_command_trains_on_two_processes_and_sigterm_to_one_stops_both(tmp_p
     with started(job_commands(config, 2, 1_000_000)) as processes:
         wait_for_a_step(checkpoints, processes)
         processes[1].send_signal(signal.SIGTERM)
-        errors = [process.communicate(timeout=120)[1][-3000:] for process in processes]
+        errors = [process.communicate(timeout=300)[1][-3000:] for process in processes]
         assert [process.returncode for process in processes] == [143, 143], errors
     stopped = latest_step(checkpoints)
     outputs(job_commands(config, 2, stopped + 4))
@@ -101,9 +103,44 @@ def test_the_command_trains_on_two_processes_and_sigterm_to_one_stops_both(tmp_p
     assert ours.metadata["evaluation"]["auc"] == pytest.approx(theirs.metadata["evaluation"]["auc"], abs=1e-3)
 
 
-def wait_for_a_step(checkpoints, processes, timeout=300):
+@pytest.mark.slow
+def test_hosts_that_read_other_data_are_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    data = [write_data(tmp_path), write_data(tmp_path / "other", nan_at=190)]
+    commands = job_commands(write_config(tmp_path, data[0]), 2, 4)
+    config = write_config(tmp_path / "other", data[0], out=str(tmp_path / "run"))
+    commands[1][3] = config
+    commands[1] += ["--set", f'data.evaluation=["{data[1]}"]']
+    with started(commands) as processes:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        assert [process.returncode for process in processes] == [2, 2], errors
+    assert "processes [1] read other data than process 0; their errors say how" in errors[0]
+    assert (
+        f"process 1 reads other data than process 0 (there, now here): of its 1 files {data[1]} are new"
+        in errors[1]
+    )
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_changed_data_is_refused_on_all_processes(tmp_path):
+    data = write_data(tmp_path)
+    config = write_config(tmp_path, data)
+    with jax.numpy_dtype_promotion("standard"):
+        train(load_config(config, ["training.steps=2"]))
+    write_data(tmp_path, nan_at=199)
+    with started(job_commands(config, 2, 4)) as processes:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        assert [process.returncode for process in processes] == [2, 2], errors
+    for error in errors:
+        assert re.search(
+            rf"run on other data: {data} had bytes .* now it has bytes .*data_changed=accept", error
+        )
+
+
+def wait_for_a_step(checkpoints, processes, timeout=300, beyond=-1):
     end = time.monotonic() + timeout
-    while latest_step(checkpoints) is None:
+    while (latest_step(checkpoints) or -1) <= beyond:
         for process in processes:
             assert process.poll() is None, process.communicate()[1][-4000:]
         assert time.monotonic() < end, "no checkpoint"

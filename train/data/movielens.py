@@ -135,6 +135,19 @@ def load(path: str | os.PathLike[str]) -> MovieLens:
     )
 
 
+def data_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that `load` reads."""
+    path = Path(path)
+    for names in (
+        ("u.data", "u.item", "u.user"),
+        ("ratings.dat", "movies.dat", "users.dat"),
+        ("ratings.csv", "movies.csv"),
+    ):
+        if (path / names[0]).is_file():
+            return [path / name for name in names]
+    return [inter.with_suffix(end) for inter in path.glob("*.inter") for end in (".inter", ".item", ".user")]
+
+
 def _load_recbole(inter: Path) -> MovieLens:
     item_rows = read_rows(inter.with_suffix(".item"), "\t", 4, skip=1)
     user_rows = read_rows(inter.with_suffix(".user"), "\t", 4, skip=1)

@@ -53,10 +53,14 @@ class ParquetExamples:
         self._groups: list[tuple[str, int]] = []
         self._cache: OrderedDict[int, Examples] = OrderedDict()
         self._lock = threading.Lock()
+        #: By path, its "rows" and "row groups".
+        self.counts: dict[str, dict[str, int]] = {}
         sizes = []
         for path in paths:
             with _opened(path) as file:
                 self._check(file.schema_arrow, path)
+                counts = {"rows": file.metadata.num_rows, "row groups": file.num_row_groups}
+                self.counts[os.fspath(path)] = counts
                 for group in range(file.num_row_groups):
                     if file.metadata.row_group(group).num_rows:
                         self._groups.append((os.fspath(path), group))

@@ -108,6 +108,8 @@ class Training:
       evaluate_every: steps between evaluations; None evaluates after every epoch. The end evaluates too.
       evaluation_batches: how many batches an evaluation reads at most; None for all.
       prefetch: batches made ahead while a step runs; 0 makes each when it is asked for.
+      data_changed: whether a run goes on where its data is not what it was: "refuse", or "accept", which keeps the number
+        of the batch, so that examples may come twice in an epoch, or not at all.
     """
 
     batch_size: PositiveInt = 4096
@@ -117,6 +119,7 @@ class Training:
     evaluate_every: PositiveInt | None = None
     evaluation_batches: PositiveInt | None = None
     prefetch: Count = 2
+    data_changed: Literal["refuse", "accept"] = "refuse"
 
 
 @dataclass(frozen=True, config=STRICT)

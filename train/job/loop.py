@@ -21,6 +21,7 @@ from .config import JobConfig
 from .evaluation import evaluate
 from .feeding import feed
 from .frequency import IdFrequency
+from .origin import check_hosts, difference
 from .preemption import Preemption
 from .report import Report
 from .sources import Sources, open_sources
@@ -98,6 +99,7 @@ class Job:
         self._watch = Watch(self.trainer, self._checkpointer.directory)
         self._evaluation: dict[str, float] = {}
         self._history: list[dict[str, Any]] = []
+        self._news: list[str] = []
 
     def close(self) -> None:
         """Waits for the checkpoint under way."""
@@ -109,6 +111,7 @@ class Job:
         """Trains to the end, or until SIGTERM."""
         config = self._config
         self._checkpointer.claim()
+        check_hosts(self._sources.origin)
         state, place = self._start()
         step = first = int(state.embedding.step)
         self._report = report = Report(
@@ -120,7 +123,7 @@ class Job:
         if by_kernel := [name for name, kernels in embedding.row_kernels.items() if kernels == "pallas"]:
             report.say(f"rows of {len(by_kernel)} of {len(embedding.row_kernels)} tables are moved by kernels")
         if step:
-            report.say(f"goes on from step {step:,} of {self._total:,}")
+            report.say(f"goes on from step {step:,} of {self._total:,}", *self._news)
         self._write_config()
         preempted = False
         with Preemption() as preemption:
@@ -179,6 +182,16 @@ class Job:
                 f"{ {key: saved.get(key) for key in differing} } to { {key: own[key] for key in differing} }. "
                 "Change it back to go on at the exact batch, or take another `out`."
             )
+        changed = difference(restored.metadata.get("data"), _json(self._sources.origin))
+        if changed is None:
+            return
+        if self._config.training.data_changed == "refuse":
+            raise ValueError(
+                f"{self._checkpointer.directory} holds a run on other data: {changed}. Put back what it was trained on, "
+                "take another `out`, or go on with the data as it is now by --set training.data_changed=accept: from the "
+                "number of the batch that it had come to, so that examples may come twice in this epoch, or not at all."
+            )
+        self._news.append(f"goes on although its data has changed (training.data_changed): {changed}")
 
     def _batches(self, place: Any) -> Iterator[tuple[Any, Any]]:
         training = self._config.training
@@ -222,6 +235,7 @@ class Job:
             data=place,
             metadata={
                 "batches": _json(self._config.batches_key()),
+                "data": self._sources.origin,
                 "capacities": self.trainer.embedding.capacities,
                 "evaluation": self._evaluation,
                 "history": self._history,

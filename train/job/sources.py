@@ -24,8 +24,10 @@ from ..data import (
     synthetic_criteo,
 )
 from ..data.examples import Examples
+from ..data.movielens import data_files
 from ..data.pipeline import ExampleSource
 from .data_config import CRITEO_SIZE, CriteoData, Data, MovieLensData, ParquetData, SyntheticData, sizes_of
+from .origin import describe_arrays, describe_files
 
 T = TypeVar("T")
 
@@ -40,6 +42,7 @@ class Sources:
       feature_config: feature name to FeatureConfig.
       num_dense: K.
       test: examples that a job does not read, or None.
+      origin: what the data can be known by (`origin.py`), JSON-able; None where it is not known.
     """
 
     train: ExampleSource
@@ -47,6 +50,7 @@ class Sources:
     feature_config: dict[str, FeatureConfig]
     num_dense: int
     test: ExampleSource | None = None
+    origin: dict[str, Any] | None = None
 
 
 def open_sources(data: Data, dim: int) -> Sources:
@@ -73,7 +77,8 @@ def open_sources(data: Data, dim: int) -> Sources:
         if examples is not None and not len(examples):
             named = f"data.{part}" if data.kind == "parquet" else f"{data.kind} data"
             raise ValueError(f"{named} must hold examples to {use} on, got none.")
-    return sources
+    counts = {part: len(examples) for part, _, examples in parts if examples is not None}
+    return dataclasses.replace(sources, origin={**(sources.origin or {}), "examples": counts})
 
 
 def _movielens(data: MovieLensData, dim: int) -> Sources:
@@ -90,6 +95,7 @@ def _movielens(data: MovieLensData, dim: int) -> Sources:
         config,
         examples.dense.shape[1],
         _some(examples, test),
+        {"files": describe_files(data_files(path))},
     )
 
 
@@ -112,6 +118,7 @@ def _criteo(data: CriteoData, dim: int) -> Sources:
         _blocks(source.examples, border, count) if border < count else None,
         dict(criteo_feature_config(source.vocabulary_sizes, dim)),
         source.examples.dense.shape[1],
+        origin={"files": describe_files([path / name for name in ("ids", "dense", "labels")])},
     )
 
 
@@ -123,8 +130,10 @@ def _parquet(data: ParquetData, dim: int) -> Sources:
     def opened(patterns):
         return ParquetExamples(_paths(patterns), columns, data.labels, data.dense, weights)
 
+    train, evaluation = opened(data.train), opened(data.evaluation) if data.evaluation else None
+    counts = train.counts | (evaluation.counts if evaluation is not None else {})
     return Sources(
-        opened(data.train), opened(data.evaluation) if data.evaluation else None, config, len(data.dense)
+        train, evaluation, config, len(data.dense), origin={"files": describe_files(list(counts), counts)}
     )
 
 
@@ -143,6 +152,7 @@ def _synthetic(data: SyntheticData, dim: int) -> Sources:
         _some(examples, np.arange(data.examples, len(examples))),
         dict(criteo_feature_config(sizes, dim)),
         examples.dense.shape[1],
+        origin={"made": describe_arrays(examples)},
     )
 
 

@@ -1,0 +1,105 @@
+"""What the data of a job can be known by, so that a run that goes on sees that it has changed."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+
+from ..data.examples import Examples, RaggedColumn
+from ..hosts import from_first_process, processes_where
+
+#: Read of a file or array at its start and at its end; less of each where there are many files.
+_SPAN, _LEAST, _TOTAL = 1 << 20, 1 << 12, 256 << 20
+
+
+def describe_files(
+    paths: Sequence[str | os.PathLike[str]], more: Mapping[str, Mapping[str, int]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """By path, the size of each file and the XXH3 of its start and end, JSON-able.
+
+    A change in between that keeps the size is not seen.
+
+    Args:
+      paths: of the files.
+      more: by path, counts to add.
+    """
+    names = list(dict.fromkeys(os.fspath(path) for path in paths))
+    span = min(_SPAN, max(_LEAST, _TOTAL // (2 * max(len(names), 1))))
+    return {name: _describe(name, span) | dict((more or {}).get(name, {})) for name in names}
+
+
+def describe_arrays(examples: Examples) -> str:
+    """XXH3 of starts and ends of the arrays of made-up examples: the generator may become another one."""
+    digest = xxhash.xxh3_64()
+    for column in (examples.dense, examples.labels, *examples.features.values()):
+        arrays = (column.values, column.lengths) if isinstance(column, RaggedColumn) else (column,)
+        for array in arrays:
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(data[:_SPAN].tobytes())
+            digest.update(data[max(data.size - _SPAN, 0) :].tobytes())
+    return digest.hexdigest()
+
+
+def difference(before: Any, now: Any) -> str | None:
+    """How one origin (`Sources.origin`) differs from another, or None; what is not known does not."""
+    if before is None or now is None or before == now:
+        return None
+    files, others = before.get("files", {}), now.get("files", {})
+    for what, names in (
+        ("are gone", files.keys() - others.keys()),
+        ("are new", others.keys() - files.keys()),
+    ):
+        if names:
+            shown = sorted(names)
+            rest = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            return f"of its {len(files)} files {', '.join(shown[:3])}{rest} {what}"
+    changed = [name for name in files if files[name] != others[name]]
+    if changed:
+        name, rest = changed[0], f" ({len(changed) - 1} more have changed)" if len(changed) > 1 else ""
+        return f"{name} had {_text(files[name])}, now it has {_text(others[name])}{rest}"
+    if before.get("made") != now.get("made"):
+        return (
+            f"its generator made examples with XXH3 {before.get('made')}, with these versions of jaxembed and numpy "
+            f"({np.__version__}) {now.get('made')}"
+        )
+    return f"it had examples {_text(before['examples'])}, now {_text(now['examples'])}"
+
+
+def check_hosts(origin: Any) -> None:
+    """Whether all processes of the job read the same data.
+
+    Raises:
+      ValueError: on all of them, if one reads other data than process 0.
+    """
+    found = difference(from_first_process(origin), origin)
+    differing = processes_where(found is not None)
+    if found is not None:
+        raise ValueError(
+            f"process {jax.process_index()} reads other data than process 0 (there, now here): {found}. Give all "
+            "hosts the same files."
+        )
+    if differing:
+        raise ValueError(
+            f"processes {differing} read other data than process 0; their errors say how. Give all hosts "
+            "the same files."
+        )
+
+
+def _describe(name: str, span: int) -> dict[str, Any]:
+    with open(name, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = xxhash.xxh3_64(file.read(span))
+        file.seek(max(size - span, 0))
+        digest.update(file.read(span))
+    return {"bytes": size, "xxh3": digest.hexdigest()}
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    parts = [
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in values.items()
+    ]
+    return ", ".join(parts)
