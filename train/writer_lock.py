@@ -10,8 +10,8 @@ import threading
 import warnings
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+
+from .hosts import from_first_process
 
 FILE = ".writer"
 _HELD_BY_OTHERS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
@@ -35,10 +35,9 @@ def claim(directory: pathlib.Path) -> "WriterLock | None":
         except (ValueError, OSError) as e:
             error = e
     # All stop, or none: they would wait for each other.
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)):
-        error = error or ValueError(f"process 0 may not write to {directory}; its error says why.")
-    if error is not None:
-        raise error
+    said = from_first_process(None if error is None else str(error))
+    if said is not None:
+        raise error or ValueError(said)
     return lock
 
 

@@ -104,6 +104,30 @@ def test_the_command_trains_on_two_processes_and_sigterm_to_one_stops_both(tmp_p
 
 
 @pytest.mark.slow
+def test_a_second_job_in_the_same_folder_is_refused_on_all_its_processes(tmp_path):
+    config = write_config(tmp_path, write_data(tmp_path))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with started(job_commands(config, 2, 1_000_000)) as first:
+        wait_for_a_step(checkpoints, first)
+        before = sorted(path.name for path in (tmp_path / "run").iterdir())
+        with started(job_commands(config, 2, 1_000_000)) as second:
+            found = [process.communicate(timeout=300) for process in second]
+            for process, (_, errors) in zip(second, found, strict=True):
+                assert process.returncode == 2, errors[-4000:]
+                assert f"{checkpoints} is being written to by process {first[0].pid} on " in errors
+                assert "Wait until it has ended or end it" in errors
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+        reached = latest_step(checkpoints)
+        wait_for_a_step(checkpoints, first, beyond=reached + 6)
+        first[0].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=300)[1][-3000:] for process in first]
+        assert [process.returncode for process in first] == [143, 143], errors
+    read_checkpoint(checkpoints, slots=True)
+    # Once the first has ended, the same command goes on.
+    outputs(job_commands(config, 2, latest_step(checkpoints) + 2))
+
+
+@pytest.mark.slow
 def test_hosts_that_read_other_data_are_refused(tmp_path):
     (tmp_path / "other").mkdir()
     data = [write_data(tmp_path), write_data(tmp_path / "other", nan_at=190)]
