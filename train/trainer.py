@@ -75,7 +75,8 @@ class Trainer:
     `TrainState.model_state`; `predict` and `apply_model` run it as after `model.eval()`, and change nothing. All of
     this is one program over the batch of all devices and hosts: `nnx.BatchNorm` averages over all of it, and a mask
     of `nnx.Dropout` is drawn once for all of it, whatever the mesh. The random keys are part of the state: a run
-    that was stopped goes on with the draws that were to come.
+    that was stopped goes on with the draws that were to come. A model that draws in evaluation, too, does so with the
+    keys that it was made with, each time the same.
 
     Args:
       embedding: the tables.
@@ -127,8 +128,18 @@ class Trainer:
         self.replicate: jax.stages.Wrapped = jax.jit(lambda arrays: arrays, out_shardings=embedding.replicated)
 
     def init(self, key: jax.Array) -> TrainState:
-        """A fresh state."""
-        initial = jax.device_put((self._model.params, self._model.state), self.embedding.replicated)
+        """A fresh state.
+
+        Raises:
+          ValueError: if the model of another process started from other parameters, random keys or averages.
+        """
+        try:
+            initial = jax.device_put((self._model.params, self._model.state), self.embedding.replicated)
+        except AssertionError as e:  # JAX compares what is to be the same everywhere
+            raise ValueError(
+                "all processes must start from the same model; make it on each with nnx.Rngs of the same seeds: "
+                f"{str(e)[:300]}"
+            ) from e
         # Copied, since the step donates its state.
         params, model_state = jax.tree.map(jnp.copy, initial)
         # Laid out as the step returns it, so that the second step finds the first one's program.

@@ -64,6 +64,35 @@ def norms(checkpoint):
     return [*state["bottom"]["norms"].values(), *state["top"]["norms"].values()]
 
 
+def test_models_with_other_keys_on_other_processes_are_refused():
+    address = f"localhost:{free_port()}"
+    program = f"""
+import sys
+import jax
+index = int(sys.argv[1])
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("{address}", 2, index)
+import optax
+from flax import nnx
+from jaxembed import FeatureConfig, TableConfig
+from jaxembed.optimizers import SGD
+from jaxembed.train import ShardedEmbedding, Trainer
+from jaxembed.train.dlrm import DLRM
+features = {{"a": FeatureConfig(TableConfig(8, 4, name="a"))}}
+own = ShardedEmbedding(features, SGD(0.1), jax.make_mesh((4,), ("devices",)))
+rngs = nnx.Rngs(params=0, dropout=index)
+Trainer(own, DLRM(3, 1, 4, dropout=0.5, rngs=rngs), optax.sgd(0.1)).init(jax.random.key(0))
+"""
+    with started([["-c", program, index] for index in range(2)]) as processes:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    for process, error in zip(processes, errors, strict=True):
+        assert process.returncode == 1, error
+        assert (
+            "ValueError: all processes must start from the same model; make it on each with nnx.Rngs" in error
+        )
+
+
 def job_commands(config, num_processes, steps):
     """The training command, once for each process."""
     settings = [f"training.steps={steps}", f"distributed.cpu_devices={DEVICES // num_processes}"]
