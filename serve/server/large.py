@@ -57,8 +57,7 @@ class Large:
         #: Bytes of the bodies that are held.
         self.held: int = 0
         self._metrics, self._apart = metrics, Apart()
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-read")
-        self._asking = concurrent.futures.ThreadPoolExecutor(1, "jaxembed-apart")
+        self._thread, self._asking = _Lane("jaxembed-read"), _Lane("jaxembed-apart")
         self._asked, self._idle = 0, None
 
     @contextlib.contextmanager
@@ -96,7 +95,7 @@ class Large:
         Raises:
           RequestError: if the deadline passed first.
         """
-        return await _within(until, self._thread, function, *arguments)
+        return await self._thread.call(until, function, *arguments)
 
     async def apart(self, until: float, reader: str, *arguments: Any) -> Any:
         """What a reader of READERS makes of a signature and a request, in a process of its own.
@@ -108,7 +107,7 @@ class Large:
         if self._idle is not None:
             self._idle.cancel()
         try:
-            return await _within(until, self._asking, self._apart.read, reader, *arguments)
+            return await self._asking.call(until, self._apart.read, reader, *arguments)
         except RequestError as e:
             if e.feature is not None:
                 self._metrics.bad_id(e.feature)
@@ -117,24 +116,42 @@ class Large:
             self._asked -= 1
             if not self._asked:
                 self._idle = asyncio.get_running_loop().call_later(
-                    _IDLE_SECONDS, self._asking.submit, self._apart.stop
+                    _IDLE_SECONDS, self._asking.call_soon, self._apart.stop
                 )
 
     def stop(self) -> None:
         """Ends threads and process; nothing is to be read any more."""
         if self._idle is not None:
             self._idle.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.end(wait=False)
         self._apart.end()
-        self._asking.shutdown(cancel_futures=True)
+        self._asking.end(wait=True)
         self._apart.stop()
 
 
-async def _within(
-    until: float, pool: concurrent.futures.Executor, function: Callable[..., Any], *arguments: Any
-) -> Any:
-    try:
-        async with asyncio.timeout(until - monotonic()):
-            return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
-    except TimeoutError:
-        raise expired(begun=False) from None
+class _Lane:
+    """A thread that calls one function at a time. Who gives up waiting leaves nothing behind, such as a body."""
+
+    def __init__(self, name: str):
+        self._pool, self._free = concurrent.futures.ThreadPoolExecutor(1, name), asyncio.Lock()
+
+    async def call(self, until: float, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            async with asyncio.timeout(until - monotonic()):
+                await self._free.acquire()
+                loop = asyncio.get_running_loop()
+                called = self._pool.submit(function, *arguments)
+                called.add_done_callback(lambda _: self._release(loop))  # also if nobody waits any more
+                return await asyncio.wrap_future(called)
+        except TimeoutError:
+            raise expired(begun=False) from None
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        self._pool.submit(function)
+
+    def end(self, wait: bool) -> None:
+        self._pool.shutdown(wait=wait, cancel_futures=True)
+
+    def _release(self, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._free.release)
