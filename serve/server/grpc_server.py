@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Awaitable, Callable
 from time import monotonic, perf_counter
 from typing import Any
@@ -38,6 +39,8 @@ async def start_grpc(service: Service, host: str, port: int) -> grpc.aio.Server:
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 1),
+            # gRPC itself would cancel calls that the event loop did not accept in 30 s, as if the client had.
+            ("grpc.server_max_unrequested_time_in_server", math.ceil(service.config.default_timeout) + 60),
         ]
     )
     methods = Methods(service)

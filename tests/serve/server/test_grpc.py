@@ -78,3 +78,21 @@ def test_calls_that_end_in_an_error_of_ours_are_counted(shared_folder, monkeypat
             assert counts(service) == {'jaxembed_requests_total{protocol="v2_grpc",status="500"} 1.0'}
 
     run(check())
+
+
+def test_calls_that_wait_to_be_accepted_are_not_cancelled_before_their_deadline(shared_folder, monkeypatch):
+    """gRPC does so after 30 s, whatever deadline the server has, and says that the client did."""
+    options, make = {}, grpc.aio.server
+
+    def server(**arguments):
+        options.update(arguments["options"])
+        return make(**arguments)
+
+    monkeypatch.setattr(grpc.aio, "server", server)
+
+    async def check():
+        async with calling(shared_folder) as (infer, service):
+            await infer(request())
+            assert options["grpc.server_max_unrequested_time_in_server"] > service.config.default_timeout
+
+    run(check())
