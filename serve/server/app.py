@@ -21,7 +21,7 @@ from .body import read_body
 from .errors import RequestError, out_of_memory
 from .openapi import openapi
 from .request import LARGE, InferenceRequest, timeout_from
-from .scope import TASK
+from .scope import ROOM, TASK
 from .service import Service
 from .status import page, status
 
@@ -179,7 +179,7 @@ class Routes:
         arrived, status = monotonic(), 500
         task = request.scope[TASK] = asyncio.current_task()
         try:
-            with service.admission(), service.large.hold() as hold:
+            with service.admission(request.scope.pop(ROOM, None)), service.large.hold() as hold:
                 body = await read_body(request, self._config, service.large, hold)
                 service.metrics.stage("read", perf_counter() - begin)
                 response = await answer(body, arrived)

@@ -37,6 +37,7 @@ class _Entry:
     result: asyncio.Future[list[np.ndarray]]
     timer: asyncio.TimerHandle | None = None
     begun: bool = False
+    done: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Batcher:
         self._queued_rows = self._waiting_rows = 0
         # Requests that came since a batch ended, while others ran; and how many did of late.
         self._beside, self._company = 0, 0.0
-        self._inline = 0
+        self._inline = self._done = 0
         # Seconds that batches took of late, by the number of bits of their rows.
         self._seconds: dict[int, float] = {}
         self._at_once = at_once
@@ -95,6 +96,11 @@ class Batcher:
     def queued_rows(self) -> int:
         """Rows that wait or run."""
         return self._queued_rows
+
+    @property
+    def done(self) -> int:
+        """Requests whose outputs are there, while those who wait for them have not been woken up yet."""
+        return self._done
 
     def start(self) -> None:
         """Starts to run what is submitted; in the event loop."""
@@ -149,7 +155,10 @@ class Batcher:
             self._arm(entry)
         if self._has_room:
             self._schedule()
-        return await entry.result
+        try:
+            return await entry.result
+        finally:
+            self._done -= entry.done
 
     @property
     def _has_room(self) -> bool:
@@ -165,11 +174,16 @@ class Batcher:
             if self._due is None or isinstance(self._due, asyncio.TimerHandle):
                 if self._due is not None:
                     self._due.cancel()
-                self._due = self._loop.call_soon(self._next)
+                self._due = self._loop.call_soon(self._wait_a_turn)
         elif self._due is None:
             self._due = self._loop.call_later(
                 max(self._queue[0].arrived + self._wait - monotonic(), 0), self._next
             )
+
+    def _wait_a_turn(self) -> None:
+        """What came while the last batch was run or answered is read in this turn of the loop, and a request in the next."""
+        assert self._loop is not None
+        self._due = self._loop.call_soon(self._next)
 
     def _next(self) -> None:
         self._due = None
@@ -284,6 +298,8 @@ class Batcher:
             for entry in entries:
                 last = first + len(entry.rows)
                 if not entry.result.done():
+                    entry.done = True
+                    self._done += 1
                     entry.result.set_result([output[first:last] for output in outcome.outputs])
                 self._disarm(entry)
                 first = last

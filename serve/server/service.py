@@ -20,6 +20,26 @@ from .versions import Versions
 _FLUSH_SECONDS = 0.2
 
 
+class Room:
+    """Room for a request whose headers are there, until it is admitted.
+
+    Args:
+      held: one item for each that is held.
+    """
+
+    def __init__(self, held: list[None]):
+        self._held: list[None] | None = held
+        held.append(None)
+
+    def release(self) -> bool:
+        """Whether it was held until now."""
+        held, self._held = self._held, None
+        if held is None:
+            return False
+        held.pop()
+        return True
+
+
 class Service:
     """A server without its protocols.
 
@@ -44,6 +64,7 @@ class Service:
         self.leaving: bool = False
         self.draining: bool = False
         self._admitted = 0
+        self._rooms: list[None] = []
         self._flushing: asyncio.Task[None] | None = None
 
     @property
@@ -53,8 +74,9 @@ class Service:
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for another request."""
-        return self._admitted >= self.config.max_queue_requests
+        """Whether there is no room for another request; those that only need to be answered take none."""
+        taken = self._admitted + len(self._rooms) - self.batcher.done
+        return taken >= self.config.max_queue_requests
 
     @property
     def admitted(self) -> int:
@@ -86,16 +108,23 @@ class Service:
             await asyncio.sleep(_FLUSH_SECONDS)
             self.metrics.flush()
 
+    def room(self) -> Room:
+        """Room for one request, to be released unless it is admitted to it."""
+        return Room(self._rooms)
+
     @contextlib.contextmanager
-    def admission(self) -> Iterator[None]:
+    def admission(self, room: Room | None = None) -> Iterator[None]:
         """Room for one request, held until it is answered.
+
+        Args:
+          room: that was kept for it.
 
         Raises:
           RequestError: if there is none, or the server stops; at once, before anything of it is read.
         """
         if self.draining:
             raise unavailable("it is stopping")
-        if self.full:
+        if (room is None or not room.release()) and self.full:
             raise overloaded(f"{self._admitted} requests are served or wait already")
         self._admitted += 1
         try:

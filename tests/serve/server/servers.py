@@ -69,6 +69,9 @@ class Gate:
     def open(self):
         self._open.set()
 
+    def close(self):
+        self._open.clear()
+
 
 class Process:
     """`jaxembed serve` with the model of `bundles`, its ports and its log."""

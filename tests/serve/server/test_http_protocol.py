@@ -13,6 +13,7 @@ pytest.importorskip("uvicorn")
 import uvicorn
 from uvicorn.server import ServerState
 
+from jaxembed.serve.server import errors
 from jaxembed.serve.server.app import make_app
 from jaxembed.serve.server.http_protocol import MAX_HEAD_BYTES, DeadlineProtocol, make_protocol
 from tests.serve.server.servers import Gate, client_of, counts, run, until
@@ -210,6 +211,106 @@ def test_an_answer_leaves_in_one_piece_and_continue_before_it():
             (connection,) = state.connections
             assert [data.count(b"POST") for data in connection.written] == [1, 1, 1, 1, 0, 1]
             writer.close()
+
+    run(check())
+
+
+class Refusing(DeadlineProtocol):
+    """Has no room for `/x`; counts how many requests it refuses, and how many of them the parser never saw."""
+
+    is_full, refusals, begun = True, 0, 0
+    full = staticmethod(lambda: Refusing.is_full)
+    protocols = staticmethod({b"/x": "tests"}.get)
+
+    def _refuse(self, protocol):
+        assert protocol == "tests"
+        Refusing.refusals += 1
+        super()._refuse(protocol)
+
+    def on_message_begin(self):
+        Refusing.begun += 1
+        super().on_message_begin()
+
+
+CHUNKED = b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "refused", "seen"),
+    [
+        (post(b"/x", b"abc"), 1, 0),
+        (post(b"/x", b"", b"inference-header-content-length: 7"), 1, 0),
+        (post(b"/x", bytes(100_000)), 1, 0),
+        (post(b"/x", b"abc") * 3, 3, 3),
+        (post(b"/x", b"POST /x HTTP/1.1\r\nContent-Length: 1\r\n\r\n"), 1, 0),
+        (CHUNKED, 1, 1),
+        (post(b"/x", b"abc", b"Connection: keep-alive"), 1, 1),
+        (post(b"/x", b"abc", b"Connection: close"), 0, 1),
+        (post(b"/x", b"abc", b"X: \xe9"), 1, 1),
+        (post(b"/x", b"abc", *H2C), 1, 2),
+        (post(b"/y", b"abc"), 0, 1),
+        (post(b"/x", b"abc").replace(b"POST", b"PUT"), 0, 1),
+    ],
+)
+def test_requests_for_which_there_is_no_room(sent, refused, seen):
+    """However they are sent, they are refused, or not, and leave the connection as it should be."""
+
+    async def check():
+        for sizes in ([len(sent)], [5, 30, 40, 1 << 20]):
+            async with serving(protocol=Refusing) as (port, _):
+                Refusing.is_full, Refusing.refusals, Refusing.begun = True, 0, 0
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                rest = sent
+                for size in sizes:
+                    writer.write(rest[:size])
+                    rest = rest[size:]
+                    await asyncio.sleep(0.01 if rest else 0)
+                answers = [await asyncio.wait_for(answer_of(reader), 20) for _ in range(max(refused, 1))]
+                assert [status for status, _ in answers] == [429 if refused else 200] * len(answers)
+                assert Refusing.refusals == refused
+                if sizes == [len(sent)] and len(sent) < 50_000:  # all of it came at once
+                    assert Refusing.begun == seen
+                if b"close" not in sent:
+                    Refusing.is_full = False
+                    writer.write(post(b"/x", b"next"))
+                    assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x next")
+                writer.close()
+
+    run(check())
+
+
+def test_what_is_read_at_once_finds_no_more_room_than_there_is(shared_folder, monkeypatch):
+    """Room is taken once the headers are there: the handlers that begin later need not refuse anything."""
+    refused_late = []
+
+    def overloaded(what):
+        refused_late.append(what)
+        return errors.overloaded(what)
+
+    monkeypatch.setattr("jaxembed.serve.server.service.overloaded", overloaded)
+
+    async def check():
+        async with (
+            client_of(shared_folder, max_queue_requests=3) as (_, service),
+            serving(make_app(service), make_protocol(service)) as (port, _),
+        ):
+            gate = Gate(service.versions.current, monkeypatch)
+            connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(8)]
+            for _ in range(2):
+                gate.close()
+                for _, writer in connections:  # none of them is read meanwhile
+                    writer.write(PREDICT)
+                tasks = [asyncio.create_task(answer_of(reader)) for reader, _ in connections]
+                assert await until(lambda: sum(task.done() for task in tasks) == 5)  # noqa: B023
+                assert service.admitted == 3
+                gate.open()
+                answers = await asyncio.wait_for(asyncio.gather(*tasks), 20)
+                assert sorted(status for status, _ in answers) == [200] * 3 + [429] * 5
+                assert await until(lambda: not service.admitted)
+            assert not service.full
+            assert not refused_late
+            for _, writer in connections:
+                writer.close()
 
     run(check())
 
