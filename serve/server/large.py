@@ -3,7 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -20,6 +20,8 @@ _IDLE_SECONDS = 60.0
 
 class Hold:
     """What one request holds of the bytes that bodies may take together; those of small ones are not counted."""
+
+    __slots__ = ("_bytes", "_large")
 
     def __init__(self, large: "Large"):
         self._large, self._bytes = large, 0
@@ -38,10 +40,13 @@ class Hold:
         self._large.held += more
         self._bytes = size
 
-    def release(self) -> None:
-        """The request takes nothing any more."""
+    def __enter__(self) -> "Hold":
+        """It takes nothing yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It takes nothing any more."""
         self._large.held -= self._bytes
-        self._bytes = 0
 
 
 class Large:
@@ -60,14 +65,9 @@ class Large:
         self._thread, self._asking = _Lane("jaxembed-read"), _Lane("jaxembed-apart")
         self._asked, self._idle = 0, None
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[Hold]:
-        """For the bytes of one request."""
-        hold = Hold(self)
-        try:
-            yield hold
-        finally:
-            hold.release()
+    def hold(self) -> Hold:
+        """For the bytes of one request, while it is entered."""
+        return Hold(self)
 
     async def v2(
         self, model: ServedModel, body: bytes, header: str | None, until: float
