@@ -140,10 +140,10 @@ class Trainer:
                 "all processes must start from the same model; make it on each with nnx.Rngs of the same seeds: "
                 f"{str(e)[:300]}"
             ) from e
-        # Copied, since the step donates its state.
-        params, model_state = jax.tree.map(jnp.copy, initial)
         # Laid out as the step returns it, so that the second step finds the first one's program.
-        opt_state = jax.device_put(self.optimizer.init(params), self.embedding.replicated)
+        opt_state = jax.device_put(self.optimizer.init(initial[0]), self.embedding.replicated)
+        # Copied, since the step donates its state, and optimizers may keep the first parameters in theirs.
+        (params, model_state), opt_state = jax.tree.map(jnp.copy, (initial, opt_state))
         return TrainState(self.embedding.init(key), params, opt_state, model_state)
 
     def abstract_state(self) -> TrainState:

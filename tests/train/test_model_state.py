@@ -278,6 +278,20 @@ def test_abstract_state_compiles_the_step():
     same_bits(after, expected)
 
 
+def test_an_optimizer_that_keeps_the_first_parameters():
+    """As optax.contrib.dog does: a step cannot be given one array twice."""
+    anchored = optax.GradientTransformation(
+        lambda params: {"anchor": params, "again": params},
+        lambda gradients, state, params: (jax.tree.map(lambda g: -0.1 * g, gradients), state),
+    )
+    trainer = make_trainer(optimizer=anchored)
+    first = jax.tree.map(np.asarray, trainer.init(jax.random.key(0)).params)
+    state, _ = trained(trainer, trainer.init(jax.random.key(0)), range(2))
+    same_bits(first, state.opt_state["anchor"])
+    same_bits(first, state.opt_state["again"])
+    assert trainer.step._cache_size() == 1
+
+
 def test_keys_of_another_kind():
     key = jax.random.key(3, impl="rbg")
     trainer = make_trainer(model=Dropped(nnx.Rngs(key)))
