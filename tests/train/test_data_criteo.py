@@ -245,10 +245,28 @@ def test_a_job_takes_no_columns_of_other_texts_or_sizes(tmp_path):
     first.write_bytes((tmp_path / "moved.txt").read_bytes() + b"\n")
     with pytest.raises(ValueError, match=r"made when .*a\.txt had \d+ bytes .* now it has \d+ and"):
         open_sources(criteo_data(tmp_path, first, vocabulary_sizes=50), 4)
+    text = (tmp_path / "moved.txt").read_bytes()
     (tmp_path / "moved.txt").replace(first)
+    os.utime(first, ns=(0, 10**9))
+    # Touched or copied, it is the same.
+    np.testing.assert_array_equal(made.train.labels, open_sources(criteo_data(tmp_path, first), 4).train.labels)
+    first.write_bytes(text[:-1] + bytes([text[-1] ^ 1]))
     os.utime(first, ns=(0, 10**9))
     with pytest.raises(ValueError, match=r"and was changed at 1\.000 \(seconds"):
         open_sources(criteo_data(tmp_path, first, vocabulary_sizes=50), 4)
+
+
+def test_columns_whose_texts_are_known_by_time_alone(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(random_lines(40)[0]))
+    directory = convert_criteo([text], tmp_path / "columns", 50)
+    meta = json.loads((directory / "criteo.json").read_text())
+    del meta["texts"][0]["xxh3"]
+    (directory / "criteo.json").write_text(json.dumps(meta))
+    assert len(open_sources(criteo_data(tmp_path, text), 4).train) == 38
+    os.utime(text, ns=(0, 10**9))
+    with pytest.raises(ValueError, match=r"and was changed at 1\.000 \(seconds"):
+        open_sources(criteo_data(tmp_path, text), 4)
 
 
 def test_columns_that_do_not_say_what_they_were_made_from(tmp_path):

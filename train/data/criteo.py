@@ -118,7 +118,7 @@ def load_criteo(
     Args:
       directory: where it is.
       paths: texts that it must have been made from: of the same names, and where they are still there, of the same
-        sizes and times of change. None takes the columns as they are.
+        sizes, and of the same times of change or else the same first and last MiB. None takes the columns as they are.
       vocabulary_sizes: V that it must have been made for, as in `convert_criteo`. None takes any.
 
     Raises:
