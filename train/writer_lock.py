@@ -21,6 +21,18 @@ _mutex = threading.Lock()
 _held: dict[tuple[int, int], tuple[int, int]] = {}
 
 
+def _leave_to_parent() -> None:
+    """A child that was forked, as a worker of a data loader, would keep the lock after its parent was killed."""
+    global _mutex
+    _mutex = threading.Lock()  # another thread of the parent may have had it
+    while _held:
+        _, (descriptor, _) = _held.popitem()
+        os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 def claim(directory: pathlib.Path) -> "WriterLock | None":
     """The lock, on process 0 of the job; all of its processes call this.
 
@@ -94,19 +106,19 @@ class WriterLock:
     def is_shared(self) -> bool:
         """Whether others of this process have it, too."""
         with _mutex:
-            return self._key is not None and _held[self._key][1] > 1
+            return self._key in _held and _held[self._key][1] > 1
 
     def release(self) -> None:
         """Gives it back, once the last of this process that has it does."""
         with _mutex:
-            if self._key is None:
+            key, self._key = self._key, None
+            if key not in _held:
                 return
-            descriptor, count = _held.pop(self._key)
+            descriptor, count = _held.pop(key)
             if count > 1:
-                _held[self._key] = descriptor, count - 1
+                _held[key] = descriptor, count - 1
             else:
                 os.close(descriptor)
-            self._key = None
 
 
 def _open(file: pathlib.Path) -> int:

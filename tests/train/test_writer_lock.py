@@ -4,6 +4,8 @@ import errno
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -50,6 +52,41 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path, capsys):
         warnings.simplefilter("ignore", RuntimeWarning)  # steps that it was in the middle of
         assert checkpointer.save(at_step(own, 10**6))
     assert whole_steps(folder)[-1] == 10**6
+
+
+FORKED = """
+import os, pathlib, signal, sys, warnings
+
+from jaxembed.train.writer_lock import WriterLock
+
+warnings.simplefilter("ignore")  # of JAX, which this child has no use of
+lock = WriterLock(pathlib.Path(sys.argv[1]))
+if os.fork():
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    WriterLock(pathlib.Path(sys.argv[1]))
+except ValueError:
+    print("refused", os.getpid(), flush=True)
+signal.pause()
+"""
+
+
+def test_a_child_that_was_forked_has_no_part_in_the_lock(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKED, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        said, child = parent.stdout.readline().split()
+        try:
+            assert said == "refused"
+            assert not can_be_locked(tmp_path)
+            parent.stdin.write("\n")
+            parent.stdin.close()
+            parent.wait()
+            os.kill(int(child), 0)  # is still there
+            assert can_be_locked(tmp_path)
+        finally:
+            os.kill(int(child), signal.SIGKILL)
 
 
 def test_checkpointers_of_one_process_share_the_folder(tmp_path):
