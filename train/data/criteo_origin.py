@@ -16,7 +16,9 @@ def describe_texts(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, An
     found = []
     for path in map(Path, paths):
         status = path.stat()
-        found.append({"name": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "xxh3": _xxh3(path)})
+        found.append(
+            {"name": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "xxh3": _xxh3(path)}
+        )
     return found
 
 
