@@ -32,7 +32,7 @@ from load import Connection, Load, Send, http_request, run_load
 CONTENDERS = ("ours", "memory", "torch", "TensorFlow")
 OURS = CONTENDERS[:2]
 LIMIT = 0.010
-UNDER_WAY = (1, 2, 4, 8, 16, 32)
+UNDER_WAY = (1, 2, 3, 4, 6, 8, 16, 32)
 HERE = pathlib.Path(__file__).resolve().parent
 INFER = "/v2/models/model/infer"
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
