@@ -66,6 +66,7 @@ if os.fork():
     os.kill(os.getpid(), signal.SIGKILL)
 try:
     WriterLock(pathlib.Path(sys.argv[1]))
+    print("taken", os.getpid(), flush=True)
 except ValueError:
     print("refused", os.getpid(), flush=True)
 signal.pause()
