@@ -70,7 +70,8 @@ def readable_digest(content: Any, what: str) -> str:
     Raises:
       ValueError: naming `what`, if it is more than readers take.
     """
-    text = json.dumps(content, sort_keys=True).encode()
+    # Keys that are numbers come back as text, which sorts otherwise.
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()
     values = _num_values(text)
     if len(text) > MAX_JSON - _SEAL or values > MAX_VALUES - _SEAL:
         raise ValueError(

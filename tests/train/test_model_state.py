@@ -245,6 +245,44 @@ def test_served_as_it_is_evaluated(tmp_path, by):
     assert np.abs(np.asarray(expected)).max() > 0.1
 
 
+def test_a_list_of_more_than_ten_layers_is_saved_and_served(tmp_path):
+    """Its places are keys that are numbers: 10 comes after 2, "10" before "2"."""
+
+    class Deep(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(D, D, rngs=rngs) for _ in range(12)])
+
+        def __call__(self, dense, activations):
+            x = activations["a"] + activations["b"] + dense
+            for layer in self.layers:
+                x = x + layer(x)
+            return x.sum(1)
+
+    trainer = make_trainer(model=Deep(nnx.Rngs(0)), optimizer=optax.sgd(1e-6))
+    state, _ = trained(trainer, trainer.init(jax.random.key(0)), range(2))
+    with Checkpointer(tmp_path / "checkpoints", trainer.embedding) as checkpointer:
+        checkpointer.save(state.embedding, model=state.model, metadata={2: "b", 10: "a"}, data={2: 0, 10: 1})
+        restored = checkpointer.restore(model=trainer.init(jax.random.key(1)).model)
+    assert (restored.metadata, restored.data) == ({"2": "b", "10": "a"}, {"2": 0, "10": 1})
+    same_bits(state, TrainState(restored.state, **restored.model))
+    exported = export_model(
+        lambda variables, activations, dense: trainer.apply_model(variables, dense["dense"], activations),
+        trainer.variables(trainer.abstract_state().model),
+        CONFIG,
+        dense_inputs={"dense": D},
+    )
+    convert_to_bundle(
+        tmp_path / "checkpoints", tmp_path / "bundles", select_model=trainer.variables, exported=exported
+    )
+    served, given = ServingModel(tmp_path / "bundles", max_batch_size=B), batch(9)
+    np.testing.assert_allclose(
+        served(given.features, None, {"dense": given.dense}),
+        trainer.predict(state, trainer.shard_batch(given)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
 def test_parts_of_a_model_that_do_not_lie_side_by_side(tmp_path, capsys):
     trainer = make_trainer()
     with Checkpointer(tmp_path / "checkpoints", trainer.embedding) as checkpointer:
