@@ -1,6 +1,7 @@
 """A run that goes on sees that its data is not what it was."""
 
 import dataclasses
+import json
 import os
 import re
 
@@ -18,7 +19,7 @@ from .jobs import write_config, write_data
 
 
 def origin(*paths):
-    return {"files": describe_files(paths), "examples": {"train": 7}}
+    return {**describe_files(paths), "examples": {"train": 7}}
 
 
 def test_files_are_known_by_size_start_and_end(tmp_path):
@@ -26,7 +27,7 @@ def test_files_are_known_by_size_start_and_end(tmp_path):
     content = bytearray(os.urandom(3 << 20))
     path.write_bytes(content)
     before = origin(path)
-    assert before["files"][str(path)]["bytes"] == 3 << 20
+    assert before["files"]["data"]["bytes"] == 3 << 20
     os.utime(path, (0, 0))
     assert difference(before, origin(path)) is None
     for at in (0, (1 << 20) - 1, 2 << 20, (3 << 20) - 1):
@@ -63,6 +64,22 @@ def test_files_that_are_new_or_gone(tmp_path):
     assert difference(None, one) is difference(one, None) is None
     a.write_bytes(b"y"), b.write_bytes(b"y")
     assert difference(all_of_them, origin(*paths)).endswith(" (1 more have changed)")
+
+
+def test_files_may_be_moved_but_not_put_into_another_order(tmp_path):
+    paths = [tmp_path / "here" / name for name in ("train/a", "train/b", "other/a")]
+    for i, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(i))
+    before = origin(*paths)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = [tmp_path / "there" / path.relative_to(tmp_path / "here") for path in paths]
+    assert difference(before, origin(*moved)) is None
+    assert difference(before, origin(*moved[::-1])) == (
+        "its files were in the order ['train/a', 'train/b', 'other/a'], now it is ['other/a', 'train/b', 'train/a']"
+    )
+    os.truncate(moved[1], 5)
+    assert difference(before, origin(*moved)).startswith(f"{moved[1]} had bytes 1, ")
 
 
 def test_many_files_are_read_less_of(tmp_path):
@@ -106,10 +123,7 @@ def test_criteo(tmp_path):
         convert_criteo([text], tmp_path / f"{text.name}.columns", 50)
     before, other = (open_sources(CriteoData(path=f"{text}.columns"), 4).origin for text in texts)
     assert [os.path.basename(name) for name in before["files"]] == ["ids", "dense", "labels"]
-    named = {name.replace("two.", "one."): values for name, values in other["files"].items()}
-    assert difference(before, {**other, "files": named}).startswith(
-        f"{tmp_path}/one.columns/labels had bytes 31, "
-    )
+    assert difference(before, other).startswith(f"{tmp_path}/two.columns/labels had bytes 31, ")
 
 
 def test_a_job_goes_on_with_changed_data_only_where_it_is_told_to(tmp_path, capfd):
@@ -141,6 +155,10 @@ def test_a_job_goes_on_with_changed_data_only_where_it_is_told_to(tmp_path, capf
         f"goes on although its data has changed (training.data_changed): {data} had" in capfd.readouterr().out
     )
     assert run(5).step == 5  # what was accepted is what it is trained on now
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    data = data.rename(elsewhere / data.name)
+    assert run(6, f"data.train={json.dumps([str(data)])}").step == 6
     now = read_checkpoint(tmp_path / "run" / "checkpoints").metadata["data"]
     assert (saved["examples"], now["examples"]) == ({"train": 200}, {"train": 190})
     assert np.all([saved["files"].keys() == now["files"].keys(), saved != now])

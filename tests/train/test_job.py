@@ -268,7 +268,8 @@ def test_other_batches_are_an_error(whole, tmp_path):
     values.write_text((result.checkpoints.parent / "config.json").read_text())
     changed = load_config(values, ["training.batch_size=24"])
     with pytest.raises(
-        ValueError, match=r"batch_size changed from \{'batch_size': 16\} to \{'batch_size': 24\}"
+        ValueError,
+        match=r"training.batch_size changed from \{'training.batch_size': 16\} to \{'training.batch_size': 24\}",
     ):
         train(changed)
     assert whole_steps(result.checkpoints) == [6, 9]

@@ -177,7 +177,9 @@ def _arguments(optimizer: Optimizer, dim: int) -> tuple[Any, ...]:
 def _difference(given: tuple[Any, ...], found: Any, wanted: Any) -> str | None:
     """What is wrong with what was found, or None."""
     table, slots, rows = given[:3]
-    close = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, _TOLERANCE, _TOLERANCE)), found, wanted)
+    close = jax.tree.map(
+        lambda a, b: bool(jnp.allclose(a, b, _TOLERANCE, _TOLERANCE, equal_nan=True)), found, wanted
+    )
     if not close[0]:
         return "it gathers other rows."
     if not all(jax.tree.leaves(close[1])):

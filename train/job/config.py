@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from jaxembed.optimizers import Optimizer, optimizer_class
 
-from .data_config import STRICT, Count, Data, Fraction
+from .data_config import PATHS, STRICT, Count, Data, Fraction
 
 Sharding = Literal["mod", "div", "table", "column", "replicated"]
 
@@ -207,6 +207,14 @@ class JobConfig:
             raise ValueError(f"out must be a folder that is mounted, got the address {self.out!r}")
 
     def batches_key(self) -> dict[str, Any]:
-        """JSON-able: what decides which examples batch i holds. A run may only resume on the same."""
+        """JSON-able: what decides which examples of some data batch i holds. A run may only resume on the same.
+
+        Where files lie does not: what is in them, `Sources.origin` tells.
+        """
         data = TypeAdapter(Data).dump_python(self.data, mode="json")
-        return {"data": data, "batch_size": self.training.batch_size, "seed": self.training.seed}
+        settings = {f"data.{key}": value for key, value in data.items() if key not in PATHS}
+        return {
+            **settings,
+            "training.batch_size": self.training.batch_size,
+            "training.seed": self.training.seed,
+        }

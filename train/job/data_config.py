@@ -11,6 +11,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Sizes = PositiveInt | tuple[PositiveInt, ...]
+#: Fields below that name files.
+PATHS = ("path", "text", "train", "evaluation")
 #: V of Criteo's features where a job does not say it.
 CRITEO_SIZE = 1_000_000
 

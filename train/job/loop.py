@@ -176,10 +176,10 @@ class Job:
                 f"{self._checkpointer.directory} holds checkpoints that no training job wrote; take another `out`."
             )
         if saved != own:
-            differing = sorted(key for key in own if saved.get(key) != own[key])
+            differing = sorted(key for key in saved | own if saved.get(key) != own.get(key))
             raise ValueError(
                 f"{self._checkpointer.directory} holds a run on other batches: {', '.join(differing)} changed from "
-                f"{ {key: saved.get(key) for key in differing} } to { {key: own[key] for key in differing} }. "
+                f"{ {key: saved.get(key) for key in differing} } to { {key: own.get(key) for key in differing} }. "
                 "Change it back to go on at the exact batch, or take another `out`."
             )
         changed = difference(restored.metadata.get("data"), _json(self._sources.origin))

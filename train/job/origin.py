@@ -17,18 +17,27 @@ _SPAN, _LEAST, _TOTAL = 1 << 20, 1 << 12, 256 << 20
 
 def describe_files(
     paths: Sequence[str | os.PathLike[str]], more: Mapping[str, Mapping[str, int]] | None = None
-) -> dict[str, dict[str, Any]]:
-    """By path, the size of each file and the XXH3 of its start and end, JSON-able.
+) -> dict[str, Any]:
+    """The size of each file and the XXH3 of its start and end, JSON-able.
 
     A change in between that keeps the size is not seen.
 
     Args:
       paths: of the files.
       more: by path, counts to add.
+
+    Returns:
+      "folder", the one that all of them are in, which may be another one in another run; "files" by their names in it;
+      and these in "order".
     """
     names = list(dict.fromkeys(os.fspath(path) for path in paths))
     span = min(_SPAN, max(_LEAST, _TOTAL // (2 * max(len(names), 1))))
-    return {name: _describe(name, span) | dict((more or {}).get(name, {})) for name in names}
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
+    files = {
+        os.path.relpath(name, folder): _describe(name, span) | dict((more or {}).get(name, {}))
+        for name in names
+    }
+    return {"folder": folder, "files": files, "order": list(files)}
 
 
 def describe_arrays(examples: Examples) -> str:
@@ -45,22 +54,28 @@ def describe_arrays(examples: Examples) -> str:
 
 
 def difference(before: Any, now: Any) -> str | None:
-    """How one origin (`Sources.origin`) differs from another, or None; what is not known does not."""
-    if before is None or now is None or before == now:
+    """How one origin (`Sources.origin`) differs from another, or None; what is not known does not.
+
+    Files may be in another folder.
+    """
+    if before is None or now is None or {**before, "folder": None} == {**now, "folder": None}:
         return None
     files, others = before.get("files", {}), now.get("files", {})
-    for what, names in (
-        ("are gone", files.keys() - others.keys()),
-        ("are new", others.keys() - files.keys()),
+    for what, origin, names in (
+        ("are gone", before, files.keys() - others.keys()),
+        ("are new", now, others.keys() - files.keys()),
     ):
         if names:
-            shown = sorted(names)
+            shown = sorted(os.path.join(origin["folder"], name) for name in names)
             rest = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
             return f"of its {len(files)} files {', '.join(shown[:3])}{rest} {what}"
     changed = [name for name in files if files[name] != others[name]]
     if changed:
         name, rest = changed[0], f" ({len(changed) - 1} more have changed)" if len(changed) > 1 else ""
-        return f"{name} had {_text(files[name])}, now it has {_text(others[name])}{rest}"
+        path = os.path.join(now["folder"], name)
+        return f"{path} had {_text(files[name])}, now it has {_text(others[name])}{rest}"
+    if before.get("order") != now.get("order"):
+        return f"its files were in the order {before['order']}, now it is {now['order']}"
     if before.get("made") != now.get("made"):
         return (
             f"its generator made examples with XXH3 {before.get('made')}, with these versions of jaxembed and numpy "

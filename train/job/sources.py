@@ -95,7 +95,7 @@ def _movielens(data: MovieLensData, dim: int) -> Sources:
         config,
         examples.dense.shape[1],
         _some(examples, test),
-        {"files": describe_files(data_files(path))},
+        describe_files(data_files(path)),
     )
 
 
@@ -118,7 +118,7 @@ def _criteo(data: CriteoData, dim: int) -> Sources:
         _blocks(source.examples, border, count) if border < count else None,
         dict(criteo_feature_config(source.vocabulary_sizes, dim)),
         source.examples.dense.shape[1],
-        origin={"files": describe_files([path / name for name in ("ids", "dense", "labels")])},
+        origin=describe_files([path / name for name in ("ids", "dense", "labels")]),
     )
 
 
@@ -132,9 +132,7 @@ def _parquet(data: ParquetData, dim: int) -> Sources:
 
     train, evaluation = opened(data.train), opened(data.evaluation) if data.evaluation else None
     counts = train.counts | (evaluation.counts if evaluation is not None else {})
-    return Sources(
-        train, evaluation, config, len(data.dense), origin={"files": describe_files(list(counts), counts)}
-    )
+    return Sources(train, evaluation, config, len(data.dense), origin=describe_files(list(counts), counts))
 
 
 def _synthetic(data: SyntheticData, dim: int) -> Sources:
