@@ -10,7 +10,7 @@ from tests.tpu.processes import answer, needs_libtpu, start
 
 pytestmark = [pytest.mark.tpu, needs_libtpu]
 #: Exchanges, and what reads and updates rows: by itself, kernels.
-STEPS_OF = (("all_gather", "xla"), ("all_to_all", "xla"), ("all_to_all", "auto"))
+STEPS_OF = (("all_gather", "xla"), ("all_to_all", "auto"))
 VOCABULARIES = (1_000_000, 10_000_000)
 #: By topology, exchange, row kernels and vocabularies.
 STEPS = """

@@ -87,7 +87,7 @@ def normalized_input(trainer, state, given):
 
 
 @pytest.mark.parametrize("real", [B, 5], ids=["whole", "filled_up"])
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_batch_norm_averages_over_the_rows_of_all_devices(devices, real):
     trainer = make_trainer(devices)
     state, given = trainer.init(jax.random.key(0)), batch(0, real)
@@ -215,7 +215,7 @@ def test_a_model_without_such_state_is_saved_as_before(tmp_path):
         checkpointer.restore(model=with_more.init(jax.random.key(1)).model)
 
 
-@pytest.mark.parametrize("by", ["function", "command"])
+@pytest.mark.parametrize("by", ["function", pytest.param("command", marks=pytest.mark.slow)])
 def test_served_as_it_is_evaluated(tmp_path, by):
     trainer = make_trainer(model=DLRM(D, 2, D, dropout=0.5, batch_norm=True, rngs=nnx.Rngs(0)))
     state, _ = trained(trainer, trainer.init(jax.random.key(0)), range(4))

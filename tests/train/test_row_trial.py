@@ -83,6 +83,7 @@ def test_slower_ones_are_left_to_xla(monkeypatch, caplog):
     assert "XLA takes their place" in caplog.text
 
 
+@pytest.mark.slow
 def test_each_rule_and_width_is_tried(monkeypatch):
     seconds(monkeypatch, 1.0, 2.0, 2.0, 1.0, 1.0, 2.0)
     tables = {
