@@ -5,21 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-#: Read of a text at its start and at its end.
-_SPAN = 1 << 20
+from .file_digest import describe_file
 
 
 def describe_texts(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     """Name, bytes, time of the last change (in ns since 1970) and XXH3 of start and end of each text, JSON-able."""
-    found = []
-    for path in map(Path, paths):
-        status = path.stat()
-        found.append(
-            {"name": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "xxh3": _xxh3(path)}
-        )
-    return found
+    return [
+        {"name": path.name, "mtime_ns": path.stat().st_mtime_ns, **describe_file(path)}
+        for path in map(Path, paths)
+    ]
 
 
 def check_texts(directory: Path, meta: Mapping[str, Any], paths: Sequence[str | os.PathLike[str]]) -> None:
@@ -51,14 +45,6 @@ def check_texts(directory: Path, meta: Mapping[str, Any], paths: Sequence[str | 
             f"the columns in {directory} were made {difference}. Remove the folder, and they are made again; or take "
             "another `path`; or take them as they are with text = []."
         )
-
-
-def _xxh3(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = xxhash.xxh3_64(file.read(_SPAN))
-        file.seek(max(os.fstat(file.fileno()).st_size - _SPAN, 0))
-        digest.update(file.read(_SPAN))
-    return digest.hexdigest()
 
 
 def check_sizes(directory: Path, meta: Mapping[str, Any], sizes: Sequence[int]) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import xxhash
 
 from ..data.examples import Examples, RaggedColumn
+from ..data.file_digest import SPAN, describe_file
 from ..hosts import from_first_process, processes_where
 
-#: Read of a file or array at its start and at its end; less of each where there are many files.
-_SPAN, _LEAST, _TOTAL = 1 << 20, 1 << 12, 256 << 20
+#: Read of each of many files at its start and end at least, and of all of them together about.
+_LEAST, _TOTAL = 1 << 12, 256 << 20
 
 
 def describe_files(
@@ -31,10 +32,10 @@ def describe_files(
       and these in "order".
     """
     names = list(dict.fromkeys(os.fspath(path) for path in paths))
-    span = min(_SPAN, max(_LEAST, _TOTAL // (2 * max(len(names), 1))))
+    span = min(SPAN, max(_LEAST, _TOTAL // (2 * max(len(names), 1))))
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
     files = {
-        os.path.relpath(name, folder): _describe(name, span) | dict((more or {}).get(name, {}))
+        os.path.relpath(name, folder): describe_file(name, span) | dict((more or {}).get(name, {}))
         for name in names
     }
     return {"folder": folder, "files": files, "order": list(files)}
@@ -48,8 +49,8 @@ def describe_arrays(examples: Examples) -> str:
         for array in arrays:
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(data[:_SPAN].tobytes())
-            digest.update(data[max(data.size - _SPAN, 0) :].tobytes())
+            digest.update(data[:SPAN].tobytes())
+            digest.update(data[max(data.size - SPAN, 0) :].tobytes())
     return digest.hexdigest()
 
 
@@ -102,15 +103,6 @@ def check_hosts(origin: Any) -> None:
             f"processes {differing} read other data than process 0; their errors say how. Give all hosts "
             "the same files."
         )
-
-
-def _describe(name: str, span: int) -> dict[str, Any]:
-    with open(name, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = xxhash.xxh3_64(file.read(span))
-        file.seek(max(size - span, 0))
-        digest.update(file.read(span))
-    return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
 def _text(values: Mapping[str, Any]) -> str:
