@@ -35,14 +35,21 @@ class Apart:
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: BufferedRWPair | None = None
         self._known: Signature | None = None
+        self._pickled: tuple[Signature, bytes] | None = None
         self._ended = False
 
     def read(self, reader: str, signature: Signature, *arguments: Any) -> Any:
         """What the reader of that name, of READERS, makes of the arguments; ids are checked and packed, too.
 
+        Signatures that cannot be sent, as of combiners without a name to import them by, are read for here.
+
         Raises:
           RequestError: if it refuses the request, or the process dies.
         """
+        try:
+            content = self._content(signature)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            return READERS[reader](RequestPacker(signature), signature, *arguments)
         try:
             if self._process is None or self._process.poll() is not None:
                 self.stop()
@@ -51,8 +58,8 @@ class Apart:
                 raise EOFError
             assert self._stream is not None
             known, self._known = self._known, signature
-            message = (signature if signature is not known else None, reader, arguments)
-            pickle.dump(message, self._stream, _PROTOCOL)
+            changed = content if signature is not known else None
+            pickle.dump((changed, reader, arguments), self._stream, _PROTOCOL)
             self._stream.flush()
             outcome, value = pickle.load(self._stream)
         except (EOFError, OSError, pickle.UnpicklingError):
@@ -81,6 +88,11 @@ class Apart:
             self._process.kill()
             self._process.wait()
         self._process = self._stream = self._known = None
+
+    def _content(self, signature: Signature) -> bytes:
+        if self._pickled is None or self._pickled[0] is not signature:
+            self._pickled = signature, pickle.dumps(signature, _PROTOCOL)
+        return self._pickled[1]
 
     def _start(self) -> None:
         mine, theirs = socket.socketpair()
@@ -116,7 +128,8 @@ def main() -> None:
         while True:
             changed, reader, arguments = pickle.load(stream)
             if changed is not None:
-                signature, packer = changed, RequestPacker(changed)
+                signature = pickle.loads(changed)
+                packer = RequestPacker(signature)
             assert signature is not None
             assert packer is not None
             pickle.dump(_answer(packer, signature, reader, arguments), stream, _PROTOCOL)

@@ -116,16 +116,7 @@ class BundleModel:
     def pack(
         self, inputs: Mapping[str, Any] | Flat, weights: Mapping[str, Any], dense: Mapping[str, Any]
     ) -> Rows:
-        """Reads and checks a request.
-
-        Args:
-          inputs: by path of the feature, what a ServingFunction takes; or Flat.
-          weights: by path, for some.
-          dense: by name, [B, ...].
-
-        Raises:
-          RequestError: if it is not what a ServingFunction takes.
-        """
+        """What `RequestPacker.pack` of the signature gives."""
         return self._packer.pack(inputs, weights, dense)
 
     def run(self, parts: Sequence[Rows]) -> tuple[list[np.ndarray], int]:

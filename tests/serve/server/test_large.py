@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("starlette")
 
 from jaxembed import FeatureConfig, TableConfig, VocabularyFile
+from jaxembed.combiners import CustomCombiner
 from jaxembed.serve.features import ServedFeature
 from jaxembed.serve.native_library import library
 from jaxembed.serve.server import app, large, tensors, tf_predict, v2_binary, v2_grpc, v2_json
@@ -309,6 +310,19 @@ def test_vocabularies_go_to_another_process_as_their_file(tmp_path):
         assert apart.read("predict", signature, b'{"instances": [{"w": []}]}')[0].inputs.packed.rows == 1
     finally:
         apart.stop()
+
+
+def test_what_cannot_be_sent_is_read_here():
+    combiner = CustomCombiner(lambda valency, vectors: vectors[0], max_valency=2)
+    config = FeatureConfig(TableConfig(9, 2, name="t", combiner=combiner))
+    signature = Signature({"f": ServedFeature("f", config, 3, False)}, {}, (), max_rows=64)
+    apart = Apart()
+    read, by_row = apart.read("predict", signature, b'{"instances": [{"f": [7, 3]}]}')
+    assert by_row
+    assert read.inputs.packed.ids.tolist() == [7, 3]
+    with pytest.raises(RequestError, match="9"):
+        apart.read("predict", signature, b'{"instances": [{"f": [9]}]}')
+    assert apart._process is None
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 300])
