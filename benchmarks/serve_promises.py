@@ -29,8 +29,6 @@ from serve import INFER, prepare, server
 
 UNDER_WAY = 4
 PARTS = 5
-#: A machine that stands still for a while is no late request.
-PATIENT = [part for flag in ("--timeout", "--body-timeout", "--idle-timeout") for part in (flag, "600")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (folder / "bundles" / "1").exists():
             dlrm.write_bundle(folder, 1)
         flags = ["--tables", options.tables]
-        flags += ["--max-queue-requests", str(2 * UNDER_WAY)] if options.promise == "overload" else PATIENT
+        flags += ["--max-queue-requests", str(2 * UNDER_WAY)] if options.promise == "overload" else []
         ports = stack.enter_context(server("ours", folder, *flags))
         call = {"swaps": swaps, "overload": overload, "growth": growth}[options.promise]
         uvloop.run(call(ports[0], options))  # the clients share the cores of the server
@@ -204,7 +202,7 @@ def _private(pid: int) -> int:
 
 def _post(port: int, path: str) -> None:
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method="POST")
-    with urllib.request.urlopen(request, timeout=600):
+    with urllib.request.urlopen(request, timeout=120):
         return
 
 

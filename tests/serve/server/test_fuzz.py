@@ -91,7 +91,7 @@ def test_many_over_sockets(shared_folder):
 
     async def http(server, seed, count):
         rng = fuzz.seeded(seed)
-        async with httpx.AsyncClient(timeout=600) as client:
+        async with httpx.AsyncClient(timeout=30) as client:
             for number in range(count):
                 path, body, headers = fuzz.http_case(rng)
                 answer = await client.post(server.url + path, content=body, headers=headers)
