@@ -227,6 +227,27 @@ def test_many_features_in_one_call_share_what_they_share(kind, dim):
     np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("dim", [8, 16, 24, 32, 64, 128, 256])
+def test_bfloat16_of_any_bits(dim):
+    """Each value alone, and sums of two, rounded to even once; what is not a number stays none."""
+    bits = np.random.default_rng(dim).permutation(2**16).astype(np.uint16)
+    bits[(bits & 0x7F80) == 0] = 0  # XLA's threads take subnormal numbers for zero
+    rows = bits[: bits.size // dim * dim].view(jnp.bfloat16).reshape(-1, dim)
+    count = len(rows)
+    ids = np.concatenate([np.arange(count), np.arange(2 * count) % count]).astype(np.int32)
+    splits = np.concatenate([np.arange(count), np.arange(count, 3 * count + 1, 2)]).astype(np.int32)
+    (out,), _ = embedding_bags(
+        [Bag("ragged", 2 * count)], [BagOperands(jnp.asarray(rows), ids, splits)], "native"
+    )
+    wide = rows.astype(np.float32)
+    with np.errstate(all="ignore"):  # infinity less infinity, and sums that are too large
+        pairs = wide[ids[count:]].reshape(count, 2, dim).sum(axis=1)
+        expected = np.concatenate([wide, pairs]).astype(jnp.bfloat16)
+        number = (expected == 0) | (np.abs(expected) >= jnp.finfo(jnp.bfloat16).tiny)
+    np.testing.assert_array_equal(np.isnan(np.asarray(out)), np.isnan(expected))
+    np.testing.assert_array_equal(np.asarray(out).view(np.uint16)[number], expected.view(np.uint16)[number])
+
+
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("dim", [7, 32])
 def test_tables_are_found_by_their_addresses(dim, merged):

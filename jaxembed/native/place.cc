@@ -9,6 +9,9 @@ namespace {
 // does not depend on the number of threads.
 constexpr int64_t kPieceBytes = 1 << 20;
 
+// What an entry costs in bytes: a short row takes as long as all of the line of memory that it is in.
+int64_t EntryCost(const Bag& bag) { return (bag.table.row_bytes() + 63) / 64 * 64 + 8; }
+
 // Whether splits [num_bags + 1] rise within [0, num_ids]; without a branch, so that the loop vectorizes.
 template <typename Int>
 bool Rise(const Int* splits, int64_t num_bags, int64_t num_ids) {
@@ -97,12 +100,12 @@ int64_t Cost(const Bag& bag, const Placed& placed) {
   const int64_t out = 4 * bag.table.dim * std::max<int64_t>(bag.sequence_length, 1);
   const int64_t entries =
       bag.layout == Layout::kDense ? bag.num_bags : placed.splits[bag.num_bags] - placed.splits[0];
-  return entries * (bag.table.row_bytes() + 8) + bag.num_bags * (out + 8);
+  return entries * EntryCost(bag) + bag.num_bags * (out + 8);
 }
 
 void AddTasks(int32_t feature, const Bag& bag, const Placed& placed, int64_t chunk, Plan* plan) {
   const bool dense = bag.layout == Layout::kDense;
-  const int64_t entry_cost = bag.table.row_bytes() + 8;
+  const int64_t entry_cost = EntryCost(bag);
   const int64_t bag_cost = 4 * bag.table.dim * std::max<int64_t>(bag.sequence_length, 1) + 8;
   const int64_t piece = std::max<int64_t>(kPieceBytes / entry_cost, 1);
   const auto split = [&](int64_t b) { return dense ? b : placed.splits[b]; };

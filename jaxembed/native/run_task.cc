@@ -48,7 +48,8 @@ template <int kN>
 using IntegersOf = typename Vector<kN>::Integers;
 using Floats = FloatsOf<kLanes>;
 
-constexpr int64_t kAhead = 16;  // rows fetched ahead of use
+// Rows fetched ahead of use: about as many lines of memory as a processor waits for at a time.
+constexpr int64_t Ahead(int64_t row_bytes) { return row_bytes <= 64 ? 48 : row_bytes <= 128 ? 24 : 16; }
 constexpr int64_t kRun = 32;    // entries per pass where a row takes several passes
 
 float HalfToFloat(uint16_t h) {
@@ -265,8 +266,9 @@ inline void Block(const Table& t, int64_t row_bytes, const Entries<Id>& e, int64
     }
   }
   const uint8_t* base = static_cast<const uint8_t*>(t.rows);
+  const int64_t ahead = Ahead(row_bytes);
   for (int64_t j = 0; j < e.count; ++j) {
-    if (fetch && e.ids + j + kAhead < e.ahead_end) Prefetch(t, row_bytes, e.ids[j + kAhead]);
+    if (fetch && e.ids + j + ahead < e.ahead_end) Prefetch(t, row_bytes, e.ids[j + ahead]);
     const int64_t id = e.ids[j];
     const uint8_t* row = base + id * row_bytes;
     float w = 1.0f;
@@ -469,13 +471,14 @@ struct Runner {
   }
 
   void Run(const Task& task) {
+    const int64_t ahead = Ahead(row_bytes);
     if (task.partial) {
       task.partial[bag.table.dim] = Combine(task.begin, task.end, task.partial);
       return;
     }
     for (int64_t b = task.first_bag; b < task.last_bag; ++b) {
       if (bag.layout == Layout::kDense) {
-        if (b + kAhead < task.last_bag) Prefetch(bag.table, row_bytes, ids[b + kAhead]);
+        if (b + ahead < task.last_bag) Prefetch(bag.table, row_bytes, ids[b + ahead]);
         Dense(b);
         continue;
       }
@@ -533,6 +536,72 @@ inline void Store(void* out, int64_t at, FloatsOf<kN> x) {
   }
 }
 
+// Whether NV vectors of a row are loaded two at a time: bfloat16 columns as the halves of words, the even ones in
+// the first vector and the odd ones in the second. That takes no shuffles, neither here nor where they are stored.
+template <RowType T, int NV>
+constexpr bool kPaired = T == RowType::kBF16 && NV % 2 == 0;
+
+template <int kN>
+inline bool AnyNan(FloatsOf<kN> a, FloatsOf<kN> b) {
+#if defined(__AVX512F__)
+  if constexpr (kN == 16) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q);
+#endif
+#if defined(__AVX2__)
+  if constexpr (kN == 8) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q));
+#endif
+  const IntegersOf<kN> nan = (a != a) | (b != b);
+  int any = 0;
+  for (int i = 0; i < kN; ++i) any |= nan[i];
+  return any;
+}
+
+// Columns [0, NV kN) of a row, `step` (vector, its number) at a time.
+template <RowType T, int kN, int NV, typename Step>
+__attribute__((always_inline)) inline void EachVector(const Table& t, const uint8_t* row, Step step) {
+  if constexpr (kPaired<T, NV>) {
+    using Words = typename Vector<kN>::Words;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; v += 2) {
+      Words words;
+      std::memcpy(&words, row + 2 * kN * v, sizeof words);
+      step((FloatsOf<kN>)(words << 16), v);
+      step((FloatsOf<kN>)(words & 0xffff0000u), v + 1);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) step(Load<T, kN>(t, row, kN * v), v);
+  }
+}
+
+// Writes what EachVector's vectors became, in the type of the output.
+template <RowType T, int kN, int NV>
+__attribute__((always_inline)) inline void StoreAll(void* out, int64_t at, const FloatsOf<kN> (&acc)[NV]) {
+  if constexpr (kPaired<T, NV>) {
+    using Words = typename Vector<kN>::Words;
+    uint16_t* to = static_cast<uint16_t*>(out) + at;
+    bool any_nan = false;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; v += 2) any_nan |= AnyNan<kN>(acc[v], acc[v + 1]);
+    if (__builtin_expect(any_nan, false)) {
+      for (int v = 0; v < NV; ++v) {
+        for (int i = 0; i < kN; ++i) to[kN * (v & ~1) + 2 * i + (v & 1)] = FloatToBfloat(acc[v][i]);
+      }
+      return;
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; v += 2) {
+      Words even = (Words)acc[v], odd = (Words)acc[v + 1];
+      even += 0x7fff + ((even >> 16) & 1);
+      odd += 0x7fff + ((odd >> 16) & 1);
+      even = (even >> 16) | (odd & 0xffff0000u);
+      std::memcpy(to + kN * v, &even, sizeof even);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) Store<T, kN>(out, at + kN * v, acc[v]);
+  }
+}
+
 // The usual case: all entries of the task are valid and in order, and a row is `blocks` times NV vectors. With
 // these known at compile time a row costs little more than its loads, and a bag than its stores.
 //
@@ -544,7 +613,9 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
   const int64_t row_bytes = blocks * kBytes + (Affine(T) ? kScaleBiasBytes : 0);
   const Id* ids = static_cast<const Id*>(bag.ids.data);
   const Combiner combiner = bag.combiner;
-  const int64_t fetch_end = task.end - kAhead;
+  const int64_t ahead = Ahead(row_bytes), fetch_end = task.end - ahead;
+  void* const out = bag.out;  // what is stored there cannot change these
+  const int64_t out_stride = bag.out_stride;
   int64_t end = placed.splits[task.first_bag];
   for (int64_t b = task.first_bag; b < task.last_bag; ++b) {
     const int64_t begin = end;
@@ -559,7 +630,7 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
       float divisor = 0;
       for (int64_t i = begin; i < end; ++i) {
         if (i < fetch_end) {
-          const uint8_t* row = base + ids[i + kAhead] * row_bytes;
+          const uint8_t* row = base + ids[i + ahead] * row_bytes;
 #pragma GCC unroll 16
           for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(row + line, 0, 3);
           if (Affine(T) && block == 0) __builtin_prefetch(row + to_end - 1, 0, 3);
@@ -574,9 +645,7 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
           bias = w * AtEnd(row + to_end, 1);
           w *= AtEnd(row + to_end, 0);
         }
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) {
-          const FloatsOf<kN> x = Load<T, kN>(t, row, kN * v);
+        EachVector<T, kN, NV>(t, row, [&](FloatsOf<kN> x, int v) {
           if constexpr (Affine(T)) {
             acc[v] += w * x + bias;  // not the biases apart: two large sums would cancel
           } else if constexpr (kWeighted) {
@@ -584,16 +653,15 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
           } else {
             acc[v] += x;
           }
-        }
+        });
       }
       if constexpr (!kWeighted) divisor = static_cast<float>(end - begin);
       divisor = Inverse(combiner, divisor);
-      const int64_t at = b * bag.out_stride + block * kColumns;
+      if (combiner != Combiner::kSum) {
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) {
-        if (combiner != Combiner::kSum) acc[v] = divisor == 0.0f ? FloatsOf<kN>{} : acc[v] / divisor;
-        Store<T, kN>(bag.out, at + kN * v, acc[v]);
+        for (int v = 0; v < NV; ++v) acc[v] = divisor == 0.0f ? FloatsOf<kN>{} : acc[v] / divisor;
       }
+      StoreAll<T, kN, NV>(out, b * out_stride + block * kColumns, acc);
     }
   }
 }
@@ -637,8 +705,9 @@ int64_t RunAs(const Bag& bag, const Placed& placed, const Task& task) {
   const bool prune = bag.prune_weights && bag.weights;
   runner.plain = !placed.order && !prune && AllValid(ids, task.begin, task.end, bag.table.vocabulary);
   runner.ahead_end = ids + task.end;
-  if (runner.plain) {  // each row fetches the one kAhead after it, so the first ones are left
-    const int64_t first = task.end - task.begin < kAhead ? task.end : task.begin + kAhead;
+  if (runner.plain) {  // each row fetches the one so far ahead of it, so the first ones are left
+    const int64_t ahead = Ahead(runner.row_bytes);
+    const int64_t first = task.end - task.begin < ahead ? task.end : task.begin + ahead;
     for (int64_t i = task.begin; i < first; ++i) Prefetch(bag.table, runner.row_bytes, ids[i]);
     const bool combined = bag.layout != Layout::kDense && !bag.sequence_length && !task.partial;
     if (combined && TryWhole<T, kWeighted, Id>(bag, placed, task)) return 0;
