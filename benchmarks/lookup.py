@@ -175,7 +175,7 @@ def _run_cell(cell: Cell, peers: list[Peer], ids: Ids, results: Results, seconds
 def _lookups_per_call(cell: Cell) -> int:
     """Several, so that the price of a call from Python weighs little; fewer where one is slow."""
     values = cell.num_ids * cell.dim
-    return 8 if values <= 2**17 else 4 if values <= 2**21 else 1
+    return 16 if values <= 2**17 else 8 if values <= 2**19 else 4 if values <= 2**21 else 1
 
 
 def _write(results: Results, path: Path) -> None:

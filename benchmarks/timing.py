@@ -11,6 +11,8 @@ import numpy as np
 
 _TURN = 2e-3
 _LEAST_ROUNDS = 3
+#: Longest time to wait for the threads of the contender before: OpenMP's spin for 2 to 10 ms after a call.
+_SETTLE = 0.05
 
 
 class Timing(NamedTuple):
@@ -36,8 +38,9 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times contenders in turn, in an order shuffled anew each round, over rotating inputs.
 
-    A turn is an untimed call (which also lets the threads of the contender before it go to sleep) and
-    then as many timed calls as make `turn` seconds; where a call takes ten times that, a single timed call. Slow contenders take part in fewer, evenly spaced rounds.
+    A turn begins when no thread of the contender before it uses a core any more. Then come untimed calls for half of
+    `turn` seconds, and as many timed ones as make `turn` seconds; where a call takes ten times that, a single timed
+    call. Slow contenders take part in fewer, evenly spaced rounds.
 
     Args:
       programs: for each contender, a call on input set i that returns when its results are there. All must
@@ -73,15 +76,17 @@ class _Clock:
         else:
             self._samples.append(self._estimate)
         self._calls = max(1, math.ceil(turn / self._estimate))
+        self._untimed = math.ceil(self._calls / 2) if self._warm_up else 0
 
     def rounds_in(self, seconds: float, most: int) -> int:
         """Rounds still to come."""
-        taken = (self._calls + self._warm_up) * self._estimate
+        taken = (self._calls + self._untimed) * self._estimate
         return int(np.clip(seconds / taken, _LEAST_ROUNDS, most)) - len(self._samples)
 
     def sample(self) -> None:
-        if self._warm_up:
-            self._run(1)
+        _settle()
+        if self._untimed:
+            self._run(self._untimed)
         self._samples.append(self._run(self._calls))
 
     def timing(self) -> Timing:
@@ -94,6 +99,16 @@ class _Clock:
             self._program(self._set)
             self._set = (self._set + 1) % self._num_sets
         return (time.perf_counter() - start) / calls
+
+
+def _settle() -> None:
+    """Returns once this process uses next to nothing of any core: a thread that spins would take one from the next."""
+    deadline = time.perf_counter() + _SETTLE
+    while time.perf_counter() < deadline:
+        used, begin = time.process_time(), time.perf_counter()
+        time.sleep(1e-3)
+        if time.process_time() - used < 0.2 * (time.perf_counter() - begin):
+            return
 
 
 @contextlib.contextmanager
