@@ -20,17 +20,13 @@ def library() -> ctypes.CDLL | None:
 
 
 def _declared(path: str) -> ctypes.CDLL | None:
-    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
     try:
         found = ctypes.CDLL(path)
         found.JaxembedReaderNew.restype = pointer
         found.JaxembedReaderDelete.argtypes = [pointer]
         found.JaxembedReaderRead.argtypes = [pointer, ctypes.c_char_p, size, size, pointer]
         found.JaxembedReaderWrite.argtypes = [pointer, pointer, pointer, pointer]
-        found.JaxembedPack.argtypes = [
-            *(ctypes.c_char_p, flag, ctypes.c_char_p, flag, ctypes.c_char_p, pointer, pointer),
-            *(size, size, size, pointer, pointer),
-        ]
     except (OSError, AttributeError):
         return None
     return found

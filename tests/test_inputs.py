@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxembed as je
+from jaxembed.inputs import ragged as ragged_inputs
 
 bags = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=6)
 
@@ -99,6 +100,31 @@ def test_converted_dense_ids_saturate_before_a_jit_could_wrap_them():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.skipif(ragged_inputs._is_usual is None, reason="the native code was not built")
+@hypothesis.given(
+    st.lists(st.integers(-2, 6), max_size=6),
+    st.integers(0, 6),
+    st.sampled_from([np.int32, np.int64, np.int16, np.uint32, ">i4", np.float32]),
+    st.booleans(),
+)
+def test_native_code_takes_what_python_takes_and_no_more(splits, size, dtype, strided):
+    values, splits = np.zeros(size, np.float32), np.array(splits, np.int64).astype(dtype)
+    if strided:
+        splits = np.repeat(splits, 2)[::2]
+    usual = ragged_inputs._is_usual(values, splits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged_inputs, "_is_usual", None)
+        if usual:
+            assert je.RaggedTensor(values, splits).num_rows == len(splits) - 1
+        elif np.dtype(dtype) in (np.int32, np.int64) and (not strided or len(splits) < 2):
+            with pytest.raises(ValueError, match="row_splits"):
+                je.RaggedTensor(values, splits)
+    for other in ([0], memoryview(splits), None, values):
+        assert not ragged_inputs._is_usual(values, other)
+    assert not ragged_inputs._is_usual(values.reshape(1, -1), splits)
+    assert not ragged_inputs._is_usual([], splits)
 
 
 def test_a_subclass_with_fields_of_its_own_is_checked():

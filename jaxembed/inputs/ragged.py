@@ -9,10 +9,12 @@ import jax
 import numpy as np
 from numpy.typing import DTypeLike
 
+from jaxembed import extension
 from jaxembed.inputs.ids import is_host, narrow_ids
 from jaxembed.shapes import AnyIds, AnyPadded, AnyRowLengths, AnyRowSplits, AnyValues
 
 _FEW = 64  # of so many row splits Python checks the order faster than numpy
+_is_usual: Any = getattr(extension.load("jaxembed_ragged"), "is_usual", None)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -46,6 +48,8 @@ class RaggedTensor:
         fields["values"] = values
         fields["row_splits"] = row_splits
         # The usual case by itself: requests hold one of these for every feature.
+        if _is_usual is not None and _is_usual(values, row_splits):
+            return
         on_host = type(values) is np.ndarray is type(row_splits) and values.ndim == 1 == row_splits.ndim
         if on_host and row_splits.dtype.kind in "iu" and (size := len(row_splits)):
             if size <= _FEW:

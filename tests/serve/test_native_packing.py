@@ -1,5 +1,7 @@
 """NativePacker: takes the usual requests as Packer does, and leaves everything else to it."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -12,11 +14,10 @@ from jaxembed.serve.buffers import Buffers
 from jaxembed.serve.features import served_features
 from jaxembed.serve.ladder import Rung
 from jaxembed.serve.layout import Layout
-from jaxembed.serve.native_library import library
 from jaxembed.serve.native_packing import NativePacker
 from jaxembed.serve.packing import Packer
 
-pytestmark = pytest.mark.skipif(library() is None, reason="the native code was not built")
+pytestmark = pytest.mark.skipif(not NativePacker.available, reason="the native code was not built")
 
 CONFIG = {
     "long": FeatureConfig(TableConfig(1000, 4, combiner="sum", name="large")),
@@ -108,12 +109,37 @@ def test_other_arrays_are_left():
         on_device,
         three,
         floats,
-        of_type(GOOD[0], np.int64),
         of_type(GOOD[0], np.uint32),
     ):
         assert not written([of_type(GOOD[0]), leaf])[0]
         assert not written([leaf, of_type(GOOD[1])])[0]
     assert NativePacker(FEATURES).rows([[[1]], GOOD[1]]) is None
+
+
+def test_features_may_be_of_different_types():
+    good, buffers = written([of_type(GOOD[0], np.int64), of_type(GOOD[1], splits=np.int64)])
+    assert good
+    assert buffers.ids[:4].tolist() == [7, 999, 0, 2]
+
+
+def test_long_requests():
+    wide = served_features(CONFIG, {"long": 50_000, "short": 2}, [])
+    buffers = Buffers(Layout(wide, shared=True), Rung(1, 50_000))
+    ids = np.arange(50_000) % 1000
+    leaves = [RaggedTensor(ids, np.array([0, 50_000])), RaggedTensor(np.zeros(0, np.int32), np.array([0, 0]))]
+    assert NativePacker(wide).write(leaves, 1, buffers)
+    np.testing.assert_array_equal(buffers.ids[:50_000], ids)
+    assert buffers.splits.tolist() == [[0, 50_000], [50_000, 50_000]]
+
+
+def test_nothing_is_kept():
+    leaves = [of_type(GOOD[0]), of_type(GOOD[1])]
+    counts = [sys.getrefcount(leaf.values) for leaf in leaves]
+    for _ in range(100):
+        assert written(leaves)[0]
+        assert not written([leaves[0], leaves[0]])[0]  # one id has no row there
+    assert [sys.getrefcount(leaf.values) for leaf in leaves] == counts
+    leaves[0].values.resize(7, refcheck=True)  # which numpy refuses where a buffer is still taken
 
 
 def test_more_ids_than_there_is_room_for_are_left():
@@ -132,8 +158,7 @@ def test_results_and_errors_are_the_same_without_it(monkeypatch):
     results, errors = [], []
     for kept in (True, False):
         if not kept:
-            monkeypatch.setattr(function, "_native", NativePacker(()))
-            monkeypatch.setattr(function._native, "_pack", None)
+            monkeypatch.setattr(NativePacker, "available", False)
         results.append(function(request))
         with pytest.raises(ValueError, match="id 3 is outside of table 'small'") as caught:
             function(bad)

@@ -1,0 +1,108 @@
+// The part of Python's stable ABI (PEP 384, as of 3.11) that is used here: one build serves every Python, and needs
+// none of its headers, which Debian keeps in a package of their own.
+#ifndef JAXEMBED_PYTHON_ABI_H_
+#define JAXEMBED_PYTHON_ABI_H_
+
+#include <cstdint>
+
+extern "C" {
+
+using Py_ssize_t = intptr_t;
+
+struct PyObject {
+  Py_ssize_t ob_refcnt;
+  PyObject* ob_type;
+};
+
+struct Py_buffer {
+  void* buf;
+  PyObject* obj;
+  Py_ssize_t len, itemsize;
+  int readonly, ndim;
+  char* format;
+  Py_ssize_t *shape, *strides, *suboffsets;
+  void* internal;
+};
+
+struct PyMethodDef {
+  const char* ml_name;
+  PyObject* (*ml_meth)(PyObject* self, PyObject* const* args, Py_ssize_t count);  // where ml_flags say METH_FASTCALL
+  int ml_flags;
+  const char* ml_doc;
+};
+
+struct PyModuleDef {
+  PyObject ob_base;
+  PyObject* (*m_init)();
+  Py_ssize_t m_index;
+  PyObject* m_copy;
+  const char *m_name, *m_doc;
+  Py_ssize_t m_size;
+  PyMethodDef* m_methods;
+  void *m_slots, *m_traverse, *m_clear, *m_free;
+};
+
+constexpr int kFastCall = 0x80;                    // METH_FASTCALL
+constexpr int kFormat = 0x4, kContiguous = 0x8;    // PyBUF_FORMAT, PyBUF_ND
+constexpr int kAbiVersion = 3;                     // PYTHON_ABI_VERSION
+
+PyObject* PyModule_Create2(PyModuleDef* def, int version);
+PyObject* PyImport_ImportModule(const char* name);
+PyObject* PyUnicode_InternFromString(const char* text);
+PyObject* PyObject_GetAttr(PyObject* object, PyObject* name);
+PyObject* PyObject_GetAttrString(PyObject* object, const char* name);
+Py_ssize_t PyObject_Size(PyObject* object);
+PyObject* PyList_GetItem(PyObject* list, Py_ssize_t at);  // borrowed
+Py_ssize_t PyList_Size(PyObject* list);
+int PyObject_GetBuffer(PyObject* object, Py_buffer* view, int flags);
+void PyBuffer_Release(Py_buffer* view);
+PyObject* PyBool_FromLong(long value);
+PyObject* PyLong_FromLongLong(long long value);
+long long PyLong_AsLongLong(PyObject* object);
+void PyErr_Clear();
+PyObject* PyErr_Occurred();  // borrowed
+void Py_DecRef(PyObject* object);
+struct PyThreadState;
+PyThreadState* PyEval_SaveThread();
+void PyEval_RestoreThread(PyThreadState* state);
+
+}  // extern "C"
+
+namespace jaxembed {
+
+// A contiguous array of rank 1 of int32 or int64, for as long as this lives.
+class IntArray {
+ public:
+  IntArray() = default;
+  IntArray(IntArray&& other) noexcept : view_(other.view_), held_(other.held_) { other.held_ = false; }
+  IntArray(const IntArray&) = delete;
+  ~IntArray() {
+    if (held_) PyBuffer_Release(&view_);
+  }
+
+  // False, with no error set, for anything else.
+  bool Take(PyObject* array) {
+    held_ = PyObject_GetBuffer(array, &view_, kFormat | kContiguous) == 0;
+    if (!held_) {
+      PyErr_Clear();
+      return false;
+    }
+    const char* format = view_.format;
+    const bool integer = format && (*format == 'i' || *format == 'l' || *format == 'q') && !format[1];
+    return integer && view_.ndim == 1 && (view_.itemsize == 4 || view_.itemsize == 8);
+  }
+  bool wide() const { return view_.itemsize == 8; }
+  int64_t size() const { return view_.shape[0]; }
+  template <typename Int>
+  const Int* data() const {
+    return static_cast<const Int*>(view_.buf);
+  }
+
+ private:
+  Py_buffer view_{};
+  bool held_ = false;
+};
+
+}  // namespace jaxembed
+
+#endif  // JAXEMBED_PYTHON_ABI_H_
