@@ -33,9 +33,8 @@ class NativePacker:
 
     def rows(self, leaves: Sequence[Any]) -> int | None:
         """The rows of a request that `write` may take, None for others."""
-        if not self.available or type(leaves[0]) is not RaggedTensor or not len(leaves[0].row_splits):
-            return None
-        return len(leaves[0].row_splits) - 1
+        first = leaves[0] if leaves and self.available else None
+        return len(first.row_splits) - 1 if type(first) is RaggedTensor and len(first.row_splits) else None
 
     def write(self, leaves: list[Any], rows: int, buffers: Buffers) -> bool:
         """Writes a request; False if it is none of the usual ones or something is wrong with it.
