@@ -1,5 +1,6 @@
 """TensorFlow's serving_embedding_lookup inside tf.function, for ragged and for sparse inputs."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +71,7 @@ class TensorFlow:
     def program(self, cell: Cell, sets: list[list[Batch]], every: bool) -> Callable[[int], Any]:
         del every  # costs it little, and another trace would cost a lot
         inputs = [self._tensors(batches) for batches in sets]
-        lookups = self._lookups
+        lookups = self._lookups(len(sets[0]), cell.weighted)
 
         def run(i):
             outputs = lookups(*inputs[i])
@@ -97,23 +98,38 @@ def _indices(batch: Batch) -> np.ndarray:
     return np.concatenate([np.stack([batch.rows, columns], axis=1), [size]]).astype(np.int64)
 
 
-def _lookups_function(config: Any, table: Any, sparse: bool) -> Callable[..., Any]:
+def _lookups_function(config: Any, table: Any, sparse: bool) -> Callable[[int, bool], Callable[..., Any]]:
+    """By the number of lookups and whether they have weights, one program for batches of any size: tracing is slow."""
+
     def tensor(values, place):
         if sparse:
             return tf.SparseTensor(place[:-1], values, place[-1])
         return tf.RaggedTensor.from_row_splits(values, place, validate=False)
 
-    @tf.function(autograph=False, reduce_retracing=True)
-    def lookups(ids, places, weights):
-        outputs = []
-        for k in range(len(ids)):
-            with tf.control_dependencies(outputs[-1:]):  # one after another, as everybody
-                inputs = [tensor(ids[k], places[k])]
-                weight = [tensor(weights[k], places[k])] if weights else None
-                outputs += embedding.serving_embedding_lookup(inputs, weight, {config.table: table}, [config])
-        return outputs
+    @functools.cache
+    def program(count: int, weighted: bool) -> Callable[..., Any]:
+        place = tf.TensorSpec([None, 2], tf.int64) if sparse else tf.TensorSpec([None], tf.int32)
+        signature = [
+            [tf.TensorSpec([None], tf.int32)] * count,
+            [place] * count,
+            [tf.TensorSpec([None], tf.float32)] * (count if weighted else 0),
+        ]
 
-    return lookups
+        @tf.function(autograph=False, input_signature=signature)
+        def lookups(ids, places, weights):
+            outputs = []
+            for k in range(count):
+                with tf.control_dependencies(outputs[-1:]):  # one after another, as everybody
+                    inputs = [tensor(ids[k], places[k])]
+                    weight = [tensor(weights[k], places[k])] if weighted else None
+                    outputs += embedding.serving_embedding_lookup(
+                        inputs, weight, {config.table: table}, [config]
+                    )
+            return outputs
+
+        return lookups
+
+    return program
 
 
 def model_function(tables: list[np.ndarray], parameters: Any) -> Callable[..., Any]:
