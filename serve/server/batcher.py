@@ -79,7 +79,9 @@ class Batcher:
         self._queued_rows = self._waiting_rows = 0
         # Requests that came since a batch ended, while others ran; and how many did of late.
         self._beside, self._company = 0, 0.0
-        self._inline = self._done = 0
+        self._inline = 0
+        #: Requests whose outputs are there, while those who wait for them have not been woken up yet.
+        self.done: int = 0
         # Seconds that batches took of late, by the number of bits of their rows.
         self._seconds: dict[int, float] = {}
         self._at_once = at_once
@@ -96,11 +98,6 @@ class Batcher:
     def queued_rows(self) -> int:
         """Rows that wait or run."""
         return self._queued_rows
-
-    @property
-    def done(self) -> int:
-        """Requests whose outputs are there, while those who wait for them have not been woken up yet."""
-        return self._done
 
     def start(self) -> None:
         """Starts to run what is submitted; in the event loop."""
@@ -158,7 +155,7 @@ class Batcher:
         try:
             return await entry.result
         finally:
-            self._done -= entry.done
+            self.done -= entry.done
 
     @property
     def _has_room(self) -> bool:
@@ -299,7 +296,7 @@ class Batcher:
                 last = first + len(entry.rows)
                 if not entry.result.done():
                     entry.done = True
-                    self._done += 1
+                    self.done += 1
                     entry.result.set_result([output[first:last] for output in outcome.outputs])
                 self._disarm(entry)
                 first = last

@@ -19,6 +19,15 @@ STAGES = ("read", "parse", "queue", "run", "write")
 _RECENT = 600
 
 
+class Refusals:
+    """How many requests of a protocol were refused with 429 before they were read, since this was handed on."""
+
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count: int = 0
+
+
 class Metrics:
     """Counts requests, and times the stages they go through.
 
@@ -65,6 +74,7 @@ class Metrics:
         self._filled = _Tally(self._fill, _FILL)
         self._latencies: dict[str, _Tally] = {}
         self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
+        self._refusals: dict[str, Refusals] = {}
         self._run = collections.Counter[str]()
         #: (time, seconds) of the last requests of this worker, for the status page.
         self.recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=_RECENT)
@@ -78,6 +88,10 @@ class Metrics:
                 tally = self._latencies[protocol] = _Tally(self._latency.labels(protocol), _SECONDS)
             tally.observe(seconds)
             self.recent.append((time.time(), seconds))
+
+    def refusals(self, protocol: str) -> Refusals:
+        """Where those of a protocol are counted."""
+        return self._refusals.setdefault(protocol, Refusals())
 
     def stage(self, stage: str, seconds: float) -> None:
         """A request went through a stage."""
@@ -100,6 +114,10 @@ class Metrics:
         """
         for tally in (*self._stage.values(), *self._latencies.values(), self._filled):
             tally.flush()
+        for protocol, refusals in self._refusals.items():
+            if refusals.count:
+                self._counts[protocol, 429] += refusals.count
+                refusals.count = 0
         for (protocol, status), count in self._counts.items():
             self._requests.labels(protocol, str(status)).inc(count)
         self._counts.clear()

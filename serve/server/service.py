@@ -63,7 +63,7 @@ class Service:
         #: Readiness says no, and requests are served all the same.
         self.leaving: bool = False
         self.draining: bool = False
-        self._admitted = 0
+        self._admitted, self._max_requests = 0, config.max_queue_requests
         self._rooms: list[None] = []
         self._flushing: asyncio.Task[None] | None = None
 
@@ -75,8 +75,13 @@ class Service:
     @property
     def full(self) -> bool:
         """Whether there is no room for another request; those that only need to be answered take none."""
-        taken = self._admitted + len(self._rooms) - self.batcher.done
-        return taken >= self.config.max_queue_requests
+        return self._admitted + len(self._rooms) - self.batcher.done >= self._max_requests
+
+    def refuses(self) -> bool:
+        """Whether requests are refused at their headers; asked for each that comes."""
+        return (
+            self._admitted + len(self._rooms) - self.batcher.done >= self._max_requests and not self.leaving
+        )
 
     @property
     def admitted(self) -> int:

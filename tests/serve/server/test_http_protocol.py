@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 from jaxembed.serve.server import errors
 from jaxembed.serve.server.app import make_app
 from jaxembed.serve.server.http_protocol import MAX_HEAD_BYTES, DeadlineProtocol, make_protocol
+from jaxembed.serve.server.metrics import Refusals
 from tests.serve.server.servers import Gate, client_of, counts, run, until
 
 
@@ -218,14 +219,11 @@ def test_an_answer_leaves_in_one_piece_and_continue_before_it():
 class Refusing(DeadlineProtocol):
     """Has no room for `/x`; counts how many requests it refuses, and how many of them the parser never saw."""
 
-    is_full, refusals, begun = True, 0, 0
+    is_full, begun = True, 0
     full = staticmethod(lambda: Refusing.is_full)
-    protocols = staticmethod({b"/x": "tests"}.get)
-
-    def _refuse(self, protocol):
-        assert protocol == "tests"
-        Refusing.refusals += 1
-        super()._refuse(protocol)
+    counted = Refusals()
+    refusals = staticmethod({b"/x": counted}.get)
+    heads = {}
 
     def on_message_begin(self):
         Refusing.begun += 1
@@ -258,7 +256,7 @@ def test_requests_for_which_there_is_no_room(sent, refused, seen):
     async def check():
         for sizes in ([len(sent)], [5, 30, 40, 1 << 20]):
             async with serving(protocol=Refusing) as (port, _):
-                Refusing.is_full, Refusing.refusals, Refusing.begun = True, 0, 0
+                Refusing.is_full, Refusing.counted.count, Refusing.begun = True, 0, 0
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 rest = sent
                 for size in sizes:
@@ -267,7 +265,7 @@ def test_requests_for_which_there_is_no_room(sent, refused, seen):
                     await asyncio.sleep(0.01 if rest else 0)
                 answers = [await asyncio.wait_for(answer_of(reader), 20) for _ in range(max(refused, 1))]
                 assert [status for status, _ in answers] == [429 if refused else 200] * len(answers)
-                assert Refusing.refusals == refused
+                assert Refusing.counted.count == refused
                 if sizes == [len(sent)] and len(sent) < 50_000:  # all of it came at once
                     assert Refusing.begun == seen
                 if b"close" not in sent:
