@@ -9,7 +9,7 @@ import re
 import sys
 import termios
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -38,9 +38,11 @@ def make_protocol(service: Service) -> type["DeadlineProtocol"]:
 
     class Protocol(DeadlineProtocol):
         full = staticmethod(service.refuses)
-        refusals = staticmethod({path: service.metrics.refusals(protocol) for path, protocol in served.items()}.get)
+        refusals = staticmethod(
+            {path: service.metrics.refusals(protocol) for path, protocol in served.items()}.get
+        )
         room = staticmethod(lambda path: service.room() if path in served else None)
-        heads: dict[bytes, tuple[int, Refusals]] = {}
+        heads: ClassVar[dict[bytes, tuple[int, Refusals]]] = {}
         leaves = staticmethod(lambda: service.leaving or service.versions.current is None)
 
     return Protocol
@@ -124,7 +126,7 @@ class DeadlineProtocol(HttpToolsProtocol):
     #: Of a path, the room that is kept for a request until its handling has begun; None if it needs none.
     room: Callable[[bytes], Room | None] = staticmethod(lambda path: None)
     #: Of heads that were read before, the bytes of the whole request, and where its refusal is counted.
-    heads: dict[bytes, tuple[int, Refusals]] = {}
+    heads: ClassVar[dict[bytes, tuple[int, Refusals]]] = {}
     #: Whether clients should go elsewhere with what they send next.
     leaves: Callable[[], bool] = staticmethod(lambda: False)
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from typing import ClassVar
 
 import pytest
 
@@ -223,7 +224,7 @@ class Refusing(DeadlineProtocol):
     full = staticmethod(lambda: Refusing.is_full)
     counted = Refusals()
     refusals = staticmethod({b"/x": counted}.get)
-    heads = {}
+    heads: ClassVar = {}
 
     def on_message_begin(self):
         Refusing.begun += 1
@@ -414,3 +415,102 @@ def test_requests_that_end_in_an_error_of_ours_are_counted(shared_folder, monkey
             assert counts(service) == {'jaxembed_requests_total{protocol="tf_rest",status="500"} 1.0'}
 
     run(check())
+
+
+def test_a_head_that_was_read_before_says_nothing_about_what_follows_it():
+    """Remembered heads are used for whole requests only, and every refusal is counted once."""
+    head = post(b"/x", b"abc")[:-3]
+    cases = [
+        ([head + b"abc"], 1, 0),
+        ([head + b"xyz"], 1, 0),
+        ([head, b"abc"], 1, 1),
+        ([head + b"a", b"bc"], 1, 1),
+        ([head + b"abc" + head + b"xyz"], 2, 2),
+        ([head + b"abc" + head, b"xyz"], 2, 2),
+        ([head + b"abcP", post(b"/x", b"abc")[1:]], 2, 2),
+        ([head[:-2] + b"Connection: keep-alive\r\n\r\nabc"], 1, 1),
+        ([head[:-2] + b"Content-Length: 3\r\n\r\nabc"], 0, 1),
+        ([head.replace(b"Length: 3", b"Length: 5") + b"abc\r\n"], 1, 0),
+        ([b"X" + head + b"abc"], 0, 1),
+    ]
+
+    async def check():
+        Refusing.heads.clear()
+        async with serving(protocol=Refusing) as (port, _):
+            for _turn in range(2):  # the second time, all that can be is remembered
+                for parts, refused, seen in cases:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    Refusing.is_full, Refusing.counted.count, Refusing.begun = True, 0, 0
+                    for part in parts:
+                        writer.write(part)
+                        await asyncio.sleep(0.02)
+                    answers = [await asyncio.wait_for(answer_of(reader), 20) for _ in range(refused)]
+                    assert [status for status, _ in answers] == [429] * refused, parts
+                    if not refused:
+                        assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 400
+                    assert (Refusing.counted.count, Refusing.begun) == (refused, seen), parts
+                    Refusing.is_full = False
+                    if refused:  # the connection is as it should be
+                        writer.write(head + b"xyz")
+                        assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x xyz")
+                    writer.close()
+            assert set(Refusing.heads) == {head, head.replace(b"Length: 3", b"Length: 5")}
+
+    run(check())
+
+
+def test_only_so_many_heads_are_remembered_and_none_that_is_large():
+    async def check():
+        Refusing.heads.clear()
+        async with serving(protocol=Refusing) as (port, _):
+            Refusing.is_full, Refusing.counted.count = True, 0
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            sizes = set()
+            for i in range(1100):
+                writer.write(post(b"/x", b"abc", b"Traceparent: %d" % i))
+                assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
+                sizes.add(len(Refusing.heads))
+            assert max(sizes) == 512
+            before = dict(Refusing.heads)
+            writer.write(post(b"/x", b"abc", b"X: " + b"x" * 2048))
+            assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
+            assert Refusing.heads == before
+            assert Refusing.counted.count == 1101
+            writer.close()
+
+    run(check())
+
+
+def test_refusals_are_in_the_metrics(shared_folder, monkeypatch):
+    async def check():
+        async with (
+            client_of(shared_folder, max_queue_requests=1) as (_, service),
+            serving(make_app(service), make_protocol(service)) as (port, _),
+        ):
+            gate = Gate(service.versions.current, monkeypatch)
+            gate.close()
+            waiting, kept = await connect_and_send(port, PREDICT)
+            assert await until(lambda: service.admitted == 1)
+            for count in (3, 5):
+                for data in (PREDICT, PREDICT[:-1]):  # whole, and read by the parser
+                    for _ in range(count):
+                        reader, writer = await connect_and_send(port, data)
+                        assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
+                        writer.close()
+                counts(service)  # hands them on
+            gate.open()
+            assert (await asyncio.wait_for(answer_of(waiting), 20))[0] == 200
+            kept.close()
+            assert counts(service) == {
+                'jaxembed_requests_total{protocol="tf_rest",status="200"} 1.0',
+                'jaxembed_requests_total{protocol="tf_rest",status="429"} 16.0',
+            }
+
+    run(check())
+
+
+async def connect_and_send(port, data):
+    """(reader, writer)"""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    return reader, writer
