@@ -167,7 +167,6 @@ class DeadlineProtocol(HttpToolsProtocol):
                 self._arm()
 
     def _feed(self, data: bytes) -> None:
-        parser: Any = self.parser
         rest = memoryview(data)
         while rest:
             # No more of a head is ever parsed, and kept, than it may have.
@@ -178,12 +177,18 @@ class DeadlineProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
             self._outside += len(piece)
+            parser: Any = self.parser
             try:
                 parser.feed_data(piece)
                 rest = rest[len(piece) :]
             except httptools.HttpParserUpgrade as e:
-                # What would follow in another protocol follows in this one.
-                parser.feed_data(self._head())
+                # What would follow in another protocol follows in this one. A parser that has read that it is the last
+                # request would take nothing more.
+                head = self._head()
+                self.parser = httptools.HttpRequestParser(self)
+                with contextlib.suppress(AttributeError):  # older versions, as in uvicorn
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self.parser.feed_data(head)
                 rest = rest[e.args[0] :]
 
     def _refuse_whole(self, data: bytes) -> bool:
@@ -227,6 +232,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         if self.flow.write_paused:  # it sends requests and reads no answers
             self.transport.close()
             return
+        self._unset_keepalive_if_required()  # of the answer before
         self.transport.write(self._REFUSAL)
         refusals.count += 1
         self._arm()

@@ -69,6 +69,24 @@ def post(path=b"/x", body=b"", *fields):
 H2C = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk"]
 
 
+@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
+def test_upgrades_of_the_last_request_are_ignored(version):
+    data = post(b"/x", b"abc", b"Connection: close, Upgrade", b"Upgrade: h2c").replace(b"HTTP/1.1", version)
+
+    async def check():
+        async with serving() as (port, _):
+            for size in (7, len(data)):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                for at in range(0, len(data), size):
+                    writer.write(data[at : at + size])
+                    await asyncio.sleep(0)
+                assert await asyncio.wait_for(answer_of(reader), 10) == (200, b"POST /x abc")
+                assert await asyncio.wait_for(reader.read(), 10) == b""
+                writer.close()
+
+    run(check())
+
+
 def test_upgrades_are_ignored():
     """As Java's HttpClient asks for them; with the next request on the same connection, and in any pieces."""
     data = post(b"/one?a=b", b"0123456789", *H2C) + post(b"/two", b"abc")
@@ -229,6 +247,28 @@ class Refusing(DeadlineProtocol):
     def on_message_begin(self):
         Refusing.begun += 1
         super().on_message_begin()
+
+
+def test_a_connection_whose_requests_are_refused_is_not_idle():
+    """Neither after an answer nor after nothing; once they end, it is."""
+
+    async def check():
+        for answered in (True, False):
+            async with serving(protocol=Refusing, idle_timeout=0.5) as (port, _):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                Refusing.is_full = not answered
+                if answered:
+                    writer.write(post(b"/x", b"abc"))
+                    assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x abc")
+                    Refusing.is_full = True
+                for _ in range(10):
+                    writer.write(post(b"/x", b"abc"))
+                    assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
+                    await asyncio.sleep(0.1)
+                assert await asyncio.wait_for(reader.read(), 20) == b""
+                writer.close()
+
+    run(check())
 
 
 CHUNKED = b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
