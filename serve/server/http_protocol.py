@@ -137,6 +137,7 @@ class DeadlineProtocol(HttpToolsProtocol):
     _watching: asyncio.TimerHandle | None = None
     _seen: Any = None
     _started: Any = None  # the request that is being answered, or was last
+    parser: Any  # uvicorn's, which makes the first one
     _skips = False
     _between = True
     #: Of the body that is being read, what its reader does not have yet.
