@@ -69,14 +69,14 @@ class _Clock:
     def __init__(self, program: Callable[[int], Any], num_sets: int, turn: float):
         self._program, self._num_sets, self._set, self._samples = program, num_sets, 0, []
         self._estimate = self._run(1)
-        self._warm_up = self._estimate < 10 * turn
-        if self._warm_up:
+        short = self._estimate < 10 * turn
+        if short:
             # The first calls may still specialize (TorchScript does), so the fastest one tells.
             self._estimate = min(self._estimate, *(self._run(1) for _ in range(4)))
         else:
             self._samples.append(self._estimate)
         self._calls = max(1, math.ceil(turn / self._estimate))
-        self._untimed = math.ceil(self._calls / 2) if self._warm_up else 0
+        self._untimed = math.ceil(self._calls / 2) if short else 0
 
     def rounds_in(self, seconds: float, most: int) -> int:
         """Rounds still to come."""

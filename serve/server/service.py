@@ -79,7 +79,7 @@ class Service:
 
     def refuses(self) -> bool:
         """Whether requests are refused at their headers; asked for each that comes."""
-        return self._admitted + len(self._rooms) - self.batcher.done >= self._max_requests and not self.leaving
+        return self.full and not self.leaving
 
     @property
     def admitted(self) -> int:
