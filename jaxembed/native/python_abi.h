@@ -70,6 +70,22 @@ void PyEval_RestoreThread(PyThreadState* state);
 
 namespace jaxembed {
 
+// What a module's PyInit function makes it of.
+inline PyModuleDef ModuleOf(const char* name, PyMethodDef* methods) {
+  PyModuleDef def{};
+  def.ob_base.ob_refcnt = 1, def.m_name = name, def.m_size = -1, def.m_methods = methods;
+  return def;
+}
+
+// The type numpy.ndarray; null, with an error set, without numpy.
+inline PyObject* NdarrayType() {
+  PyObject* numpy = PyImport_ImportModule("numpy");
+  if (!numpy) return nullptr;
+  PyObject* type = PyObject_GetAttrString(numpy, "ndarray");
+  Py_DecRef(numpy);
+  return type;
+}
+
 // A contiguous array of rank 1 of int32 or int64, for as long as this lives.
 class IntArray {
  public:

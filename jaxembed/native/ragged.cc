@@ -39,16 +39,12 @@ PyMethodDef methods[] = {
      "that rise from 0 to at most len(values). Others may be right as well."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {{1, nullptr}, nullptr, 0,       nullptr, "jaxembed_ragged", nullptr, -1,
-                      methods,      nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = jaxembed::ModuleOf("jaxembed_ragged", methods);
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit_jaxembed_ragged() {
-  PyObject* numpy = PyImport_ImportModule("numpy");
-  if (!numpy) return nullptr;
-  ndarray = PyObject_GetAttrString(numpy, "ndarray");
-  Py_DecRef(numpy);
+  ndarray = jaxembed::NdarrayType();
   ndim = PyUnicode_InternFromString("ndim");
   return ndarray && ndim ? PyModule_Create2(&module, kAbiVersion) : nullptr;
 }

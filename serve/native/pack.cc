@@ -124,16 +124,12 @@ PyMethodDef methods[] = {
      "int32 or int64. max_ids, vocabularies [len(leaves)] uint32, ids and splits: addresses."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {{1, nullptr}, nullptr, 0,       nullptr, "jaxembed_packing", nullptr, -1,
-                      methods,      nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = jaxembed::ModuleOf("jaxembed_packing", methods);
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit_jaxembed_packing() {
-  PyObject* numpy = PyImport_ImportModule("numpy");
-  if (!numpy) return nullptr;
-  ndarray = PyObject_GetAttrString(numpy, "ndarray");
-  Py_DecRef(numpy);
+  ndarray = jaxembed::NdarrayType();
   values_name = PyUnicode_InternFromString("values");
   row_splits_name = PyUnicode_InternFromString("row_splits");
   return ndarray && values_name && row_splits_name ? PyModule_Create2(&module, kAbiVersion) : nullptr;
