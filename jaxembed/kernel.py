@@ -3,9 +3,10 @@
 import ctypes
 import functools
 import pathlib
-import sys
 
 import jax
+
+from jaxembed import built
 
 #: Name of the kernel as an XLA FFI target; a program exported with it needs it registered.
 TARGET = "jaxembed_embedding_bags"
@@ -35,13 +36,7 @@ def _load() -> str | None:
 
 def library() -> pathlib.Path | None:
     """The file that the kernel is in, or None."""
-    here = pathlib.Path(__file__).parent / "native"
-    # An editable install keeps the sources here and the built library in site-packages.
-    for folder in (here, *(pathlib.Path(p) / "jaxembed" / "native" for p in sys.path if p)):
-        for name in ("libjaxembed_native.so", "libjaxembed_native.dylib"):
-            if (folder / name).is_file():
-                return folder / name
-    return None
+    return built.find("libjaxembed_native.so", "libjaxembed_native.dylib")
 
 
 def available() -> bool:

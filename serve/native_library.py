@@ -2,21 +2,15 @@
 
 import ctypes
 import functools
-import pathlib
-import sys
 
-_NAMES = ("libjaxembed_requests.so", "libjaxembed_requests.dylib")
+from jaxembed import built
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, its functions declared; None where it was not built, or is of other sources."""
-    # An editable install keeps the sources in one place and the built library in site-packages.
-    for folder in (pathlib.Path(p) / "jaxembed" / "native" for p in sys.path if p):
-        for name in _NAMES:
-            if (folder / name).is_file():
-                return _declared(str(folder / name))
-    return None
+    path = built.find("libjaxembed_requests.so", "libjaxembed_requests.dylib")
+    return None if path is None else _declared(str(path))
 
 
 def _declared(path: str) -> ctypes.CDLL | None:

@@ -1,6 +1,7 @@
 """RaggedTensor and SparseTensor: constructors, padding, refusals."""
 
 import dataclasses
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxembed as je
+from jaxembed import built
 from jaxembed.inputs import ragged as ragged_inputs
 
 bags = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=6)
@@ -125,6 +127,14 @@ def test_native_code_takes_what_python_takes_and_no_more(splits, size, dtype, st
         assert not ragged_inputs._is_usual(values, other)
     assert not ragged_inputs._is_usual(values.reshape(1, -1), splits)
     assert not ragged_inputs._is_usual([], splits)
+
+
+def test_built_files_are_found_whatever_else_is_on_the_path(monkeypatch, tmp_path):
+    (tmp_path / "jaxembed" / "native").mkdir(parents=True)
+    (tmp_path / "jaxembed" / "native" / "two").touch()
+    monkeypatch.setattr(sys, "path", [b"/x", "", str(tmp_path)])
+    assert built.find("one", "two") == tmp_path / "jaxembed" / "native" / "two"
+    assert built.find("one") is None
 
 
 def test_a_subclass_with_fields_of_its_own_is_checked():
