@@ -1,24 +1,11 @@
 """Bundles, and servers in this process and in processes of their own."""
 
-import logging
-
 import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
 from tests.serve.server import bundles
-
-
-@pytest.fixture(autouse=True)
-def _logs_as_before():
-    """What `jaxembed serve` makes of its loggers in this process ends with the test."""
-    loggers = [logging.getLogger(name) for name in ("jaxembed.server", "uvicorn.error")]
-    before = [(log.handlers[:], log.propagate, log.level) for log in loggers]
-    yield
-    for log, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        log.handlers[:], log.propagate = handlers, propagate
-        log.setLevel(level)
 
 
 @pytest.fixture(scope="session")
