@@ -64,7 +64,7 @@ def feature_config_from_json(text: str) -> Any:
             tables[table.name] = table
         feature_config = _structure_from_json(data["features"], tables)
         flat_features(feature_config)
-    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+    except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(
             f"not a feature configuration: {type(e).__name__}: {e}; expected the JSON text that "
             "feature_config_to_json writes."

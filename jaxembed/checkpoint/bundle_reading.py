@@ -211,7 +211,7 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
             None if base is None else int(base.directory.name),
             0 if base is None else base.deltas + 1,
         )
-    except (KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (LookupError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
 
 
@@ -232,7 +232,7 @@ def _below(directory: pathlib.Path, manifest: dict[str, Any]) -> pathlib.Path | 
     """The folder of the version that a delta builds on."""
     try:
         version = None if manifest["base"] is None else manifest["base"]["version"]
-    except (KeyError, TypeError) as e:
+    except (LookupError, TypeError) as e:
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
     if manifest["base"] is None:
         return None

@@ -158,7 +158,7 @@ def open_checkpoint(
                 digests = Digests.from_json(stored, what)
                 slot_key = f"{key}.{layout.encode_name(slot)}"
                 slots[name][slot] = _open(directory / layout.SLOTS, slot_key, what, digests, verify, cache)
-    except (KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (LookupError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"the manifest of {directory} is incomplete: {type(e).__name__}: {e}.") from e
     slots = {name: arrays for name, arrays in slots.items() if arrays}
     return OpenedCheckpoint(directory, manifest, feature_config, tables, slots, verify)

@@ -295,6 +295,10 @@ ATTACKS = {
     "overflowing vocabulary": (resize(2**40), "must be ints below 2"),
     "no table": (lambda copy: reseal(copy, lambda m: m.update(tables={})), "is incomplete: KeyError"),
     "tables list": (lambda copy: reseal(copy, lambda m: m.update(tables=[])), "is incomplete: TypeError"),
+    "leaves list": (
+        lambda copy: reseal(copy, lambda m: m["model"].update(leaves=[9])),
+        "is incomplete: IndexError",
+    ),
     "swapped": (
         lambda copy: reseal(copy, lambda m: m["tables"]["b"].update(file="tables/00000.safetensors")),
         "00000.safetensors: table 'b' is damaged: saved as bfloat16.*, the file has float32",
