@@ -12,12 +12,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import dlrm
 import numpy as np
@@ -100,9 +101,12 @@ async def overload(port: int, options: argparse.Namespace) -> None:
         few = sends[: 2 * UNDER_WAY]
         await run_load(few, 1)
         peaks, rounds = [await run_load(few, seconds)], []
+        clients: dict[str, list[float]] = {"the peak": [], "twice that": []}
         for _ in range(options.rounds):
-            rounds.append(await _offer(sends, 2 * peaks[-1].rate, seconds))
-            peaks.append(await run_load(few, seconds))
+            with _share_of_machine(clients["twice that"]):
+                rounds.append(await _offer(sends, 2 * peaks[-1].rate, seconds))
+            with _share_of_machine(clients["the peak"]):
+                peaks.append(await run_load(few, seconds))
     rates = [(before.rate + after.rate) / 2 for before, after in itertools.pairwise(peaks)]
     p99s = [(before.p99 + after.p99) / 2 for before, after in itertools.pairwise(peaks)]
     print(
@@ -113,6 +117,8 @@ async def overload(port: int, options: argparse.Namespace) -> None:
     for offered in rounds:
         answers.update({status: len(times) for status, times in offered.times.items()})
     print(f"answers {dict(answers)}; {sum(offered.late for offered in rounds)} found no connection")
+    for load, shares in clients.items():
+        print(f"clients took {_spread(shares, '.1%')} of the machine at {load}")
     goodput = [offered.good / rate for offered, rate in zip(rounds, rates, strict=True)]
     print(f"goodput {_spread(goodput, '.0%')} of the peak")
     admitted = [offered.quantile(200, 0.99) / p99 for offered, p99 in zip(rounds, p99s, strict=True)]
@@ -137,7 +143,8 @@ class _Offered:
 
 
 async def _offer(sends: Sequence[Send], rate: float, seconds: float) -> _Offered:
-    idle, times = list(sends), collections.defaultdict(list)
+    # The one that waited longest comes first, so that none is closed as idle.
+    idle, times = collections.deque(sends), collections.defaultdict(list)
     late, number, tasks = 0, 0, set()
 
     async def one(send: Send, number: int) -> None:
@@ -152,7 +159,7 @@ async def _offer(sends: Sequence[Send], rate: float, seconds: float) -> _Offered
         while number < due:
             number += 1
             if idle:
-                task = asyncio.create_task(one(idle.pop(), number))
+                task = asyncio.create_task(one(idle.popleft(), number))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             else:
@@ -161,6 +168,14 @@ async def _offer(sends: Sequence[Send], rate: float, seconds: float) -> _Offered
     await asyncio.gather(*tasks)
     taken = time.perf_counter() - begin
     return _Offered(number / taken, len(times[200]) / taken, late, times)
+
+
+@contextlib.contextmanager
+def _share_of_machine(shares: list[float]) -> Iterator[None]:
+    """Appends the share of all cores that this process, the clients, takes meanwhile: the server has the rest."""
+    used, begin = time.process_time(), time.perf_counter()
+    yield
+    shares.append((time.process_time() - used) / (time.perf_counter() - begin) / len(os.sched_getaffinity(0)))
 
 
 def _spread(values: Sequence[float], form: str, unit: float = 1) -> str:
