@@ -3,12 +3,14 @@
 import asyncio
 import dataclasses
 import itertools
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
 Send = Callable[[int], Awaitable[int]]
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,46 +38,65 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, port: int, requests: Sequence[bytes]):
         self._port, self._requests = port, requests
-        self._received, self._end = b"", 0
+        self._received, self._start, self._end = b"", 0, 0
+        self._answered: Callable[[int | Exception], None] | None = None
         self.body = b""
 
     async def __aenter__(self) -> "Connection":
         self._loop = asyncio.get_running_loop()
-        self._answer: asyncio.Future[int] = self._loop.create_future()
         self._transport, _ = await self._loop.create_connection(lambda: self, "127.0.0.1", self._port)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._answer.cancel()
+        self._answered = None
         self._transport.close()
 
     async def send(self, number: int) -> int:
         """Sends one of the requests; the status of its answer."""
+        answer: asyncio.Future[int] = self._loop.create_future()
+
+        def answered(status: int | Exception) -> None:
+            if isinstance(status, int):
+                answer.set_result(status)
+            else:
+                answer.set_exception(status)
+
+        self.start(number, answered)
+        return await answer
+
+    def start(self, number: int, answered: Callable[[int | Exception], None]) -> None:
+        """Sends one of the requests; `answered` is called with the status of its answer, or why there is none.
+
+        A task and a future for each request would take as long as all else that a client does.
+        """
         if self._transport.is_closing():
             raise ConnectionResetError("the server has closed the connection.")
-        self._answer = self._loop.create_future()
+        self._answered = answered
         self._transport.write(self._requests[number % len(self._requests)])
-        return await self._answer
 
     def data_received(self, data: bytes) -> None:
-        """Ends `send` once all of the answer is there."""
-        self._received += data
+        """Ends a request once all of the answer is there."""
+        received = self._received = self._received + data if self._received else data
         if not self._end:
-            start = self._received.find(b"\r\n\r\n") + 4
+            start = received.find(b"\r\n\r\n") + 4
             if start < 4:
                 return
-            at = self._received.lower().index(b"\r\ncontent-length:", 0, start) + 17
-            self._start = start
-            self._end = start + int(self._received[at : self._received.index(b"\r\n", at)])
-        if len(self._received) >= self._end:
-            status, self.body = int(self._received[9:12]), self._received[self._start : self._end]
+            found = _LENGTH.search(received, 0, start)
+            assert found is not None, received[:start]
+            self._start, self._end = start, start + int(found[1])
+        if len(received) >= self._end:
+            self.body = received[self._start : self._end]
             self._received, self._end = b"", 0
-            self._answer.set_result(status)
+            self._call(int(received[9:12]))
 
     def connection_lost(self, error: Exception | None) -> None:
         """There is no answer any more."""
-        if not self._answer.done():
-            self._answer.set_exception(error or ConnectionResetError("the server has closed the connection."))
+        self._call(error or ConnectionResetError("the server has closed the connection."))
+
+    def _call(self, status: int | Exception) -> None:
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            answered(status)
 
 
 def http_request(path: str, body: bytes, headers: dict[str, str]) -> bytes:

@@ -24,7 +24,7 @@ import dlrm
 import numpy as np
 import psutil
 import uvloop
-from load import Connection, Load, Send, http_request, run_load
+from load import Connection, Load, http_request, run_load
 
 from serve import INFER, prepare, server
 
@@ -62,7 +62,8 @@ async def swaps(port: int, options: argparse.Namespace) -> None:
     steady: list[Load] = []
     loads: list[Load] = []
     numbers = np.array_split(np.arange(options.count), min(PARTS, options.count))
-    async with _connections(port, UNDER_WAY) as sends:
+    async with _connections(port, UNDER_WAY) as connections:
+        sends = [connection.send for connection in connections]
         await run_load(sends, 2)
         before = highest = _private(worker)
         begin = time.perf_counter()
@@ -97,14 +98,14 @@ async def overload(port: int, options: argparse.Namespace) -> None:
     Both take turns, as the speed of a host changes, and each round is compared with what was measured beside it.
     """
     seconds = options.seconds / (2 * options.rounds)
-    async with _connections(port, 64) as sends:
-        few = sends[: 2 * UNDER_WAY]
+    async with _connections(port, 64) as connections:
+        few = [connection.send for connection in connections[: 2 * UNDER_WAY]]
         await run_load(few, 1)
         peaks, rounds = [await run_load(few, seconds)], []
         clients: dict[str, list[float]] = {"the peak": [], "twice that": []}
         for _ in range(options.rounds):
             with _share_of_machine(clients["twice that"]):
-                rounds.append(await _offer(sends, 2 * peaks[-1].rate, seconds))
+                rounds.append(await _offer(connections, 2 * peaks[-1].rate, seconds))
             with _share_of_machine(clients["the peak"]):
                 peaks.append(await run_load(few, seconds))
     rates = [(before.rate + after.rate) / 2 for before, after in itertools.pairwise(peaks)]
@@ -142,16 +143,23 @@ class _Offered:
         return float(np.quantile(self.times[status], q))
 
 
-async def _offer(sends: Sequence[Send], rate: float, seconds: float) -> _Offered:
+async def _offer(connections: Sequence[Connection], rate: float, seconds: float) -> _Offered:
     # The one that waited longest comes first, so that none is closed as idle.
-    idle, times = collections.deque(sends), collections.defaultdict(list)
-    late, number, tasks = 0, 0, set()
+    idle, times = collections.deque(connections), collections.defaultdict(list)
+    late, number = 0, 0
+    lost: list[Exception] = []
 
-    async def one(send: Send, number: int) -> None:
+    def start(connection: Connection, number: int) -> None:
         begin = time.perf_counter()
-        status = await send(number)
-        times[status].append(time.perf_counter() - begin)
-        idle.append(send)
+
+        def answered(status: int | Exception) -> None:
+            if isinstance(status, int):
+                times[status].append(time.perf_counter() - begin)
+                idle.append(connection)
+            else:
+                lost.append(status)
+
+        connection.start(number, answered)
 
     begin = time.perf_counter()
     while (now := time.perf_counter() - begin) < seconds:
@@ -159,13 +167,14 @@ async def _offer(sends: Sequence[Send], rate: float, seconds: float) -> _Offered
         while number < due:
             number += 1
             if idle:
-                task = asyncio.create_task(one(idle.popleft(), number))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                start(idle.popleft(), number)
             else:
                 late += 1
         await asyncio.sleep(0.001)
-    await asyncio.gather(*tasks)
+    while len(idle) + len(lost) < len(connections):
+        await asyncio.sleep(0.001)
+    if lost:
+        raise lost[0]
     taken = time.perf_counter() - begin
     return _Offered(number / taken, len(times[200]) / taken, late, times)
 
@@ -186,7 +195,8 @@ def _spread(values: Sequence[float], form: str, unit: float = 1) -> str:
 async def growth(port: int, options: argparse.Namespace) -> None:
     """Sends many requests."""
     worker, sent = _worker(port), 0
-    async with _connections(port, UNDER_WAY) as sends:
+    async with _connections(port, UNDER_WAY) as connections:
+        sends = [connection.send for connection in connections]
         await run_load(sends, 3)
         before, begin = _private(worker), time.perf_counter()
         while sent < options.count and time.perf_counter() - begin < options.seconds:
@@ -201,7 +211,7 @@ async def growth(port: int, options: argparse.Namespace) -> None:
 async def _connections(port: int, count: int):
     requests = [http_request(INFER, *dlrm.as_binary(dlrm.request(1, seed))) for seed in range(32)]
     async with contextlib.AsyncExitStack() as stack:
-        yield [(await stack.enter_async_context(Connection(port, requests))).send for _ in range(count)]
+        yield [await stack.enter_async_context(Connection(port, requests)) for _ in range(count)]
 
 
 def _worker(port: int) -> int:
