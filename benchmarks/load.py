@@ -56,6 +56,8 @@ class Connection(asyncio.Protocol):
         answer: asyncio.Future[int] = self._loop.create_future()
 
         def answered(status: int | Exception) -> None:
+            if answer.done():  # whoever waited was cancelled
+                return
             if isinstance(status, int):
                 answer.set_result(status)
             else:
@@ -67,7 +69,7 @@ class Connection(asyncio.Protocol):
     def start(self, number: int, answered: Callable[[int | Exception], None]) -> None:
         """Sends one of the requests; `answered` is called with the status of its answer, or why there is none.
 
-        A task and a future for each request would take as long as all else that a client does.
+        Without the task and the future of `send`, for clients whose processor time counts.
         """
         if self._transport.is_closing():
             raise ConnectionResetError("the server has closed the connection.")
