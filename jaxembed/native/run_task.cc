@@ -49,7 +49,7 @@ using IntegersOf = typename Vector<kN>::Integers;
 using Floats = FloatsOf<kLanes>;
 
 // Rows fetched ahead of use: about as many lines of memory as a processor waits for at a time.
-constexpr int64_t Ahead(int64_t row_bytes) { return row_bytes <= 64 ? 48 : row_bytes <= 128 ? 24 : 16; }
+constexpr int64_t Ahead(int64_t row_bytes) { return row_bytes <= 64 ? 48 : row_bytes <= 320 ? 24 : 16; }
 constexpr int64_t kRun = 32;    // entries per pass where a row takes several passes
 
 float HalfToFloat(uint16_t h) {
@@ -602,6 +602,11 @@ __attribute__((always_inline)) inline void StoreAll(void* out, int64_t at, const
   }
 }
 
+// Entries that RunWhole takes through all blocks of columns before the next ones. What is fetched of one block holds
+// the beginning of the next, which a long bag would have lost by then; rows of float32 are whole lines.
+template <RowType T>
+constexpr int64_t kBlockRun = T == RowType::kF32 ? INT64_MAX : 16;
+
 // The usual case: all entries of the task are valid and in order, and a row is `blocks` times NV vectors. With
 // these known at compile time a row costs little more than its loads, and a bag than its stores.
 //
@@ -616,53 +621,67 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
   const int64_t ahead = Ahead(row_bytes), fetch_end = task.end - ahead;
   void* const out = bag.out;  // what is stored there cannot change these
   const int64_t out_stride = bag.out_stride;
+  const int64_t run = blocks == 1 ? INT64_MAX : kBlockRun<T>;
+  float* const sums = run == INT64_MAX ? nullptr : ThreadFloats(blocks * kColumns);  // of a bag between its runs
   int64_t end = placed.splits[task.first_bag];
   for (int64_t b = task.first_bag; b < task.last_bag; ++b) {
     const int64_t begin = end;
     end = placed.splits[b + 1];
-    for (int64_t block = 0; block < blocks; ++block) {
-      const uint8_t* base = static_cast<const uint8_t*>(t.rows) + block * kBytes;
-      // From the block to the end of its row.
-      const int64_t to_end = row_bytes - block * kBytes;
-      FloatsOf<kN> acc[NV];
+    float divisor = 0;
+    int64_t first = begin;
+    do {
+      const int64_t last = end - first <= run ? end : first + run;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const uint8_t* base = static_cast<const uint8_t*>(t.rows) + block * kBytes;
+        // From the block to the end of its row.
+        const int64_t to_end = row_bytes - block * kBytes;
+        FloatsOf<kN> acc[NV];
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) acc[v] = FloatsOf<kN>{};
-      float divisor = 0;
-      for (int64_t i = begin; i < end; ++i) {
-        if (i < fetch_end) {
-          const uint8_t* row = base + ids[i + ahead] * row_bytes;
+        for (int v = 0; v < NV; ++v) {
+          acc[v] = FloatsOf<kN>{};
+          if (first != begin) std::memcpy(&acc[v], sums + block * kColumns + kN * v, sizeof acc[v]);
+        }
+        for (int64_t i = first; i < last; ++i) {
+          if (i < fetch_end) {
+            const uint8_t* row = base + ids[i + ahead] * row_bytes;
 #pragma GCC unroll 16
-          for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(row + line, 0, 3);
-          if (Affine(T) && block == 0) __builtin_prefetch(row + to_end - 1, 0, 3);
-        }
-        const uint8_t* row = base + ids[i] * row_bytes;
-        float w = 1.0f, bias = 0.0f;
-        if constexpr (kWeighted) {
-          w = bag.weights[i];
-          divisor += combiner == Combiner::kSqrtn ? w * w : w;
-        }
-        if constexpr (Affine(T)) {
-          bias = w * AtEnd(row + to_end, 1);
-          w *= AtEnd(row + to_end, 0);
-        }
-        EachVector<T, kN, NV>(t, row, [&](FloatsOf<kN> x, int v) {
-          if constexpr (Affine(T)) {
-            acc[v] += w * x + bias;  // not the biases apart: two large sums would cancel
-          } else if constexpr (kWeighted) {
-            acc[v] += w * x;
-          } else {
-            acc[v] += x;
+            for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(row + line, 0, 3);
+            if (Affine(T) && block == 0) __builtin_prefetch(row + to_end - 1, 0, 3);
           }
-        });
-      }
-      if constexpr (!kWeighted) divisor = static_cast<float>(end - begin);
-      divisor = Inverse(combiner, divisor);
-      if (combiner != Combiner::kSum) {
+          const uint8_t* row = base + ids[i] * row_bytes;
+          float w = 1.0f, bias = 0.0f;
+          if constexpr (kWeighted) {
+            w = bag.weights[i];
+            if (block == 0) divisor += combiner == Combiner::kSqrtn ? w * w : w;
+          }
+          if constexpr (Affine(T)) {
+            bias = w * AtEnd(row + to_end, 1);
+            w *= AtEnd(row + to_end, 0);
+          }
+          EachVector<T, kN, NV>(t, row, [&](FloatsOf<kN> x, int v) {
+            if constexpr (Affine(T)) {
+              acc[v] += w * x + bias;  // not the biases apart: two large sums would cancel
+            } else if constexpr (kWeighted) {
+              acc[v] += w * x;
+            } else {
+              acc[v] += x;
+            }
+          });
+        }
+        if (last != end) {
 #pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) acc[v] = divisor == 0.0f ? FloatsOf<kN>{} : acc[v] / divisor;
+          for (int v = 0; v < NV; ++v) std::memcpy(sums + block * kColumns + kN * v, &acc[v], sizeof acc[v]);
+          continue;
+        }
+        if (combiner != Combiner::kSum) {
+          const float by = Inverse(combiner, kWeighted ? divisor : static_cast<float>(end - begin));
+#pragma GCC unroll 16
+          for (int v = 0; v < NV; ++v) acc[v] = by == 0.0f ? FloatsOf<kN>{} : acc[v] / by;
+        }
+        StoreAll<T, kN, NV>(out, b * out_stride + block * kColumns, acc);
       }
-      StoreAll<T, kN, NV>(out, b * out_stride + block * kColumns, acc);
-    }
+      first = last;
+    } while (first < end);
   }
 }
 

@@ -153,8 +153,8 @@ void MakeTable(Case& c, RowType type, int64_t vocabulary, int64_t dim) {
   }
 }
 
-// Ids, some of them bad, in bags, some of them empty; garbage before the first bag and after the last.
-void MakeIds(Case& c, Random& random, int64_t mean) {
+// Ids, some of them bad unless `clean`, in bags, some of them empty; garbage before the first bag and after the last.
+void MakeIds(Case& c, Random& random, int64_t mean, bool clean) {
   Bag& bag = c.bag;
   const bool dense = bag.layout == Layout::kDense, sparse = bag.layout == Layout::kSparse;
   const int64_t before = dense ? 0 : Below(random, 4), after = dense ? 0 : Below(random, 4);
@@ -166,7 +166,7 @@ void MakeIds(Case& c, Random& random, int64_t mean) {
   }
   rows.insert(rows.end(), after, bag.num_bags + 3);
   const int64_t n = bag.num_ids = dense ? bag.num_bags : static_cast<int64_t>(rows.size());
-  const bool wide = Below(random, 2), clean = Below(random, 2);
+  const bool wide = Below(random, 2);
   const int64_t garbage[] = {-1, -7, bag.table.vocabulary, INT32_MAX, INT32_MIN};
   std::vector<int64_t> ids(n);
   for (int64_t& id : ids) {
@@ -315,11 +315,31 @@ void Sweep(Random& random, int64_t* cases) {
         bag.num_bags = Below(random, 9);
         bag.sequence_length = layout && Below(random, 3) == 0 ? 1 + Below(random, 5) : 0;
         MakeTable(c, static_cast<RowType>(type), Below(random, 16) ? 1 + Below(random, 40) : 0, dim);
-        MakeIds(c, random, Below(random, 8) ? 3 : 40);
+        MakeIds(c, random, Below(random, 8) ? 3 : 40, Below(random, 2));
         MakeOutput(c, random);
         c.name = "dim " + std::to_string(dim) + " type " + std::to_string(type) + " layout " + std::to_string(layout) +
                  " combiner " + std::to_string(static_cast<int>(bag.combiner)) + " case " + std::to_string(*cases);
         Check(c, random, 1 + Below(random, 4096));
+        ++*cases;
+      }
+    }
+  }
+}
+
+// Rows of several blocks of columns in bags of many valid ids, which are summed a run of them at a time.
+void LongBags(Random& random, int64_t* cases) {
+  for (int64_t dim : {64, 128, 192, 256, 512, 1024}) {
+    for (int type = 0; type <= static_cast<int>(RowType::kCodes4); ++type) {
+      for (int combiner = 0; combiner <= 2; ++combiner) {
+        Case c;
+        c.bag.layout = Layout::kRagged, c.bag.combiner = static_cast<Combiner>(combiner);
+        c.bag.num_bags = 1 + Below(random, 12);
+        MakeTable(c, static_cast<RowType>(type), 1 + Below(random, 40), dim);
+        MakeIds(c, random, 1 + Below(random, 60), true);
+        MakeOutput(c, random);
+        c.name = "long bags, dim " + std::to_string(dim) + " type " + std::to_string(type) + " combiner " +
+                 std::to_string(combiner);
+        Check(c, random, kMaxChunk);
         ++*cases;
       }
     }
@@ -372,6 +392,7 @@ int main() {
   for (Layout layout : {Layout::kRagged, Layout::kSparse}) {
     for (int combiner = 0; combiner < 3; ++combiner) HugeBag(random, static_cast<Combiner>(combiner), layout, &cases);
   }
+  LongBags(random, &cases);
   RefusedSplits();
   std::printf("%lld cases on", static_cast<long long>(cases));
   for (const Instance& instance : FindInstances().of) {
