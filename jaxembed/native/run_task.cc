@@ -378,6 +378,23 @@ inline void Scale(Combiner combiner, float divisor, float* sum, int64_t dim) {
   }
 }
 
+// Whether an id is a row. A vocabulary counts as at most 2^31 or 2^63, so that a negative id never is.
+template <typename Id>
+struct Rows {
+  using Unsigned = std::make_unsigned_t<Id>;
+  static constexpr Unsigned kNegative = Unsigned{1} << (8 * sizeof(Id) - 1);
+  Unsigned size;
+
+  explicit Rows(int64_t vocabulary)
+      : size(static_cast<uint64_t>(vocabulary) < kNegative ? static_cast<Unsigned>(vocabulary) : kNegative) {}
+  bool Has(Id id) const { return static_cast<Unsigned>(id) < size; }
+  bool HasAll(const Id* ids, int64_t begin, int64_t end) const {
+    bool bad = false;
+    for (int64_t i = begin; i < end; ++i) bad |= !Has(ids[i]);
+    return !bad;
+  }
+};
+
 template <RowType T, bool kWeighted, typename Id>
 struct Runner {
   const Bag& bag;
@@ -385,7 +402,7 @@ struct Runner {
   const Id* ids;
   const int64_t row_bytes;
   float* scratch;  // [D], or [L, D], where the output is not float32
-  bool plain;      // every entry of the task is valid and in order
+  bool in_place;   // the entries of a bag follow each other, and weights prune none
   int64_t bad = 0;
   const Id* ahead_end = nullptr;
 
@@ -419,7 +436,7 @@ struct Runner {
   // Entries [begin, end) into sum; returns the divisor.
   float Combine(int64_t begin, int64_t end, float* sum) {
     float divisor = 0;
-    if (plain) {
+    if (in_place && Rows<Id>(bag.table.vocabulary).HasAll(ids, begin, end)) {
       const float* weights = kWeighted ? bag.weights + begin : nullptr;
       Accumulate<T, kWeighted, Id>(bag.table, row_bytes, {ids + begin, weights, end - begin, ahead_end}, sum, true);
       Divide(weights, end - begin, divisor);
@@ -607,16 +624,21 @@ __attribute__((always_inline)) inline void StoreAll(void* out, int64_t at, const
 template <RowType T>
 constexpr int64_t kBlockRun = T == RowType::kF32 ? INT64_MAX : 16;
 
-// The usual case: all entries of the task are valid and in order, and a row is `blocks` times NV vectors. With
+// The usual case: the entries of a bag follow each other and all count, and a row is `blocks` times NV vectors. With
 // these known at compile time a row costs little more than its loads, and a bag than its stores.
+//
+// The first rows of the task must be there, those that each row would fetch ahead of it. The others are looked at as they
+// are fetched: to run through all ids before would wait for each line of them. Returns the first bag that was not
+// written, which is not the last if an id is no row.
 //
 // A function of its own for each, so that GCC gives the loop all registers.
 template <RowType T, int kN, int NV, bool kWeighted, typename Id>
-__attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t blocks) {
+__attribute__((noinline)) int64_t RunWhole(const Bag& bag, const Placed& placed, const Task& task, int64_t blocks) {
   constexpr int64_t kColumns = NV * kN, kBytes = BytesOf(T, kColumns);
   const Table& t = bag.table;
   const int64_t row_bytes = blocks * kBytes + (Affine(T) ? kScaleBiasBytes : 0);
   const Id* ids = static_cast<const Id*>(bag.ids.data);
+  const Rows<Id> rows(t.vocabulary);
   const Combiner combiner = bag.combiner;
   const int64_t ahead = Ahead(row_bytes), fetch_end = task.end - ahead;
   void* const out = bag.out;  // what is stored there cannot change these
@@ -643,7 +665,9 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
         }
         for (int64_t i = first; i < last; ++i) {
           if (i < fetch_end) {
-            const uint8_t* row = base + ids[i + ahead] * row_bytes;
+            const Id id = ids[i + ahead];
+            if (__builtin_expect(!rows.Has(id), false)) return b;
+            const uint8_t* row = base + id * row_bytes;
 #pragma GCC unroll 16
             for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(row + line, 0, 3);
             if (Affine(T) && block == 0) __builtin_prefetch(row + to_end - 1, 0, 3);
@@ -683,17 +707,15 @@ __attribute__((noinline)) void RunWhole(const Bag& bag, const Placed& placed, co
       first = last;
     } while (first < end);
   }
+  return task.last_bag;
 }
 
-// Runs the task if its rows are of a width that RunWhole takes.
+// What RunWhole returns; the task's first bag if its rows are of a width that it does not take.
 template <RowType T, bool kWeighted, typename Id>
-bool TryWhole(const Bag& bag, const Placed& placed, const Task& task) {
+int64_t TryWhole(const Bag& bag, const Placed& placed, const Task& task) {
   const int64_t dim = bag.table.dim;
-#define JAXEMBED_WHOLE(N, NV)                                        \
-  if (dim == N * NV) {                                               \
-    RunWhole<T, N, NV, kWeighted, Id>(bag, placed, task, 1);         \
-    return true;                                                     \
-  }
+#define JAXEMBED_WHOLE(N, NV) \
+  if (dim == N * NV) return RunWhole<T, N, NV, kWeighted, Id>(bag, placed, task, 1);
   JAXEMBED_WHOLE(kLanes, 1)
   if constexpr (kWholeLanes > kLanes) JAXEMBED_WHOLE(kWholeLanes, 1)
   JAXEMBED_WHOLE(kWholeLanes, 2)
@@ -701,40 +723,31 @@ bool TryWhole(const Bag& bag, const Placed& placed, const Task& task) {
   if constexpr (kWholeVectors > 8) JAXEMBED_WHOLE(kWholeLanes, 8)
 #undef JAXEMBED_WHOLE
   constexpr int64_t kMost = kWholeLanes * kWholeVectors;
-  if (dim % kMost) return false;
-  RunWhole<T, kWholeLanes, kWholeVectors, kWeighted, Id>(bag, placed, task, dim / kMost);
-  return true;
-}
-
-template <typename Id>
-bool AllValid(const Id* ids, int64_t begin, int64_t end, int64_t vocabulary) {
-  using Unsigned = std::make_unsigned_t<Id>;
-  // At most 2^31 or 2^63, so that a negative id is outside whatever the vocabulary.
-  constexpr Unsigned kNegative = Unsigned{1} << (8 * sizeof(Id) - 1);
-  const Unsigned size = static_cast<uint64_t>(vocabulary) < kNegative ? static_cast<Unsigned>(vocabulary) : kNegative;
-  bool bad = false;
-  for (int64_t i = begin; i < end; ++i) bad |= static_cast<Unsigned>(ids[i]) >= size;
-  return !bad;
+  if (dim % kMost) return task.first_bag;
+  return RunWhole<T, kWholeLanes, kWholeVectors, kWeighted, Id>(bag, placed, task, dim / kMost);
 }
 
 template <RowType T, bool kWeighted, typename Id>
 int64_t RunAs(const Bag& bag, const Placed& placed, const Task& task) {
   const Id* ids = static_cast<const Id*>(bag.ids.data);
   Runner<T, kWeighted, Id> runner{bag, placed, ids, bag.table.row_bytes(), nullptr, false};
-  const bool prune = bag.prune_weights && bag.weights;
-  runner.plain = !placed.order && !prune && AllValid(ids, task.begin, task.end, bag.table.vocabulary);
+  runner.in_place = !placed.order && !(bag.prune_weights && bag.weights);
   runner.ahead_end = ids + task.end;
-  if (runner.plain) {  // each row fetches the one so far ahead of it, so the first ones are left
+  Task rest = task;
+  if (runner.in_place) {  // each row fetches the one so far ahead of it, so the first ones are left
     const int64_t ahead = Ahead(runner.row_bytes);
     const int64_t first = task.end - task.begin < ahead ? task.end : task.begin + ahead;
     for (int64_t i = task.begin; i < first; ++i) Prefetch(bag.table, runner.row_bytes, ids[i]);
     const bool combined = bag.layout != Layout::kDense && !bag.sequence_length && !task.partial;
-    if (combined && TryWhole<T, kWeighted, Id>(bag, placed, task)) return 0;
+    if (combined && Rows<Id>(bag.table.vocabulary).HasAll(ids, task.begin, first)) {
+      rest.first_bag = TryWhole<T, kWeighted, Id>(bag, placed, task);
+      if (rest.first_bag == task.last_bag) return 0;
+    }
   }
   if (bag.table.type == RowType::kBF16 || bag.table.type == RowType::kF16) {
     runner.scratch = ThreadFloats(bag.table.dim * (bag.sequence_length ? bag.sequence_length : 1));
   }
-  runner.Run(task);
+  runner.Run(rest);
   return runner.bad;
 }
 

@@ -153,8 +153,8 @@ void MakeTable(Case& c, RowType type, int64_t vocabulary, int64_t dim) {
   }
 }
 
-// Ids, some of them bad unless `clean`, in bags, some of them empty; garbage before the first bag and after the last.
-void MakeIds(Case& c, Random& random, int64_t mean, bool clean) {
+// Ids, one of `bad_of` of them bad (0: none), in bags, some of them empty; garbage before the first bag and after the last.
+void MakeIds(Case& c, Random& random, int64_t mean, int64_t bad_of) {
   Bag& bag = c.bag;
   const bool dense = bag.layout == Layout::kDense, sparse = bag.layout == Layout::kSparse;
   const int64_t before = dense ? 0 : Below(random, 4), after = dense ? 0 : Below(random, 4);
@@ -170,7 +170,7 @@ void MakeIds(Case& c, Random& random, int64_t mean, bool clean) {
   const int64_t garbage[] = {-1, -7, bag.table.vocabulary, INT32_MAX, INT32_MIN};
   std::vector<int64_t> ids(n);
   for (int64_t& id : ids) {
-    const bool bad = bag.table.vocabulary == 0 || (!clean && Below(random, 8) == 0);
+    const bool bad = bag.table.vocabulary == 0 || (bad_of && Below(random, bad_of) == 0);
     id = bad ? garbage[Below(random, 5)] : Below(random, bag.table.vocabulary);
   }
   if (sparse && Below(random, 2)) {
@@ -184,7 +184,7 @@ void MakeIds(Case& c, Random& random, int64_t mean, bool clean) {
   if (padded) c.stretches.back()->Poison(0, before * size), c.stretches.back()->Poison(end * size, n * size);
   if (weighted) {
     float* weights = c.Floats(n);
-    for (int64_t i = 0; i < n; ++i) weights[i] = 0.25f * static_cast<float>(Below(random, 12) - (clean ? 0 : 2));
+    for (int64_t i = 0; i < n; ++i) weights[i] = 0.25f * static_cast<float>(Below(random, 12) - (bad_of ? 2 : 0));
     bag.weights = weights;
     if (padded) c.stretches.back()->Poison(0, before * 4), c.stretches.back()->Poison(end * 4, n * 4);
   }
@@ -315,7 +315,7 @@ void Sweep(Random& random, int64_t* cases) {
         bag.num_bags = Below(random, 9);
         bag.sequence_length = layout && Below(random, 3) == 0 ? 1 + Below(random, 5) : 0;
         MakeTable(c, static_cast<RowType>(type), Below(random, 16) ? 1 + Below(random, 40) : 0, dim);
-        MakeIds(c, random, Below(random, 8) ? 3 : 40, Below(random, 2));
+        MakeIds(c, random, Below(random, 8) ? 3 : 40, Below(random, 2) ? 8 : 0);
         MakeOutput(c, random);
         c.name = "dim " + std::to_string(dim) + " type " + std::to_string(type) + " layout " + std::to_string(layout) +
                  " combiner " + std::to_string(static_cast<int>(bag.combiner)) + " case " + std::to_string(*cases);
@@ -326,16 +326,17 @@ void Sweep(Random& random, int64_t* cases) {
   }
 }
 
-// Rows of several blocks of columns in bags of many valid ids, which are summed a run of them at a time.
+// Rows of several blocks of columns in bags of many ids, which are summed a run of them at a time, up to a bad one.
 void LongBags(Random& random, int64_t* cases) {
-  for (int64_t dim : {64, 128, 192, 256, 512, 1024}) {
+  for (int64_t dim : {8, 64, 128, 192, 256, 512, 1024}) {
     for (int type = 0; type <= static_cast<int>(RowType::kCodes4); ++type) {
       for (int combiner = 0; combiner <= 2; ++combiner) {
         Case c;
         c.bag.layout = Layout::kRagged, c.bag.combiner = static_cast<Combiner>(combiner);
         c.bag.num_bags = 1 + Below(random, 12);
         MakeTable(c, static_cast<RowType>(type), 1 + Below(random, 40), dim);
-        MakeIds(c, random, 1 + Below(random, 60), true);
+        MakeIds(c, random, 1 + Below(random, 60), Below(random, 2) ? 300 : 0);
+        if (Below(random, 2)) c.bag.prune_ids = true;
         MakeOutput(c, random);
         c.name = "long bags, dim " + std::to_string(dim) + " type " + std::to_string(type) + " combiner " +
                  std::to_string(combiner);
