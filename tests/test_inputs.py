@@ -104,29 +104,76 @@ def test_refusals(make, message):
         make()
 
 
-@pytest.mark.skipif(ragged_inputs._is_usual is None, reason="the native code was not built")
+@pytest.fixture
+def native_ragged(monkeypatch):
+    """A RaggedTensor made by native code, and the calls that it left to Python."""
+    if ragged_inputs._init_for is None:
+        pytest.skip("the native code was not built")
+    left = []
+
+    def init(self, *args, **kwargs):
+        left.append((args, kwargs))
+        ragged_inputs._init_in_python(self, *args, **kwargs)
+
+    monkeypatch.setattr(je.RaggedTensor, "__init__", ragged_inputs._init_for(je.RaggedTensor, init))
+    yield left
+    ragged_inputs._init_for(je.RaggedTensor, ragged_inputs._init_in_python)
+
+
+def made(values, splits, init):
+    ragged = object.__new__(je.RaggedTensor)
+    try:
+        init(ragged, values, splits)
+    except ValueError as e:
+        return str(e)
+    return ragged.values, ragged.row_splits
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(
     st.lists(st.integers(-2, 6), max_size=6),
     st.integers(0, 6),
     st.sampled_from([np.int32, np.int64, np.int16, np.uint32, ">i4", np.float32]),
     st.booleans(),
 )
-def test_native_code_takes_what_python_takes_and_no_more(splits, size, dtype, strided):
+def test_native_code_takes_what_python_takes_and_no_more(native_ragged, splits, size, dtype, strided):
     values, splits = np.zeros(size, np.float32), np.array(splits, np.int64).astype(dtype)
     if strided:
         splits = np.repeat(splits, 2)[::2]
-    usual = ragged_inputs._is_usual(values, splits)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ragged_inputs, "_is_usual", None)
-        if usual:
-            assert je.RaggedTensor(values, splits).num_rows == len(splits) - 1
-        elif np.dtype(dtype) in (np.int32, np.int64) and (not strided or len(splits) < 2):
-            with pytest.raises(ValueError, match="row_splits"):
-                je.RaggedTensor(values, splits)
-    for other in ([0], memoryview(splits), None, values):
-        assert not ragged_inputs._is_usual(values, other)
-    assert not ragged_inputs._is_usual(values.reshape(1, -1), splits)
-    assert not ragged_inputs._is_usual([], splits)
+    native_ragged.clear()
+    native = made(values, splits, je.RaggedTensor.__init__)
+    python = made(values, splits, ragged_inputs._init_in_python)
+    if isinstance(python, str):
+        assert native == python
+    else:
+        assert native[0] is python[0] is values
+        assert native[1] is python[1] is splits
+        usual = np.dtype(dtype) in (np.int32, np.int64) and splits.flags.c_contiguous
+        assert bool(native_ragged) != usual
+
+
+def test_native_code_leaves_what_is_unusual_to_python(native_ragged):
+    values, splits = np.zeros(3, np.int32), np.array([0, 1, 3])
+    for args, kwargs in [
+        (([1, 2, 3], splits), {}),
+        ((values, [0, 3]), {}),
+        ((values,), {"row_splits": splits}),
+        ((), {"values": values, "row_splits": splits}),
+    ]:
+        native_ragged.clear()
+        assert je.RaggedTensor(*args, **kwargs).row_splits[-1] == 3
+        assert len(native_ragged) == 1
+    for args in [
+        (values,),
+        (values, splits, 1),
+        (values.reshape(1, -1), splits),
+        (None, splits),
+        (values, None),
+    ]:
+        with pytest.raises((TypeError, ValueError)):
+            je.RaggedTensor(*args)
+    with pytest.raises(TypeError, match="object"):
+        je.RaggedTensor.__init__(7, values, splits)
 
 
 def test_built_files_are_found_whatever_else_is_on_the_path(monkeypatch, tmp_path):

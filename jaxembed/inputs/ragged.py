@@ -14,7 +14,7 @@ from jaxembed.inputs.ids import is_host, narrow_ids
 from jaxembed.shapes import AnyIds, AnyPadded, AnyRowLengths, AnyRowSplits, AnyValues
 
 _FEW = 64  # of so many row splits Python checks the order faster than numpy
-_is_usual: Any = getattr(extension.load("jaxembed_ragged"), "is_usual", None)
+_init_for: Any = getattr(extension.load("jaxembed_ragged"), "init_for", None)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -47,9 +47,7 @@ class RaggedTensor:
         fields = self.__dict__
         fields["values"] = values
         fields["row_splits"] = row_splits
-        # The usual case by itself: requests hold one of these for every feature.
-        if _is_usual is not None and _is_usual(values, row_splits):
-            return
+        # The usual case by itself: requests hold one of these for every feature. Native code does it where it was built.
         on_host = type(values) is np.ndarray is type(row_splits) and values.ndim == 1 == row_splits.ndim
         if on_host and row_splits.dtype.kind in "iu" and (size := len(row_splits)):
             if size <= _FEW:
@@ -200,6 +198,11 @@ class RaggedTensor:
         object.__setattr__(ragged, "values", children[0])
         object.__setattr__(ragged, "row_splits", children[1])
         return ragged
+
+
+_init_in_python = RaggedTensor.__init__
+if _init_for is not None:
+    RaggedTensor.__init__ = _init_for(RaggedTensor, _init_in_python)
 
 
 def check_row_splits(row_splits: np.ndarray, num_values: int, what: str = "RaggedTensor") -> None:

@@ -26,7 +26,8 @@ struct Py_buffer {
 
 struct PyMethodDef {
   const char* ml_name;
-  PyObject* (*ml_meth)(PyObject* self, PyObject* const* args, Py_ssize_t count);  // where ml_flags say METH_FASTCALL
+  // As ml_flags say: this is METH_FASTCALL; with METH_KEYWORDS the names of the last arguments follow, or null.
+  PyObject* (*ml_meth)(PyObject* self, PyObject* const* args, Py_ssize_t count);
   int ml_flags;
   const char* ml_doc;
 };
@@ -42,16 +43,24 @@ struct PyModuleDef {
   void *m_slots, *m_traverse, *m_clear, *m_free;
 };
 
-constexpr int kFastCall = 0x80;                    // METH_FASTCALL
+constexpr int kFastCall = 0x80, kKeywords = 0x2;   // METH_FASTCALL, METH_KEYWORDS
 constexpr int kFormat = 0x4, kContiguous = 0x8;    // PyBUF_FORMAT, PyBUF_ND
 constexpr int kAbiVersion = 3;                     // PYTHON_ABI_VERSION
 
 PyObject* PyModule_Create2(PyModuleDef* def, int version);
 PyObject* PyImport_ImportModule(const char* name);
 PyObject* PyUnicode_InternFromString(const char* text);
+PyObject* PyDescr_NewMethod(PyObject* type, PyMethodDef* method);
+PyObject* PyObject_Call(PyObject* callable, PyObject* args, PyObject* kwargs);
 PyObject* PyObject_GetAttr(PyObject* object, PyObject* name);
 PyObject* PyObject_GetAttrString(PyObject* object, const char* name);
+int PyObject_GenericSetAttr(PyObject* object, PyObject* name, PyObject* value);
 Py_ssize_t PyObject_Size(PyObject* object);
+PyObject* PyTuple_New(Py_ssize_t size);
+int PyTuple_SetItem(PyObject* tuple, Py_ssize_t at, PyObject* value);  // takes the reference
+PyObject* PyTuple_GetItem(PyObject* tuple, Py_ssize_t at);             // borrowed
+PyObject* PyDict_New();
+int PyDict_SetItem(PyObject* dict, PyObject* key, PyObject* value);
 PyObject* PyList_GetItem(PyObject* list, Py_ssize_t at);  // borrowed
 Py_ssize_t PyList_Size(PyObject* list);
 int PyObject_GetBuffer(PyObject* object, Py_buffer* view, int flags);
@@ -60,8 +69,12 @@ PyObject* PyBool_FromLong(long value);
 PyObject* PyLong_FromLongLong(long long value);
 long long PyLong_AsLongLong(PyObject* object);
 void PyErr_Clear();
+void PyErr_SetString(PyObject* type, const char* message);
+extern PyObject* PyExc_TypeError;
 PyObject* PyErr_Occurred();  // borrowed
+void Py_IncRef(PyObject* object);
 void Py_DecRef(PyObject* object);
+extern PyObject _Py_NoneStruct;
 struct PyThreadState;
 PyThreadState* PyEval_SaveThread();
 void PyEval_RestoreThread(PyThreadState* state);

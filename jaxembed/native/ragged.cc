@@ -1,9 +1,10 @@
-// Checks the arrays of a RaggedTensor: Python's way to do so takes longer than all else of making one.
+// RaggedTensor.__init__: requests hold one for every feature, and Python's way to check and set two arrays takes several
+// times as long.
 #include "python_abi.h"
 
 namespace {
 
-PyObject *ndarray, *ndim;
+PyObject *ndarray, *ndim, *values_name, *row_splits_name, *in_python;
 
 template <typename Int>
 bool Rise(const Int* splits, int64_t size, int64_t values) {
@@ -20,6 +21,8 @@ bool IsVector(PyObject* array) {
   return one;
 }
 
+// Whether they are numpy arrays of rank 1, and row_splits contiguous int32 or int64 that rise from 0 to at most
+// len(values). Others may be right as well.
 bool Usual(PyObject* values, PyObject* row_splits) {
   if (values->ob_type != ndarray || row_splits->ob_type != ndarray || !IsVector(values)) return false;
   jaxembed::IntArray splits;
@@ -29,14 +32,53 @@ bool Usual(PyObject* values, PyObject* row_splits) {
                        : Rise(splits.data<int32_t>(), splits.size(), size);
 }
 
-PyObject* IsUsual(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return PyBool_FromLong(count == 2 && Usual(args[0], args[1]));
+// Calls the __init__ in Python, which has more to say.
+PyObject* InitInPython(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  PyObject *positional = PyTuple_New(1 + count), *named = PyDict_New(), *result = nullptr;
+  if (positional && named) {
+    for (Py_ssize_t i = 0; i <= count; ++i) {
+      PyObject* value = i ? args[i - 1] : self;
+      Py_IncRef(value);
+      PyTuple_SetItem(positional, i, value);
+    }
+    const Py_ssize_t rest = names ? PyObject_Size(names) : 0;
+    bool set = true;
+    for (Py_ssize_t i = 0; i < rest; ++i) set &= !PyDict_SetItem(named, PyTuple_GetItem(names, i), args[count + i]);
+    if (set) result = PyObject_Call(in_python, positional, named);
+  }
+  if (positional) Py_DecRef(positional);
+  if (named) Py_DecRef(named);
+  return result;
+}
+
+PyObject* Init(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  if (count != 2 || names || !Usual(args[0], args[1])) return InitInPython(self, args, count, names);
+  // Past the class, which is frozen.
+  if (PyObject_GenericSetAttr(self, values_name, args[0])) return nullptr;
+  if (PyObject_GenericSetAttr(self, row_splits_name, args[1])) return nullptr;
+  Py_IncRef(&_Py_NoneStruct);
+  return &_Py_NoneStruct;
+}
+
+using Method = decltype(PyMethodDef::ml_meth);
+PyMethodDef init = {"__init__", reinterpret_cast<Method>(reinterpret_cast<void (*)()>(Init)), kFastCall | kKeywords,
+                    "__init__($self, values, row_splits)\n--\n\n"};
+
+PyObject* InitFor(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2) {
+    PyErr_SetString(PyExc_TypeError, "init_for takes a class and its __init__");
+    return nullptr;
+  }
+  Py_IncRef(args[1]);
+  if (in_python) Py_DecRef(in_python);
+  in_python = args[1];
+  return PyDescr_NewMethod(args[0], &init);
 }
 
 PyMethodDef methods[] = {
-    {"is_usual", IsUsual, kFastCall,
-     "is_usual(values, row_splits): whether they are numpy arrays of rank 1, and row_splits contiguous int32 or int64 "
-     "that rise from 0 to at most len(values). Others may be right as well."},
+    {"init_for", InitFor, kFastCall,
+     "init_for(cls, init): an __init__ for `cls` that sets the attributes `values` and `row_splits` where they are what "
+     "they mostly are, and calls `init` where they are not."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = jaxembed::ModuleOf("jaxembed_ragged", methods);
@@ -46,5 +88,7 @@ PyModuleDef module = jaxembed::ModuleOf("jaxembed_ragged", methods);
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit_jaxembed_ragged() {
   ndarray = jaxembed::NdarrayType();
   ndim = PyUnicode_InternFromString("ndim");
-  return ndarray && ndim ? PyModule_Create2(&module, kAbiVersion) : nullptr;
+  values_name = PyUnicode_InternFromString("values");
+  row_splits_name = PyUnicode_InternFromString("row_splits");
+  return ndarray && ndim && values_name && row_splits_name ? PyModule_Create2(&module, kAbiVersion) : nullptr;
 }
