@@ -25,11 +25,11 @@ from pathlib import Path
 
 import jax
 from cells import FULL_GRID, QUICK_GRID, Cell, Ids, grid, make_sets, make_table
-from memory_limit import measure_memory_limit
+from memory_limit import MemoryLimit, memory_limit
 from peers import NUMPY, OURS, Jax, Peer, disagreement, installed_peers
 from plot import draw
 from report import write_report
-from results import Results, row_bytes, targets
+from results import Results, targets
 from timing import interleave
 from tqdm import tqdm
 from whole_call import WholeCall, measure_whole_call
@@ -61,23 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"Something else is running (load {os.getloadavg()[0]:.1f}): ratios will mislead.", file=sys.stderr
         )
-    if not options.no_limit:
-        print("Measuring how fast memory reads rows at random.", file=sys.stderr)
-        largest = max(cell.vocabulary for cell in cells)
-        results.limit = measure_memory_limit((largest, row_bytes(c)) for c in cells if c.vocabulary == largest)
+    limit = None if options.no_limit else memory_limit()
+    results.stream = limit.stream() if limit else None
     full = {name: tuple(values) for name, values in axes.items()} == FULL_GRID and options.peers is None
     path = options.out / ("lookup.md" if full else "lookup-part.md")
     path.parent.mkdir(parents=True, exist_ok=True)
     if options.resume and path.with_suffix(".csv").exists():
         results.read_csv(path.with_suffix(".csv"))
         results.facts["runs"] = "several, one after another; all contenders of a cell in the same one"
-    run_cells(cells, results, options.cell_seconds, options.peers, path.with_suffix(".csv"))
+    run_cells(cells, results, options.cell_seconds, options.peers, path.with_suffix(".csv"), limit)
     if not options.no_whole_call:
         print("Timing the whole call.", file=sys.stderr)
         spec = WholeCall() if not options.quick else WholeCall(seconds=2.0)
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-            results.whole = pool.submit(measure_whole_call, spec, options.peers).result()
+            results.whole = pool.submit(
+                measure_whole_call, spec, options.peers, not options.async_dispatch
+            ).result()
         results.wrong += results.whole.wrong
     results.facts["took"] = f"{(time.time() - started) / 60:.1f} minutes"
     _write(results, path)
@@ -95,9 +95,9 @@ def compile_cells(cells: list[Cell]) -> None:
                 peer.load(table)
             for cell in group:
                 progress.set_description(str(cell))
-                sets = make_sets(cell, ids, 1, _lookups_per_call(cell))
                 for peer in peers:
-                    for every in (True, False):
+                    for every, slow in ((True, True), (False, peer.slow)):
+                        sets = make_sets(cell, ids, 1, _lookups_per_call(cell, slow))
                         peer.program(cell, sets, every)(0)
                 progress.update()
             for peer in peers:
@@ -106,7 +106,12 @@ def compile_cells(cells: list[Cell]) -> None:
 
 
 def run_cells(
-    cells: list[Cell], results: Results, seconds: float, only: list[str] | None = None, keep: Path | None = None
+    cells: list[Cell],
+    results: Results,
+    seconds: float,
+    only: list[str] | None = None,
+    keep: Path | None = None,
+    limit: MemoryLimit | None = None,
 ) -> None:
     """Times every installed contender in every cell, after checking that its outputs are right.
 
@@ -116,13 +121,19 @@ def run_cells(
       seconds: for each cell.
       only: names of the peers that are wanted; default: all.
       keep: CSV file of all timings so far, written after each table.
+      limit: takes its turns where a lookup is bound by memory.
     """
     peers, results.left_out = installed_peers(only)
-    run_peers(peers, cells, results, seconds, keep)
+    run_peers(peers, cells, results, seconds, keep, limit)
 
 
 def run_peers(
-    peers: list[Peer], cells: list[Cell], results: Results, seconds: float, keep: Path | None = None
+    peers: list[Peer],
+    cells: list[Cell],
+    results: Results,
+    seconds: float,
+    keep: Path | None = None,
+    limit: MemoryLimit | None = None,
 ) -> None:
     """`run_cells` of given contenders, among them numpy's, whose outputs are the reference."""
     done = set(results.cells)
@@ -132,16 +143,17 @@ def run_peers(
     with tqdm(total=len(cells), unit="cell", disable=None) as progress:
         for key, group in itertools.groupby(cells, key=lambda cell: (cell.dtype, cell.vocabulary, cell.dim)):
             table = make_table(*key)
-            for peer in peers:
+            loaded = [*peers, *filter(None, [limit])]
+            for peer in loaded:
                 peer.load(table)
             for cell in group:
                 progress.set_description(str(cell))
                 kind = cell.vocabulary, cell.ids
                 if kind not in pools:
                     pools[kind] = Ids(*kind)
-                _run_cell(cell, peers, pools[kind], results, seconds)
+                _run_cell(cell, peers, pools[kind], results, seconds, limit)
                 progress.update()
-            for peer in peers:
+            for peer in loaded:
                 peer.unload()
             jax.clear_caches()
             gc.collect()
@@ -149,12 +161,15 @@ def run_peers(
                 results.write_csv(keep)
 
 
-def _run_cell(cell: Cell, peers: list[Peer], ids: Ids, results: Results, seconds: float) -> None:
-    lookups = _lookups_per_call(cell)
-    sets = make_sets(cell, ids, 4, lookups)
+def _run_cell(
+    cell: Cell, peers: list[Peer], ids: Ids, results: Results, seconds: float, limit: MemoryLimit | None
+) -> None:
+    counts = {slow: _lookups_per_call(cell, slow) for slow in (False, True)}
+    sets = make_sets(cell, ids, 4, counts[False])
+    few = [batches[: counts[True]] for batches in sets]
     reference = next(peer for peer in peers if peer.name == NUMPY)
-    expected = reference.outputs(reference.program(cell, sets, True)(0))
-    programs = {}
+    expected = reference.outputs(reference.program(cell, few, True)(0))
+    programs, lookups = {}, {}
     for peer in peers:
         why = peer.refuses(cell)
         if why is not None:
@@ -162,20 +177,23 @@ def _run_cell(cell: Cell, peers: list[Peer], ids: Ids, results: Results, seconds
             results.refused.setdefault((peer.name, why), set()).add(kind)
             continue
         rounded_sums = peer.sums_in_bfloat16 and cell.dtype == "bfloat16"
-        difference = disagreement(cell, expected, peer.outputs(peer.program(cell, sets, True)(0)), rounded_sums)
+        difference = disagreement(cell, expected, peer.outputs(peer.program(cell, few, True)(0)), rounded_sums)
         if difference is None:
-            programs[peer.name] = peer.program(cell, sets, False)
+            programs[peer.name] = peer.program(cell, few if peer.slow else sets, False)
+            lookups[peer.name] = counts[peer.slow]
             programs[peer.name](0)
         else:
             results.wrong.append(f"{peer.name}, {cell}: {difference}")
+    if limit is not None and results.beyond_cache(cell):
+        programs[limit.name], lookups[limit.name] = limit.program(cell, sets), counts[False]
     for name, timing in interleave(programs, len(sets), seconds, seed=len(results.timings)).items():
-        results.timings[cell, name] = timing.per(lookups)
+        results.timings[cell, name] = timing.per(lookups[name])
 
 
-def _lookups_per_call(cell: Cell) -> int:
-    """Several, so that the price of a call from Python weighs little; fewer where one is slow."""
+def _lookups_per_call(cell: Cell, slow: bool) -> int:
+    """Several, so that the price of a call from Python weighs little: 0.1 ms where other code filled the caches."""
     values = cell.num_ids * cell.dim
-    return 16 if values <= 2**17 else 8 if values <= 2**19 else 4 if values <= 2**21 else 1
+    return 16 if values <= 2**17 or not slow else 8 if values <= 2**19 else 4 if values <= 2**21 else 1
 
 
 def _write(results: Results, path: Path) -> None:
@@ -210,6 +228,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="keep the cells that the report in --out has; run the others"
     )
     parser.add_argument("--no-limit", action="store_true", help="leave out the memory limit")
+    parser.add_argument(
+        "--async-dispatch", action="store_true", help="the whole call with JAX's default, a thread of XLA's own"
+    )
     parser.add_argument("--no-whole-call", action="store_true", help="leave out the whole call")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder for the report"

@@ -1,39 +1,79 @@
-"""The measured limit that no lookup can beat: how fast memory gives up whole rows at random."""
+"""The measured limit that no lookup can beat: how fast memory gives up the rows of a cell."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+import numpy as np
+from cells import Batch, Cell, Table
 
 _SOURCE = Path(__file__).with_name("memory_limit.cc")
+_DISTANCES = (8, 16, 32, 64)
 
 
-class MemoryLimit(NamedTuple):
-    """GB/s of a streaming read, and of random reads by (rows, bytes of a row)."""
+class MemoryLimit:
+    """Reads the rows of each lookup and adds them up, as a contender that takes its turns with the others."""
 
-    stream: float
-    random: dict[tuple[int, int], float]
+    name = "memory limit"
+
+    def __init__(self, library: Any):
+        self._read_rows, self._read_stream = library.ReadRows, library.ReadStream
+        for function in (self._read_rows, self._read_stream):
+            function.restype = ctypes.c_uint64
+        self._threads = os.cpu_count() or 1
+
+    def load(self, table: Table) -> None:
+        """Takes the table for the cells that follow."""
+        self._rows = table.rows if table.fused is None else table.fused
+
+    def unload(self) -> None:
+        """Lets go of the table."""
+        self._rows = None
+
+    def program(self, cell: Cell, sets: list[list[Batch]]) -> Callable[[int], int]:
+        """A call that reads all rows of input set i, at the distance of fetching ahead that is fastest here."""
+        rows = self._rows
+        width = ctypes.c_int64(rows.nbytes // rows.shape[0])
+        ids = [np.concatenate([batch.ids for batch in batches]) for batches in sets]
+
+        def read(i: int, ahead: int) -> int:
+            of = ctypes.c_void_p(ids[i].ctypes.data), ctypes.c_int64(ids[i].size)
+            return self._read_rows(
+                ctypes.c_void_p(rows.ctypes.data), width, *of, ctypes.c_int64(ahead), self._threads
+            )
+
+        best = min(_DISTANCES, key=lambda ahead: min(_seconds(read, i % len(ids), ahead) for i in range(5)))
+        return lambda i: read(i, best)
+
+    def stream(self, megabytes: int = 256) -> float:
+        """GB/s of a streaming read."""
+        memory = np.ones(megabytes << 17)
+        address, size = ctypes.c_void_p(memory.ctypes.data), ctypes.c_int64(memory.nbytes)
+        passes = [_seconds(self._read_stream, address, size, self._threads) for _ in range(10)]
+        return memory.nbytes / float(np.median(passes)) / 1e9
 
 
-def measure_memory_limit(sizes: Iterable[tuple[int, int]], seconds: float = 0.4) -> MemoryLimit | None:
-    """Compiles and runs memory_limit.cc on all cores; None where there is no C++ compiler.
-
-    Args:
-      sizes: (rows, bytes of a row) of each table; the largest one is the memory that is read.
-      seconds: time to spend on each.
-    """
+def memory_limit() -> MemoryLimit | None:
+    """Compiles memory_limit.cc; None where there is no C++ compiler with OpenMP."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
-    sizes = sorted(set(sizes))
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "memory_limit"
-        flags = ["-std=c++17", "-O3", "-march=native", "-pthread"]
-        subprocess.run([*compiler.split(), *flags, str(_SOURCE), "-o", str(program)], check=True)
-        arguments = [str(os.cpu_count() or 1), str(seconds), *(f"{rows}:{size}" for rows, size in sizes)]
-        lines = subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
-    (_, _, stream), *rates = [line.split() for line in lines.splitlines()]
-    return MemoryLimit(float(stream), {(int(rows), int(size)): float(rate) for rows, size, rate in rates})
+        library = Path(folder) / "memory_limit.so"
+        flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+        command = [*compiler.split(), *flags, str(_SOURCE), "-o", str(library)]
+        if subprocess.run(command, capture_output=True).returncode:
+            return None
+        return MemoryLimit(ctypes.CDLL(str(library)))
+
+
+def _seconds(function: Callable[..., int], *arguments: Any) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start

@@ -22,10 +22,12 @@ class Peer(Protocol):
 
     Attributes:
       sums_in_bfloat16: it rounds a bfloat16 sum at every step, not once at the end.
+      slow: so much that what a call costs from Python does not count; its calls are of fewer lookups.
     """
 
     name: str
     sums_in_bfloat16: bool
+    slow: bool
 
     def refuses(self, cell: Cell) -> str | None:
         """Why it cannot run this cell, or None."""
@@ -101,7 +103,7 @@ class Jax:
     sums_in_bfloat16 = False
 
     def __init__(self, name: str, path: str | None):
-        self.name, self._path = name, path
+        self.name, self._path, self.slow = name, path, path == "xla"
 
     def refuses(self, cell: Cell) -> str | None:
         return None
@@ -163,6 +165,7 @@ class Numpy:
 
     name = NUMPY
     sums_in_bfloat16 = False
+    slow = True
 
     def refuses(self, cell: Cell) -> str | None:
         return None

@@ -44,6 +44,7 @@ class TensorFlow:
     """One layout of inputs ("ragged" or "sparse")."""
 
     sums_in_bfloat16 = True
+    slow = True
 
     def __init__(self, layout: str, variable: _Variable):
         self.name, self._sparse, self._variable = f"TensorFlow, {layout}", layout == "sparse", variable

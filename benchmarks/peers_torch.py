@@ -22,6 +22,7 @@ class Torch:
 
     name = "torch"
     sums_in_bfloat16 = False
+    slow = False
 
     def refuses(self, cell: Cell) -> str | None:
         return None
@@ -54,6 +55,7 @@ class Fbgemm:
 
     name = "FBGEMM"
     sums_in_bfloat16 = False
+    slow = False
 
     def refuses(self, cell: Cell) -> str | None:
         return None

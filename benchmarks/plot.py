@@ -77,9 +77,9 @@ def _rates(axis: Any, results: Results, dtype: str) -> None:
         points = [(c.dim, results.rate(c, name)) for c in cells if (c, name) in results.timings]
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", label=name, **_style(name))
-    if results.limit is not None:
-        axis.axhline(results.limit.stream, color="k", linestyle=":", label="memory limit: one stream")
-        axis.set_ylim(0, 1.08 * results.limit.stream)
+    if results.stream is not None:
+        axis.axhline(results.stream, color="k", linestyle=":", label="memory limit: one stream")
+        axis.set_ylim(0, 1.08 * results.stream)
     limits = [(c.dim, limit) for c in cells if (limit := results.limit_of(c)) is not None]
     if limits:
         dims, rates = zip(*limits, strict=True)

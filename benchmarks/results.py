@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
 from cells import Cell
-from memory_limit import MemoryLimit
 from timing import Timing
 from whole_call import OURS as WHOLE_OURS
 from whole_call import WholeCallResult
 
-OURS, PLAIN = "jaxembed", "jaxembed, plain JAX"
+OURS, PLAIN, LIMIT = "jaxembed", "jaxembed, plain JAX", "memory limit"
 FAR_LARGER = 8  # times the cache
 
 
@@ -28,6 +27,7 @@ class Results:
       left_out: contenders that are not installed, and why.
       facts: lines about machine, versions and command.
       cache_bytes: size of the last-level cache.
+      stream: GB/s of a streaming read; None where the memory limit was not measured.
     """
 
     contenders: list[str] = dataclasses.field(default_factory=list)
@@ -37,7 +37,7 @@ class Results:
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
     cache_bytes: int = 0
-    limit: MemoryLimit | None = None
+    stream: float | None = None
     whole: WholeCallResult | None = None
 
     @property
@@ -63,8 +63,8 @@ class Results:
         return cell.num_ids * row_bytes(cell) / self.timings[cell, name].median / 1e9
 
     def limit_of(self, cell: Cell) -> float | None:
-        """GB/s that random reads of rows of this size reach, or None where it was not measured."""
-        return self.limit.random.get((cell.vocabulary, row_bytes(cell))) if self.limit else None
+        """GB/s at which the rows of this cell can be read, or None where it was not measured."""
+        return self.rate(cell, LIMIT) if (cell, LIMIT) in self.timings else None
 
     def beyond_cache(self, cell: Cell) -> bool:
         """Whether a lookup is bound by memory: uniform ids, a table far larger than the cache, 4 MB or more."""

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_TURN = 2e-3
+_TURN = 5e-3
+#: After a pause a second thread takes up to ten milliseconds to come at once where the cores are virtual ones.
+_WARM = 10e-3
 _LEAST_ROUNDS = 3
 #: Longest time to wait for the threads of the contender before: OpenMP's spin for 2 to 10 ms after a call.
 _SETTLE = 0.05
@@ -35,11 +37,12 @@ def interleave(
     seed: int,
     rounds: int = 15,
     turn: float = _TURN,
+    warm: float = _WARM,
 ) -> dict[str, Timing]:
     """Times contenders in turn, in an order shuffled anew each round, over rotating inputs.
 
-    A turn begins when no thread of the contender before it uses a core any more. Then come untimed calls for half of
-    `turn` seconds, and as many timed ones as make `turn` seconds; where a call takes ten times that, a single timed
+    A turn begins when no thread of the contender before it uses a core any more. Then come untimed calls for `warm`
+    seconds, and as many timed ones as make `turn` seconds; where a call takes ten times that, a single timed
     call. Slow contenders take part in fewer, evenly spaced rounds.
 
     Args:
@@ -48,11 +51,12 @@ def interleave(
       num_sets: how many input sets there are.
       budget: seconds to spend on all contenders, if 3 rounds of each fit in.
       rounds: at most.
-      turn: seconds of a contender's turn.
+      turn: seconds of a contender's timed calls.
+      warm: seconds of the untimed ones before.
       seed: of the order of turns; another one for each call, or the same contender follows the same always.
     """
     rng = np.random.default_rng(seed)
-    clocks = {name: _Clock(program, num_sets, turn) for name, program in programs.items()}
+    clocks = {name: _Clock(program, num_sets, turn, warm) for name, program in programs.items()}
     shares = {name: clock.rounds_in(budget / len(clocks), rounds) for name, clock in clocks.items()}
     most = max(shares.values())
     with _no_collection():
@@ -66,7 +70,7 @@ def interleave(
 class _Clock:
     """One contender's calls, in rotation over its input sets."""
 
-    def __init__(self, program: Callable[[int], Any], num_sets: int, turn: float):
+    def __init__(self, program: Callable[[int], Any], num_sets: int, turn: float, warm: float):
         self._program, self._num_sets, self._set, self._samples = program, num_sets, 0, []
         self._estimate = self._run(1)
         short = self._estimate < 10 * turn
@@ -76,7 +80,7 @@ class _Clock:
         else:
             self._samples.append(self._estimate)
         self._calls = max(1, math.ceil(turn / self._estimate))
-        self._untimed = math.ceil(self._calls / 2) if short else 0
+        self._untimed = math.ceil(warm / self._estimate) if short else 0
 
     def rounds_in(self, seconds: float, most: int) -> int:
         """Rounds still to come."""

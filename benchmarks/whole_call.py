@@ -55,14 +55,20 @@ class Model:
         return self.hidden, self.hidden_bias, self.output
 
 
-def measure_whole_call(spec: WholeCall, only: list[str] | None = None) -> WholeCallResult:
+def measure_whole_call(
+    spec: WholeCall, only: list[str] | None = None, synchronous: bool = True
+) -> WholeCallResult:
     """Checks that all contenders agree and times them in turn at each batch size.
 
-    Run it in a process of its own, where jax has the settings that users have.
+    Run it in a process of its own, where jax has done nothing yet.
 
     Args:
       only: of "torch", "FBGEMM" and "TensorFlow", those that are wanted; default: all.
+      synchronous: compute in the calling thread, as `jaxembed serve` does, instead of JAX's default.
     """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", not synchronous)
     model = Model(spec)
     contenders, left_out = _contenders(spec, model, only)
     timings, wrong = {}, []
@@ -78,7 +84,9 @@ def measure_whole_call(spec: WholeCall, only: list[str] | None = None) -> WholeC
             programs[name] = lambda i, call=call, requests=requests: call(requests[i])
         if programs:
             # Long turns: torch's second thread uses 2 to 4.5 ms of a core after a call, waiting for the next one.
-            times = interleave(programs, len(requests), spec.seconds, seed=batch, rounds=30, turn=0.05)
+            times = interleave(
+                programs, len(requests), spec.seconds, seed=batch, rounds=30, turn=0.05, warm=0.025
+            )
             timings |= {(batch, name): timing for name, timing in times.items()}
     return WholeCallResult(spec, timings, left_out, wrong)
 

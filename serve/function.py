@@ -38,6 +38,10 @@ class ServingFunction:
     there come in steps of 4, each at two row lengths. Batches above the largest are split by rows.
     Thread-safe.
 
+    A process that does nothing but serve should call `jax.config.update("jax_cpu_enable_async_dispatch", False)` before
+    anything else of JAX, as `jaxembed serve` does: calls then compute in the calling thread, and a batch of few rows takes
+    up to a quarter less time.
+
     The results are those of `serving_embedding_lookup` for the same ids, where a list of lists is a
     RaggedTensor. The model sees padded rows, too (zeros), so its rows must not depend on each other.
 

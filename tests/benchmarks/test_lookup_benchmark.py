@@ -104,12 +104,37 @@ def test_targets_name_the_cells_that_miss(load):
     assert fbgemm.met is None
 
 
-def test_memory_limit_reads_something(load):
-    limit = load("memory_limit").measure_memory_limit([(1000, 32)], seconds=0.01)
+def test_memory_limit_takes_its_turns_beyond_the_cache(load, tiny):
+    limit = load("memory_limit").memory_limit()
     if limit is None:
         pytest.skip("no C++ compiler")
-    assert limit.stream > 0
-    assert limit.random[1000, 32] > 0
+    assert limit.stream(megabytes=1) > 0
+    results_module, lookup = load("results"), load("lookup")
+    large = dataclasses.replace(tiny[0], ids="uniform", batch=50_000)
+    results = results_module.Results(cache_bytes=64)
+    lookup.run_cells([tiny[0], large], results, seconds=0.01, only=[], limit=limit)
+    assert results.limit_of(tiny[0]) is None
+    assert results.limit_of(large) > 0
+    assert "memory limit" not in results.contenders
+    target = next(t for t in results_module.targets(results) if "memory limit" in t.promise)
+    assert target.met is not None
+
+
+def test_memory_limit_reads_the_rows_of_the_lookups(load):
+    limit, cells = load("memory_limit").memory_limit(), load("cells")
+    if limit is None:
+        pytest.skip("no C++ compiler")
+    cell = dataclasses.replace(cells.grid(cells.FULL_GRID)[0], batch=20, valency=4)
+    sets = cells.make_sets(cell, cells.Ids(500, "uniform"), 2, 3)
+    for dtype in cells.DTYPES:
+        table = cells.make_table(dtype, 500, 8)
+        limit.load(table)
+        read = limit.program(cell, sets)
+        rows = table.rows if table.fused is None else table.fused
+        words = np.ascontiguousarray(rows).view(np.uint64).reshape(500, -1)
+        for i, batches in enumerate(sets):
+            ids = np.concatenate([batch.ids for batch in batches])
+            assert read(i) == int(words[ids].sum(dtype=np.uint64))
 
 
 @pytest.mark.slow
