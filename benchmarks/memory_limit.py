@@ -14,7 +14,7 @@ import numpy as np
 from cells import Batch, Cell, Table
 
 _SOURCE = Path(__file__).with_name("memory_limit.cc")
-_DISTANCES = (8, 16, 32, 64)
+_DISTANCES = (4, 8, 16, 24, 32, 48, 64)
 
 
 class MemoryLimit:

@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=5, help="of overload, between which peaks are measured")
+    parser.add_argument(
+        "--cores-apart", action="store_true", help="half of the cores for the server, half for clients"
+    )
     parser.add_argument("--tables", choices=["mapped", "memory"], default="mapped")
     parser.add_argument("--folder", type=pathlib.Path, help="keeps the bundle, to use again")
     options = parser.parse_args(arguments)
@@ -50,9 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dlrm.write_bundle(folder, 1)
         flags = ["--tables", options.tables]
         flags += ["--max-queue-requests", str(2 * UNDER_WAY)] if options.promise == "overload" else []
+        cores = sorted(os.sched_getaffinity(0))
+        half = len(cores) // 2 if options.cores_apart else 0
+        os.sched_setaffinity(0, cores[:half] or cores)  # which the server inherits
         ports = stack.enter_context(server("ours", folder, *flags))
+        os.sched_setaffinity(0, cores[half:])
         call = {"swaps": swaps, "overload": overload, "growth": growth}[options.promise]
-        uvloop.run(call(ports[0], options))  # the clients share the cores of the server
+        uvloop.run(call(ports[0], options))
     return 0
 
 
@@ -119,7 +126,7 @@ async def overload(port: int, options: argparse.Namespace) -> None:
         answers.update({status: len(times) for status, times in offered.times.items()})
     print(f"answers {dict(answers)}; {sum(offered.late for offered in rounds)} found no connection")
     for load, shares in clients.items():
-        print(f"clients took {_spread(shares, '.1%')} of the machine at {load}")
+        print(f"clients took {_spread(shares, '.1%')} of their cores at {load}")
     goodput = [offered.good / rate for offered, rate in zip(rounds, rates, strict=True)]
     print(f"goodput {_spread(goodput, '.0%')} of the peak")
     admitted = [offered.quantile(200, 0.99) / p99 for offered, p99 in zip(rounds, p99s, strict=True)]
@@ -181,7 +188,7 @@ async def _offer(connections: Sequence[Connection], rate: float, seconds: float)
 
 @contextlib.contextmanager
 def _share_of_machine(shares: list[float]) -> Iterator[None]:
-    """Appends the share of all cores that this process, the clients, takes meanwhile: the server has the rest."""
+    """Appends the share of its cores that this process, the clients, takes meanwhile: a server on them has the rest."""
     used, begin = time.process_time(), time.perf_counter()
     yield
     shares.append((time.process_time() - used) / (time.perf_counter() - begin) / len(os.sched_getaffinity(0)))

@@ -463,12 +463,14 @@ struct Runner {
     return divisor;
   }
 
-  void Sequence(int64_t b, int64_t begin, int64_t end) {
-    const int64_t length = bag.sequence_length, dim = bag.table.dim;
+  // Rows are fetched up to the entry `fetch_end`.
+  void Sequence(int64_t b, int64_t begin, int64_t end, int64_t fetch_end) {
+    const int64_t length = bag.sequence_length, dim = bag.table.dim, ahead = Ahead(row_bytes);
     float* sum = Sum(b * bag.out_stride);
     std::memset(sum, 0, 4 * length * dim);
     if (!bag.columns.data && end - begin > length) end = begin + length;
     for (int64_t i = begin; i < end; ++i) {
+      if (i + ahead < fetch_end) Prefetch(bag.table, row_bytes, ids[At(i + ahead)]);
       const int64_t at = At(i);
       const int64_t l = bag.columns.data ? bag.columns[at] : i - begin;
       if (l < 0 || l >= length || !Live(at)) continue;
@@ -501,7 +503,7 @@ struct Runner {
       }
       const int64_t begin = placed.splits[b], end = placed.splits[b + 1];
       if (bag.sequence_length) {
-        Sequence(b, begin, end);
+        Sequence(b, begin, end, task.end);
         continue;
       }
       float* sum = Sum(b * bag.out_stride);
