@@ -1,6 +1,7 @@
 """RaggedTensor and SparseTensor: constructors, padding, refusals."""
 
 import dataclasses
+import inspect
 import sys
 
 import hypothesis
@@ -150,6 +151,10 @@ def test_native_code_takes_what_python_takes_and_no_more(native_ragged, splits, 
         assert native[1] is python[1] is splits
         usual = np.dtype(dtype) in (np.int32, np.int64) and splits.flags.c_contiguous
         assert bool(native_ragged) != usual
+
+
+def test_signature_of_a_ragged_tensor():
+    assert list(inspect.signature(je.RaggedTensor).parameters) == ["values", "row_splits"]
 
 
 def test_native_code_leaves_what_is_unusual_to_python(native_ragged):

@@ -1,6 +1,7 @@
 """Ragged ids: bag b holds values[row_splits[b]:row_splits[b + 1]]."""
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -202,6 +203,8 @@ class RaggedTensor:
 
 _init_in_python = RaggedTensor.__init__
 if _init_for is not None:
+    # Python 3.13 cannot tell the arguments of an __init__ that is native.
+    setattr(RaggedTensor, "__signature__", inspect.signature(RaggedTensor))  # noqa: B010
     RaggedTensor.__init__ = _init_for(RaggedTensor, _init_in_python)
 
 
