@@ -13,10 +13,12 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +64,11 @@ class Versions:
         self._turn = asyncio.Lock()
         self._loaded = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._state = pathlib.Path(config.state) if config.state else pathlib.Path(tempfile.mkdtemp("jaxembed"))
+        if config.state:
+            self._state = pathlib.Path(config.state)
+        else:
+            self._state = pathlib.Path(tempfile.mkdtemp(prefix="jaxembed-"))
+            weakref.finalize(self, shutil.rmtree, self._state, ignore_errors=True)
 
     @property
     def current(self) -> ServedModel | None:

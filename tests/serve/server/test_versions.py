@@ -1,10 +1,12 @@
 """Versions: the newest whole one serves, a bad one changes nothing, and requests never notice."""
 
 import asyncio
+import gc
 import json
 import os
 import shutil
 import sys
+import tempfile
 import types
 
 import httpx
@@ -159,6 +161,15 @@ def test_loading_beside_requests_is_paced_and_at_the_start_it_is_not(folder, che
         assert paced == {0: False, 1: True}
 
     run(check())
+
+
+def test_what_is_kept_without_a_folder_for_it_goes_with_the_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    versions = Versions(ServerConfig(str(tmp_path)), Metrics())
+    assert len(list(tmp_path.iterdir())) == 1
+    del versions
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_to_serve_yet(tmp_path, checkpoint):
