@@ -67,9 +67,13 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV) || { echo "install Python's venv module (Debian: apt install python3-venv)"; exit 1; }
 	@touch $@
 
-# The kernel is compiled once: what is installed already satisfies `jaxembed[...]`, which then adds its extra alone.
+# Built with the packages of .venv, whose paths stay: what was compiled before is not compiled again.
+# What is installed already satisfies `jaxembed[...]`, which then adds its extra alone.
+BUILD_REQUIRES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])
 $(VENV)/.installed: $(VENV)/.python $(SOURCES)
-	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -q $$($(BIN)/python -c '$(BUILD_REQUIRES)')
+	$(BIN)/python -m pip install -q cmake ninja || echo "CMake and ninja cannot be installed: the system's are used"
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed

@@ -8,12 +8,14 @@ import os
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxembed import QuantizationConfig, bag_native, kernel
 from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.quantization import quantize
+from jaxembed.quantized_table import QuantizedTable
 from jaxembed.resident_table import ResidentTable, TableForm, addresses
 from jaxembed.splits import SplitsRow
 
@@ -225,6 +227,26 @@ def test_many_features_in_one_call_share_what_they_share(kind, dim):
             np.asarray(ours, np.float32), np.asarray(theirs, np.float32), rtol=tolerance, atol=1e-6
         )
     np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("dim", [3, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "codes8", "codes4"])
+def test_a_row_that_is_not_combined_keeps_its_bits(dtype, dim):
+    rng = np.random.default_rng(0)
+    odd = np.array([-0.0, 1e-40, -1e-42, np.nan, -np.inf, 1.5], np.float32)  # zeros and subnormals with a sign
+    if dtype in ("codes8", "codes4"):
+        codebook = np.resize(odd, 256 if dtype == "codes8" else 16)
+        shape = (500, dim) if dtype == "codes8" else (500, -(-dim // 2))
+        table = QuantizedTable(dtype, dim, rng.integers(0, 256, shape, np.uint8), codebook)
+        rows = table.host_rows(0, 500)
+    else:
+        bits = rng.integers(0, 2**32, (500, dim), np.uint32).astype("u4" if dtype == "float32" else "u2")
+        rows = table = bits.view(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    ids = rng.integers(0, 500, 20_000).astype(np.int32)
+    operands = BagOperands(jax.tree.map(jnp.asarray, table), jnp.asarray(ids))
+    lookup = jax.jit(lambda operands: embedding_bags([Bag("dense", ids.size)], [operands], "native")[0][0])
+    size = f"u{rows.dtype.itemsize}"
+    np.testing.assert_array_equal(np.asarray(lookup(operands)).view(size), rows[ids].view(size))
 
 
 @pytest.mark.parametrize("dim", [8, 16, 24, 32, 64, 128, 256])

@@ -479,14 +479,31 @@ struct Runner {
     for (int64_t l = 0; l < length; ++l) Write(bag, b * bag.out_stride + l * dim, sum + l * dim);
   }
 
+  // Nothing is added to a row, so that it keeps its bits: zeros their sign, and XLA's threads take subnormals for zeros.
   void Dense(int64_t i) {
-    float* sum = Sum(i * bag.out_stride);
-    if (Live(i)) {
-      Accumulate<T, false, Id>(bag.table, row_bytes, {ids + i, nullptr, 1, ids}, sum, true);
+    constexpr bool kHalf = T == RowType::kBF16 || T == RowType::kF16;
+    const int64_t dim = bag.table.dim, size = kHalf ? 2 : 4;
+    uint8_t* out = static_cast<uint8_t*>(bag.out) + i * bag.out_stride * size;
+    if (!Live(i)) {
+      std::memset(out, 0, size * dim);
+    } else if constexpr (Affine(T)) {
+      Accumulate<T, false, Id>(bag.table, row_bytes, {ids + i, nullptr, 1, ids}, reinterpret_cast<float*>(out), true);
     } else {
-      std::memset(sum, 0, 4 * bag.table.dim);
+      const uint8_t* row = static_cast<const uint8_t*>(bag.table.rows) + ids[i] * row_bytes;
+      if constexpr (kHalf || T == RowType::kF32) {
+        std::memcpy(out, row, size * dim);
+      } else {
+        int64_t d = 0;
+        for (; d + kLanes <= dim; d += kLanes) {
+          const Floats x = Load<T, kLanes>(bag.table, row, d);
+          std::memcpy(out + 4 * d, &x, sizeof x);
+        }
+        for (; d < dim; ++d) {
+          const float x = Element<T>(bag.table, row, d);
+          std::memcpy(out + 4 * d, &x, 4);
+        }
+      }
     }
-    Write(bag, i * bag.out_stride, sum);
   }
 
   void Run(const Task& task) {
