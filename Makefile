@@ -45,7 +45,7 @@ sanitize: $(VENV)/.test
 	cmake --install $(SANITIZED) --prefix $(SANITIZED)/install
 	PYTHONPATH=$(SANITIZED)/install ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc JAXEMBED_SANITIZED=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(PYTEST) tests/test_native.py tests/serve/test_native_packing.py
+	  $(PYTEST) -n auto tests/test_native.py tests/serve/test_native_packing.py
 
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user, and neither XLA nor Python.
 AARCH64 := build/aarch64

@@ -170,7 +170,7 @@ for name, bad in {
     "signature",
     [
         pytest.param("serving_default", marks=pytest.mark.slow),
-        "weighted",
+        pytest.param("weighted", marks=pytest.mark.slow),
         pytest.param("sparse", marks=pytest.mark.slow),
         "sparse_weighted",
     ],
@@ -261,7 +261,7 @@ np.save(sys.argv[2], tf.cast(out["x"], tf.float32))
 """
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_types(tmp_path, dtype):
     """TensorFlow serves our outputs of a table in half precision, which lies on disk as it is."""
     rows = np.random.default_rng(0).normal(size=(20, 4000)).astype(np.float32)

@@ -85,7 +85,7 @@ def cotangents(seed, activations):
     return {k: jnp.asarray(rng.normal(size=a.shape).astype(np.float32)) for k, a in activations.items()}
 
 
-@pytest.mark.parametrize("rows", [16, 5])
+@pytest.mark.parametrize("rows", [pytest.param(16, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
 def test_lookup_equals_serving(exchange, rows):
     embedding = embedding_of(exchange)
@@ -101,7 +101,7 @@ def test_lookup_equals_serving(exchange, rows):
             np.testing.assert_allclose(actual[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("exchange", [pytest.param("all_gather", marks=pytest.mark.slow), "all_to_all"])
 def test_updates_equal_gradients_of_serving(exchange):
     embedding = embedding_of(exchange, plan={"last": "column", "plain": "replicated"})
     state = embedding.init(jax.random.key(1))

@@ -44,7 +44,10 @@ def served(embedding, state, inputs, weights=None):
     return je.serving_embedding_lookup(inputs, weights, tables, CONFIG)
 
 
-@pytest.mark.parametrize(("devices", "exchange"), [(1, "all_gather"), (8, "all_to_all"), (4, "all_gather")])
+@pytest.mark.parametrize(
+    ("devices", "exchange"),
+    [pytest.param(1, "all_gather", marks=pytest.mark.slow), (8, "all_to_all"), (4, "all_gather")],
+)
 def test_served_codes_equal_the_forward_bit_for_bit(devices, exchange):
     """Where the sums are made in the order of the bag: all but those of rows of several shards."""
     plan = (

@@ -44,7 +44,7 @@ def embedding(num_devices, rows=1003, plan=None):
 
 
 # One window a shard; many windows; windows that divide nothing.
-@pytest.mark.parametrize("window", [32 << 20, 8 * 32 * 8, 8 * 32 * 7])
+@pytest.mark.parametrize("window", [32 << 20, pytest.param(8 * 32 * 8, marks=pytest.mark.slow), 8 * 32 * 7])
 @pytest.mark.parametrize(("saved_on", "restored_on"), [(8, 1), (1, 8), (4, 8)])
 def test_every_sharding_comes_back(tmp_path, monkeypatch, window, saved_on, restored_on):
     monkeypatch.setattr(stack_reading, "WINDOW_BYTES", window)
@@ -61,7 +61,7 @@ def test_every_sharding_comes_back(tmp_path, monkeypatch, window, saved_on, rest
     assert int(restored.step) == 7
 
 
-@pytest.mark.parametrize("window", [32 << 20, 8 * 32 * 7])
+@pytest.mark.parametrize("window", [pytest.param(32 << 20, marks=pytest.mark.slow), 8 * 32 * 7])
 def test_growth_by_windows(tmp_path, monkeypatch, window):
     monkeypatch.setattr(stack_reading, "WINDOW_BYTES", window)
     small, large = embedding(2), embedding(8, rows=1500)

@@ -15,6 +15,8 @@ from jaxembed.train import Checkpointer
 from jaxembed.train.embedding import ShardedEmbedding
 
 EXCHANGES = ("all_gather", "all_to_all")
+#: Where one of them is enough for most runs.
+ONE_EXCHANGE = (pytest.param("all_gather", marks=pytest.mark.slow), "all_to_all")
 
 
 def mesh(devices=8):
@@ -79,8 +81,15 @@ def assert_close(actual, expected, **tolerance):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), **{"rtol": 1e-6, "atol": 2e-6, **tolerance})
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("batch", [16, 13])
+@pytest.mark.parametrize(
+    ("batch", "weighted"),
+    [
+        (16, False),
+        (13, True),
+        pytest.param(16, True, marks=pytest.mark.slow),
+        pytest.param(13, False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_lookup_equals_serving(exchange, batch, weighted):
     embedding = ShardedEmbedding(CONFIG, Adagrad(0.1), mesh(), exchange=exchange)
@@ -92,7 +101,7 @@ def test_lookup_equals_serving(exchange, batch, weighted):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_updates_equal_dense_gradients_on_one_device(exchange, weighted):
     embedding = ShardedEmbedding(CONFIG, Adagrad(0.1), two_axes(), exchange=exchange)
     state = embedding.init(jax.random.key(1))
@@ -156,7 +165,7 @@ def test_canonical_states_carry_over_to_another_mesh():
     )
 
 
-@pytest.mark.parametrize("axis", ["y", ("y", "x")])
+@pytest.mark.parametrize("axis", [pytest.param("y", marks=pytest.mark.slow), ("y", "x")])
 def test_axes_of_the_mesh_in_any_order(tmp_path, axis):
     grid = jax.make_mesh((2, 4), ("x", "y"))
     config = {
@@ -237,7 +246,7 @@ def test_dense_ids_may_be_traced_and_others_say_what_to_do():
         lookup(state, RaggedTensor.from_lists([[1]]))
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("exchange", ONE_EXCHANGE)
 def test_a_batch_that_looks_up_one_shard_only_is_exact(exchange):
     """All ids on one shard and far more than a round takes: nothing is dropped."""
     table = TableConfig(4096, 4, name="t", combiner="sum")
@@ -292,7 +301,7 @@ def test_more_tables_take_no_more_collectives(exchange):
     assert collectives(7) == found
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("exchange", ONE_EXCHANGE)
 def test_gradients_of_weights(exchange):
     embedding = ShardedEmbedding(CONFIG, Adagrad(0.1), mesh(), exchange=exchange)
     state = embedding.init(jax.random.key(0))

@@ -220,7 +220,7 @@ def test_weights_reach_the_places_of_their_ids(combiner):
     assert_close(emulate(ours, packed, state, gains), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_lookups_and_updates_equal_the_xla_engine(weighted):
     ours, theirs = embedding(), embedding(engine="xla")
     state, other = ours.init(jax.random.key(0)), theirs.init(jax.random.key(0))
