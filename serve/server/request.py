@@ -1,6 +1,8 @@
 """InferenceRequest: what every protocol's request is read into, whatever it was written in."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,30 @@ def timeout_from(value: Any, per_second: float) -> float | None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**53:
         raise bad_request(f"timeout must be a number above 0, got {str(value)[:80]!r}.")
     return value / per_second
+
+
+def outputs_from(names: Iterable[Any]) -> tuple[str, ...] | None:
+    """The names of the outputs that were asked for; None for all.
+
+    Raises:
+      RequestError: if one is no string, or there twice.
+    """
+    outputs = tuple(text_from(name, "the name of an output") for name in names)
+    if not outputs:
+        return None
+    refuse_repeated("output", outputs)
+    return outputs
+
+
+def refuse_repeated(what: str, names: Collection[str]) -> None:
+    """Refuses a name that is there twice; it takes time in proportion to their number.
+
+    Raises:
+      RequestError: if there is one.
+    """
+    if len(set(names)) != len(names):
+        ((name, _),) = Counter(names).most_common(1)
+        raise bad_request(f"{what} {name[:100]!r} is there twice.")
 
 
 def text_from(value: Any, what: str) -> str:

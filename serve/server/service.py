@@ -154,9 +154,9 @@ class Service:
         """
         names = model.signature.output_names
         wanted = names if request.outputs is None else list(request.outputs)
-        unknown = [] if wanted is names else [name for name in wanted if name not in names]
-        if unknown:
-            raise RequestError(400, f"output {unknown[0][:100]!r} is unknown; outputs are {names}.")
+        unknown = None if wanted is names else next((name for name in wanted if name not in names), None)
+        if unknown is not None:
+            raise RequestError(400, f"output {unknown[:100]!r} is unknown; outputs are {names}.")
         rows = request.inputs if isinstance(request.inputs, Rows) else self._pack(model, request)
         timeout = self.config.default_timeout
         if request.timeout is not None:

@@ -10,7 +10,7 @@ from jaxembed.serve.rows import Rows
 from .errors import bad_request
 from .messages import METHODS
 from .native_reader import NativeReader
-from .request import LARGE, Flat, InferenceRequest, text_from, timeout_from
+from .request import LARGE, Flat, InferenceRequest, outputs_from, text_from, timeout_from
 from .served import ServedModel
 from .signature import Signature
 from .tensors import assemble, check_rows, datatype_of, dtype_of, from_bytes, from_list
@@ -88,7 +88,7 @@ def request(
     Raises:
       RequestError: if that is not of the form it must be.
     """
-    outputs = tuple(text_from(entry.name, "the name of an output") for entry in message.outputs) or None
+    outputs = outputs_from(entry.name for entry in message.outputs)
     timeout = None
     if "timeout" in message.parameters:
         choice = message.parameters["timeout"].WhichOneof("parameter_choice")

@@ -15,7 +15,7 @@ from jaxembed.serialization import strict_json
 from jaxembed.serve.rows import Rows
 
 from .errors import bad_request
-from .request import Flat, InferenceRequest, text_from, timeout_from
+from .request import Flat, InferenceRequest, outputs_from, text_from, timeout_from
 from .served import ServedModel
 from .signature import Signature
 from .strings import takes_strings
@@ -94,10 +94,7 @@ def request(
     """
     outputs = None
     if data.get("outputs"):
-        outputs = tuple(
-            text_from(entry.get("name"), "the name of an output")
-            for entry in _objects(data["outputs"], "outputs")
-        )
+        outputs = outputs_from(entry.get("name") for entry in _objects(data["outputs"], "outputs"))
     identifier = data.get("id")
     return InferenceRequest(
         inputs,

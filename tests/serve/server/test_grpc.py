@@ -31,7 +31,7 @@ async def calling(folder):
             await server.stop(0)
 
 
-def request():
+def request(outputs=()):
     message = METHODS["ModelInfer"][0](model_name="model")
     for name, array in {
         "user": np.array([1]),
@@ -41,6 +41,8 @@ def request():
         kind = {"int64": "INT64", "float32": "FP32"}[array.dtype.name]
         message.inputs.add(name=name, datatype=kind, shape=array.shape)
         message.raw_input_contents.append(array.tobytes())
+    for name in outputs:
+        message.outputs.add(name=name)
     return message.SerializeToString()
 
 
@@ -64,6 +66,18 @@ def test_calls_that_were_cancelled_are_counted_and_not_run(shared_folder, monkey
                 'jaxembed_requests_total{protocol="v2_grpc",status="200"} 1.0',
                 'jaxembed_requests_total{protocol="v2_grpc",status="499"} 1.0',
             }
+
+    run(check())
+
+
+def test_an_output_is_not_asked_for_twice(shared_folder):
+    async def check():
+        async with calling(shared_folder) as (infer, _):
+            await infer(request(["user", "history"]))
+            with pytest.raises(grpc.RpcError) as caught:
+                await infer(request(["user", "history", "user"]))
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details() == "output 'user' is there twice."
 
     run(check())
 

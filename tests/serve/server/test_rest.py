@@ -87,6 +87,10 @@ def test_v2_binary(shared_folder):
                 headers = {"Inference-Header-Content-Length": wrong}
                 answer = await client.post("/v2/models/model/infer", content=body, headers=headers)
                 assert answer.status_code == 400
+            twice = [{"name": "user", "parameters": {"binary_data": True}}] * 2
+            body, headers = encode(v2_tensors(), outputs=twice)
+            answer = await client.post("/v2/models/model/infer", content=body, headers=headers)
+            assert (answer.status_code, answer.json()["error"]) == (400, "output 'user' is there twice.")
             body, headers = encode(v2_tensors())
             for content in (body[:-1], body + b"\0"):
                 answer = await client.post("/v2/models/model/infer", content=content, headers=headers)
@@ -274,6 +278,10 @@ BAD_V2 = {
     "twice": (change_v2(0, name="dense"), "twice"),
     "nothing": ({"inputs": []}, "inputs must be a list of objects"),
     "unknown output": ({"inputs": v2_tensors(), "outputs": [{"name": "odd"}]}, "output 'odd' is unknown"),
+    "output twice": (
+        {"inputs": v2_tensors(), "outputs": [{"name": "user"}, {"name": "history"}, {"name": "user"}]},
+        "output 'user' is there twice",
+    ),
     "timeout": ({"inputs": v2_tensors(), "parameters": {"timeout": -1}}, "timeout must be"),
     "binary size": (
         change_v2(0, parameters={"binary_data_size": 16}),
