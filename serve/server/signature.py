@@ -49,6 +49,11 @@ class Signature:
         return list(self.features), [path + ROW_SPLITS for path in self.features]
 
     @functools.cached_property
+    def max_inputs(self) -> int:
+        """The most tensors that a request can hold: ids, row splits and weights of every feature, and dense inputs."""
+        return 3 * len(self.features) + len(self.dense)
+
+    @functools.cached_property
     def output_names(self) -> list[str]:
         """The names of the outputs."""
         return [output.name for output in self.outputs]

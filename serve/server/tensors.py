@@ -21,7 +21,7 @@ import numpy as np
 from jaxembed.inputs import RaggedTensor
 
 from .errors import bad_request, too_many_rows
-from .request import ROW_SPLITS, WEIGHTS, Flat
+from .request import ROW_SPLITS, WEIGHTS, Flat, refuse_repeated
 from .signature import Signature
 from .strings import from_elements, takes_strings
 
@@ -84,6 +84,19 @@ def shape_of(name: str, shape: Any) -> tuple[int, ...]:
     ):
         raise bad_request(f"input {name!r}: shape must be 1 to 8 sizes of at least 0, got {str(shape)[:80]}.")
     return tuple(sizes)
+
+
+def check_number(signature: Signature, number: int) -> None:
+    """Refuses more tensors than the model has inputs, before anything is made of them.
+
+    Raises:
+      RequestError: if there are more.
+    """
+    if number > signature.max_inputs:
+        known = [*signature.features, *signature.dense]
+        raise bad_request(
+            f"a request has at most {signature.max_inputs} inputs, got {number}; inputs are {known}."
+        )
 
 
 def check_rows(signature: Signature, shapes: Mapping[str, Any]) -> None:
@@ -168,8 +181,7 @@ def assemble(
     """
     by_name = dict(tensors)
     if len(by_name) != len(tensors):
-        names = [tensor.name for tensor in tensors]
-        raise bad_request(f"input {next(name for name in names if names.count(name) > 1)!r} is there twice.")
+        refuse_repeated("input", [tensor.name for tensor in tensors])
     flat = _flat(signature, by_name) if signature.takes_flat else None
     if flat is not None:
         return flat, {}, {n: _numbers(n, by_name[n]) for n in signature.dense if n in by_name}

@@ -20,7 +20,7 @@ from .request import ROW_SPLITS, WEIGHTS, InferenceRequest
 from .served import ServedModel
 from .signature import Signature
 from .strings import takes_strings
-from .tensors import ragged
+from .tensors import check_number, ragged
 from .v2_json import as_json, as_known, in_pieces, read_object, to_json
 
 _SIGNATURE = "serving_default"
@@ -104,16 +104,18 @@ def _columns(signature: Signature, rows: Any) -> dict[str, list[Any]]:
         name = _only_input(signature, "instances must be objects by name of input")
         return {name: rows}
     keys = rows[0].keys()
+    check_number(signature, len(keys))
     for at, row in enumerate(rows):
         if row.keys() != keys:
             raise bad_request(
-                f"instances[{at}] must have the inputs of the first, {list(keys)}, got {list(row)}."
+                f"instances[{at}] must have the inputs of the first, {str(list(keys))[:200]}, got {str(list(row))[:200]}."
             )
     return {key: [row[key] for row in rows] for key in keys}
 
 
 def _named(signature: Signature, inputs: Any) -> dict[str, Any]:
     if isinstance(inputs, dict):
+        check_number(signature, len(inputs))
         return dict(inputs)
     return {_only_input(signature, "inputs must be an object by name of input"): inputs}
 

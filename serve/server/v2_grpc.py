@@ -13,7 +13,7 @@ from .native_reader import NativeReader
 from .request import LARGE, Flat, InferenceRequest, outputs_from, text_from, timeout_from
 from .served import ServedModel
 from .signature import Signature
-from .tensors import assemble, check_rows, datatype_of, dtype_of, from_bytes, from_list
+from .tensors import assemble, check_number, check_rows, datatype_of, dtype_of, from_bytes, from_list
 
 _MICROSECONDS = 1e6
 #: By kind and size of a type, the field of InferTensorContents that holds it; 16-bit floats have none.
@@ -57,6 +57,7 @@ def read(signature: Signature, message: Any) -> InferenceRequest:
     Raises:
       RequestError: if it is not one of the model.
     """
+    check_number(signature, len(message.inputs))
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise bad_request(

@@ -19,7 +19,7 @@ from .request import Flat, InferenceRequest, outputs_from, text_from, timeout_fr
 from .served import ServedModel
 from .signature import Signature
 from .strings import takes_strings
-from .tensors import assemble, check_rows, datatype_of, from_bytes, from_list
+from .tensors import assemble, check_number, check_rows, datatype_of, from_bytes, from_list
 
 _MICROSECONDS = 1e6
 _PIECE = 1 << 16  # numbers, which take some milliseconds to write
@@ -63,6 +63,7 @@ def read(signature: Signature, data: dict[str, Any], binary: memoryview) -> Infe
     """
     tensors, at = [], 0
     entries = _objects(data.get("inputs"), "inputs")
+    check_number(signature, len(entries))
     names = [text_from(entry.get("name"), "the name of an input") for entry in entries]
     check_rows(signature, {name: entry.get("shape") for name, entry in zip(names, entries, strict=True)})
     for name, entry in zip(names, entries, strict=True):

@@ -200,6 +200,46 @@ def test_rows_are_counted_before_a_value_is_read(monkeypatch):
     tensors.check_rows(signature, {"a": [10**6], "a.row_splits": [65]})
 
 
+def test_inputs_are_counted_before_anything_is_made_of_them(monkeypatch):
+    features = {"a": ServedFeature("a", FeatureConfig(TableConfig(10, 2, name="a")), 3, False)}
+    signature = Signature(features, {"d": (2,)}, (), max_rows=64)
+    for module in (v2_json, v2_grpc):
+        monkeypatch.setattr(module, "text_from", None)
+    monkeypatch.setattr(tf_predict, "_request", None)
+    message = METHODS["ModelInfer"][0]()
+    for at in range(5):
+        message.inputs.add(name=f"x{at}", datatype="INT64", shape=[1])
+    row = {f"x{at}": 1 for at in range(5)}
+    reads = [
+        lambda: v2_json.read(signature, {"inputs": [{}] * 5}, memoryview(b"")),
+        lambda: v2_grpc.read(signature, message),
+        lambda: tf_predict.read(signature, json.dumps({"instances": [row]}).encode()),
+        lambda: tf_predict.read(signature, json.dumps({"inputs": row}).encode()),
+    ]
+    for read in reads:
+        with pytest.raises(RequestError, match=r"has at most 4 inputs, got 5; inputs are \['a', 'd'\]"):
+            read()
+    tensors.check_number(signature, 4)
+
+
+def test_repeated_names_are_found_without_comparing_all_with_all():
+    compared = 0
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    names = [*(Name(f"x{at}") for at in range(1000)), Name("x999")]
+    signature = Signature({}, {}, (), max_rows=64)
+    with pytest.raises(RequestError, match="input 'x999' is there twice"):
+        tensors.assemble(signature, [tensors.Tensor(name, np.zeros(1)) for name in names])
+    assert compared < 10 * len(names)
+
+
 def test_bodies_together_are_bounded(shared_folder):
     async def check():
         async with client_of(shared_folder, max_body_bytes=LARGE * 2) as (client, service):
