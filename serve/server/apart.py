@@ -75,7 +75,12 @@ class Apart:
 
     def end(self) -> None:
         """Ends the process for good while another thread reads; that one finds it dead."""
-        self._ended, process = True, self._process
+        self._ended = True
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Ends the process while another thread reads, which finds it dead; what is read next starts another."""
+        process = self._process
         if process is not None:
             process.kill()
 

@@ -16,6 +16,7 @@ from .served import ServedModel
 
 _HELD_BODIES = 4  # of the largest size that there may be
 _IDLE_SECONDS = 60.0
+_GRACE_SECONDS = 2.0  # about what it takes to start another process
 
 
 class Hold:
@@ -62,7 +63,7 @@ class Large:
         #: Bytes of the bodies that are held.
         self.held: int = 0
         self._metrics, self._apart = metrics, Apart()
-        self._thread, self._asking = _Lane("jaxembed-read"), _Lane("jaxembed-apart")
+        self._thread, self._asking = _Lane("jaxembed-read"), _Lane("jaxembed-apart", self._apart.abandon)
         self._asked, self._idle = 0, None
 
     def hold(self) -> Hold:
@@ -130,12 +131,19 @@ class Large:
 
 
 class _Lane:
-    """A thread that calls one function at a time. Who gives up waiting leaves nothing behind, such as a body."""
+    """A thread that calls one function at a time. Who gives up waiting leaves nothing behind, such as a body.
 
-    def __init__(self, name: str):
+    Args:
+      name: of the thread.
+      abandon: ends the call that runs; used if nobody waits for it any more, and it does not end soon. None lets it run.
+    """
+
+    def __init__(self, name: str, abandon: Callable[[], None] | None = None):
         self._pool, self._free = concurrent.futures.ThreadPoolExecutor(1, name), asyncio.Lock()
+        self._abandon = abandon
 
     async def call(self, until: float, function: Callable[..., Any], *arguments: Any) -> Any:
+        called = None
         try:
             async with asyncio.timeout(until - monotonic()):
                 await self._free.acquire()
@@ -145,12 +153,24 @@ class _Lane:
                 return await asyncio.wrap_future(called)
         except TimeoutError:
             raise expired(begun=False) from None
+        finally:
+            if called is not None:
+                self._end_soon(called)
 
     def call_soon(self, function: Callable[[], None]) -> None:
         self._pool.submit(function)
 
     def end(self, wait: bool) -> None:
         self._pool.shutdown(wait=wait, cancel_futures=True)
+
+    def _end_soon(self, called: concurrent.futures.Future[Any]) -> None:
+        if self._abandon is not None and not called.done():
+            asyncio.get_running_loop().call_later(_GRACE_SECONDS, self._end, called, self._abandon)
+
+    def _end(self, called: concurrent.futures.Future[Any], abandon: Callable[[], None]) -> None:
+        if not called.done():
+            abandon()
+            self._end_soon(called)  # what it waits for may only start now
 
     def _release(self, loop: asyncio.AbstractEventLoop) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed

@@ -298,6 +298,7 @@ def test_who_gives_up_waiting_leaves_nothing():
 
 def test_a_process_that_dies_or_is_idle(shared_folder, monkeypatch):
     monkeypatch.setattr(large, "_IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(large, "_GRACE_SECONDS", 0.2)
     body = json.dumps(fuzz.GOOD_ROWS).encode() + BLANKS
     deep = b"[" * (1 << 24)
 
@@ -315,11 +316,21 @@ def test_a_process_that_dies_or_is_idle(shared_folder, monkeypatch):
             assert (await client.post(PREDICT, content=body)).status_code == 200
             assert await until(lambda: apart._process is None)
             assert (await client.post(PREDICT, content=body)).status_code == 200
-            # A deadline does not wait for it, and neither does the end of the server.
+            # A deadline does not wait for it, nor does a request that comes after one that nobody waits for.
             os.kill(apart._process.pid, signal.SIGSTOP)
             late = await client.post(PREDICT, content=body, headers={"x-request-timeout-ms": "50"})
             assert late.status_code == 504
             assert any('status="504"' in line for line in counts(service))
+            assert (await client.post(PREDICT, content=body)).status_code == 200
+            os.kill(apart._process.pid, signal.SIGSTOP)
+            leaving = asyncio.create_task(client.post(PREDICT, content=body))
+            await asyncio.sleep(0.1)
+            leaving.cancel()
+            assert (await client.post(PREDICT, content=body)).status_code == 200
+            # Neither does the end of the server.
+            os.kill(apart._process.pid, signal.SIGSTOP)
+            late = await client.post(PREDICT, content=body, headers={"x-request-timeout-ms": "50"})
+            assert late.status_code == 504
         assert apart._process is None
 
     run(check())
