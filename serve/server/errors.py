@@ -58,4 +58,4 @@ def expired(begun: bool) -> RequestError:
 
 
 class OptionError(ValueError):
-    """An option of the server that does not fit what it is to serve; all there is to say is in the message."""
+    """What is to be served does not fit the server, or its options; all there is to say is in the message."""

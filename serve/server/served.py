@@ -26,7 +26,7 @@ from .native_reader import NativeReader, make_reader
 from .request import Flat
 from .request_packer import RequestPacker
 from .shared_tables import shared_tables
-from .signature import Output, Signature
+from .signature import Output, Signature, check_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class BundleModel:
 
     Raises:
       ValueError: if the version is damaged, or the model cannot be made.
-      OptionError: if the options of the server do not fit it.
+      OptionError: if the options of the server do not fit it, or requests could not tell its inputs apart.
       FileNotFoundError: if it is not there.
     """
 
@@ -90,6 +90,7 @@ class BundleModel:
             max_ids_per_row=config.max_ids_per_row,
         )
         self._function = opened.function if config.model is None else _with_model(config, opened, bundle)
+        check_names([feature.path for feature in self._function.features], self._function.dense_shapes)
         if isinstance(previous, BundleModel):
             self._function.share_programs(previous._function)
         with compile_cache(config.compiled):

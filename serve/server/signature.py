@@ -2,12 +2,38 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 
 from jaxembed.serve.features import ServedFeature
 
-from .request import ROW_SPLITS
+from .errors import OptionError
+from .request import ROW_SPLITS, WEIGHTS
+
+
+def check_names(features: Iterable[str], dense: Iterable[str]) -> None:
+    """Refuses inputs that a request could not tell apart.
+
+    Args:
+      features: their paths.
+      dense: names of dense inputs.
+
+    Raises:
+      OptionError: if two tensors of a request would have one name.
+    """
+    parts = {"": "ids", ROW_SPLITS: "row splits", WEIGHTS: "weights"}
+    inputs = [
+        (path + end, f"the {what} of feature {path!r}") for path in features for end, what in parts.items()
+    ]
+    inputs += [(name, f"dense input {name!r}") for name in dense]
+    taken: dict[str, str] = {}
+    for name, what in inputs:
+        if name in taken:
+            raise OptionError(
+                f"input {name!r} of a request would be both {taken[name]} and {what}; rename one of them."
+            )
+        taken[name] = what
 
 
 @dataclasses.dataclass(frozen=True)

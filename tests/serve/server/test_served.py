@@ -13,7 +13,9 @@ from jaxembed.initializers import RandomUniform
 from jaxembed.optimizers import SGD
 from jaxembed.serve import export_model
 from jaxembed.serve.server.config import ServerConfig
+from jaxembed.serve.server.errors import OptionError
 from jaxembed.serve.server.served import BundleModel, find_model
+from jaxembed.serve.server.signature import check_names
 from jaxembed.train import Checkpointer, ShardedEmbedding
 from tests.serve.server import bundles
 from tests.serve.server.servers import client_of, run
@@ -81,6 +83,30 @@ def test_raw_ids_are_hashed_in_every_protocol(tmp_path):
             np.testing.assert_array_equal(np.reshape(output["data"], output["shape"])[:, 0], rows)
 
     run(check())
+
+
+@pytest.mark.parametrize("suffix", ["row_splits", "weights"])
+def test_features_that_a_request_could_not_tell_apart(tmp_path, suffix):
+    names = ["user", f"user.{suffix}"]
+    config = {name: FeatureConfig(TableConfig(5, 1, name=name)) for name in names}
+    own = ShardedEmbedding(config, SGD(0.1), jax.make_mesh((1,), ("d",)))
+    with Checkpointer(tmp_path / "checkpoint", own) as checkpointer:
+        checkpointer.save(own.init(jax.random.key(0)))
+    bundles.add(tmp_path / "checkpoint", tmp_path / "bundles", 0)
+    what = suffix.replace("_", " ")
+    said = f"both the {what} of feature 'user' and the ids of feature 'user.{suffix}'; rename one of them"
+    with pytest.raises(OptionError, match=said):
+        BundleModel(ServerConfig(str(tmp_path / "bundles")), 0)
+
+
+def test_dense_inputs_that_a_request_could_not_tell_from_features():
+    check_names(["user", "item"], ["dense"])
+    for name, said in (
+        ("user", "the ids of feature 'user'"),
+        ("item.weights", "the weights of feature 'item'"),
+    ):
+        with pytest.raises(OptionError, match=f"both {said} and dense input {name!r}"):
+            check_names(["user", "item"], [name])
 
 
 @register_combiner("test_served_scaled")
