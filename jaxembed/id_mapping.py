@@ -149,9 +149,10 @@ class VocabularyFile:
         if missing.size:
             if not self.num_oov_buckets:
                 at = int(missing[0])
+                wrong = int(ids[at]) if self.dtype == "int64" else ids[at]
                 raise BadIdError(
                     at,
-                    f"id {ids[at]!r:.80} is not in the vocabulary of {self.size} ids, which has no out-of-vocabulary "
+                    f"id {wrong!r:.80} is not in the vocabulary of {self.size} ids, which has no out-of-vocabulary "
                     "buckets; drop it, or set num_oov_buckets.",
                 )
             others = ids[missing] if self.dtype == "int64" else [ids[at] for at in missing]

@@ -19,8 +19,17 @@ def as_bags(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray,
       [N] integer ids, [B + 1] row splits from 0 to N, and [N] float32 weights or None.
 
     Raises:
-      ValueError: if the leaf or its weights are of no kind that can be read.
+      ValueError: if the leaf or its weights are of no kind that can be read, or an id does not fit 64 bits with a sign.
     """
+    ids, splits, values = _bags(feature, leaf, weight)
+    if ids.dtype == np.uint64:
+        if ids.size and ids.max() >= np.uint64(2**63):
+            raise checks.bad_id([feature], ids, splits[None])
+        ids = ids.astype(np.int64)
+    return ids, splits, values
+
+
+def _bags(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     length = feature.config.max_sequence_length
     if weight is not None and length:
         raise checks.weights_on_sequence(feature)
@@ -149,8 +158,6 @@ def _integers(feature: ServedFeature, ids: np.ndarray) -> np.ndarray:
         if ids.size == 0 and ids.dtype.kind == "f":  # np.array([]) is of type float64
             return ids.astype(np.int32)
         raise checks.id_dtype(feature, ids.dtype)
-    if ids.dtype == np.uint64:
-        ids = np.minimum(ids, np.uint64(2**63 - 1)).astype(np.int64)
     return ids
 
 

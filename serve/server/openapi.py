@@ -4,6 +4,7 @@ from typing import Any
 
 from .served import ServedModel
 from .status import example
+from .strings import takes_strings
 from .tensors import DATATYPES
 
 _ERRORS = {
@@ -15,6 +16,13 @@ _ERRORS = {
     "429": "The server is overloaded; see Retry-After.",
     "503": "The server takes no requests; see Retry-After.",
     "504": "The deadline passed before the request was answered.",
+}
+_INTEGER = {"type": "integer", "minimum": 0}
+_STRING = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "object", "properties": {"b64": {"type": "string"}}, "required": ["b64"], "maxProperties": 1},
+    ]
 }
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 
@@ -134,10 +142,10 @@ def _infer_answer() -> dict[str, Any]:
 
 
 def _predict(model: ServedModel | None) -> dict[str, Any]:
-    ids = {"type": "integer", "minimum": 0}
     row: dict[str, Any] = {}
     if model is not None:
         for path, feature in model.signature.features.items():
+            ids = _STRING if takes_strings(feature) else _INTEGER
             row[path] = {"anyOf": [ids, {"type": "array", "items": ids, "maxItems": feature.max_ids}]}
         row.update({name: {} for name in model.signature.dense})
     rows = {"type": "object", "properties": row, "required": list(row)}

@@ -3,12 +3,14 @@
     {"instances": [{"user": 7, "history": [1, 2], "dense": [0.5, 1.0]}, ...]}
     {"inputs": {"user": [7, ...], "history": [[1, 2], ...], "dense": [[0.5, 1.0], ...]}}
 
-Columns may be ragged as those of v2: "history": [1, 2, ...], "history.row_splits": [0, 2, ...].
+Columns may be ragged as those of v2: "history": [1, 2, ...], "history.row_splits": [0, 2, ...]. Where a feature takes
+strings, {"b64": "YW5u"} is the string whose bytes that is in base64.
 
 References:
   https://www.tensorflow.org/tfx/serving/api_rest, "Predict API".
 """
 
+import base64
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +26,7 @@ from .tensors import check_number, ragged
 from .v2_json import as_json, as_known, in_pieces, read_object, to_json
 
 _SIGNATURE = "serving_default"
+_ENCODED = {"b64"}
 _TYPES = {
     "float32": "DT_FLOAT",
     "float64": "DT_DOUBLE",
@@ -100,7 +103,7 @@ def _columns(signature: Signature, rows: Any) -> dict[str, list[Any]]:
         raise bad_request(f"instances must be a list of at least one row, got {str(rows)[:80]}.")
     if len(rows) > signature.max_rows:
         raise too_many_rows(len(rows), signature.max_rows)
-    if not all(isinstance(row, dict) for row in rows):
+    if not all(isinstance(row, dict) for row in rows) or _is_string(signature, rows[0]):
         name = _only_input(signature, "instances must be objects by name of input")
         return {name: rows}
     keys = rows[0].keys()
@@ -111,6 +114,10 @@ def _columns(signature: Signature, rows: Any) -> dict[str, list[Any]]:
                 f"instances[{at}] must have the inputs of the first, {str(list(keys))[:200]}, got {str(list(row))[:200]}."
             )
     return {key: [row[key] for row in rows] for key in keys}
+
+
+def _is_string(signature: Signature, row: dict[str, Any]) -> bool:
+    return row.keys() == _ENCODED and not _ENCODED & signature.features.keys()
 
 
 def _named(signature: Signature, inputs: Any) -> dict[str, Any]:
@@ -141,8 +148,10 @@ def _request(signature: Signature, columns: dict[str, Any], by_row: bool) -> Inf
         rows = len(splits) - 1 if isinstance(splits, list) else len(ids)
         if rows > signature.max_rows:
             raise too_many_rows(rows, signature.max_rows)
+        strings = takes_strings(signature.features[path])
+        if strings:
+            ids = _decoded(path, ids)
         if splits is not None:
-            strings = takes_strings(signature.features[path])
             values = _strings(path, ids) if strings else _integers(path, ids)
             inputs[path] = ragged(path, values, _integers(path + ROW_SPLITS, splits), strings)
             if weight is not None:
@@ -161,8 +170,31 @@ def _request(signature: Signature, columns: dict[str, Any], by_row: bool) -> Inf
     return InferenceRequest(inputs, weights, dense)
 
 
+def _decoded(name: str, ids: list[Any]) -> list[Any]:
+    """Ids, or bags of them, with the bytes that objects stand for."""
+    kinds = set(map(type, ids))
+    if kinds == {list}:
+        kinds = set(map(type, itertools.chain.from_iterable(ids)))
+    if dict not in kinds:
+        return ids
+    return [[_string(name, id_) for id_ in bag] if type(bag) is list else _string(name, bag) for bag in ids]
+
+
+def _string(name: str, value: Any) -> Any:
+    if type(value) is not dict:
+        return value
+    try:
+        if value.keys() == _ENCODED and type(value["b64"]) is str:
+            return base64.b64decode(value["b64"], validate=True)
+    except ValueError:
+        pass
+    raise bad_request(
+        f'input {name!r}: an object must be {{"b64": a string in base64}}, got {str(value)[:80]}.'
+    )
+
+
 def _strings(name: str, values: list[Any]) -> np.ndarray:
-    if not set(map(type, values)) <= {str}:
+    if not set(map(type, values)) <= {str, bytes}:
         raise bad_request(f"input {name!r} must be a list of strings, got {str(values)[:80]}.")
     found = np.empty(len(values), object)
     found[:] = values

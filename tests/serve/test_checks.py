@@ -96,7 +96,7 @@ HISTORY = "Feature 'items/history'"
         (np.array(3), r"must be \[B\], one id a row, got shape \[\]"),
         (np.array([1, 70]), "row 1, position 0: id 70 is outside"),
         (np.array([1, 2**40]), f"row 1, position 0: id {2**40} is outside"),
-        (np.array([2**64 - 5, 1], np.uint64), f"row 0, position 0: id {2**63 - 1} is outside"),
+        (np.array([2**64 - 5, 1], np.uint64), f"row 0, position 0: id {2**64 - 5} is outside"),
         (jnp.array([1, -1]), "row 1, position 0: id -1 is outside"),
         ([np.int64(1), np.int64(70)], "row 1, position 0: id 70 is outside"),
         ([np.array([1, 71]), np.array([2])], "row 0, position 1: id 71 is outside"),

@@ -1,5 +1,6 @@
 """Features whose ids are strings, in every protocol."""
 
+import base64
 import json
 
 import jax
@@ -9,9 +10,11 @@ import pytest
 
 from jaxembed import FeatureConfig, HashBuckets, TableConfig, VocabularyFile
 from jaxembed.optimizers import SGD
-from jaxembed.serve.server import v2_grpc
+from jaxembed.serve.features import ServedFeature
+from jaxembed.serve.server import tf_predict, v2_grpc
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.messages import METHODS
+from jaxembed.serve.server.signature import Signature
 from jaxembed.train import Checkpointer, ShardedEmbedding
 from tests.serve.server import bundles
 from tests.serve.server.servers import client_of, run
@@ -159,6 +162,73 @@ def test_tensorflow_serving(folder):
             metadata = (await client.get("/v1/models/model/metadata")).json()["metadata"]["signature_def"]
             types = metadata["signature_def"]["serving_default"]["inputs"]
             assert [types[name]["dtype"] for name in columns] == ["DT_STRING", "DT_STRING", "DT_INT64"]
+
+    run(check_all())
+
+
+def encoded(value):
+    """With {"b64": ...} for every string in it."""
+    if isinstance(value, str):
+        return {"b64": base64.b64encode(value.encode()).decode()}
+    return [encoded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def test_strings_in_base64(folder):
+    flat = {tensor["name"]: tensor["data"] for tensor in tensors()}
+    columns = {"hashed": HASHED, "named": NAMED, "numbered": NUMBERED}
+    mixed = {**columns, "named": [["heat"], [encoded("casino"), "odd"]]}
+    single = {"hashed": ["ann", "bob"], "named": ["heat", "casino"], "numbered": [30, 20]}
+
+    async def check_all():
+        async with client_of(folder, **OPTIONS) as (client, _):
+
+            async def post(body):
+                answer = await client.post(PREDICT, json=body)
+                assert answer.status_code == 200, answer.text
+                return answer.json()
+
+            for inputs in (flat, columns, single):
+                other = {name: encoded(value) for name, value in inputs.items()}
+                assert await post({"inputs": other}) == await post({"inputs": inputs})
+            assert await post({"inputs": mixed}) == await post({"inputs": columns})
+            rows = [dict(zip(single, row, strict=True)) for row in zip(*single.values(), strict=True)]
+            other = [{name: encoded(value) for name, value in row.items()} for row in rows]
+            assert await post({"instances": other}) == await post({"instances": rows})
+            for odd in ({"b64": "a"}, {"b64": 1}, {"b64": "\u00e9"}, {"b64": "YQ==", "c": 1}, {}):
+                for wrong in ([odd, "heat"], [[odd], []]):
+                    answer = await client.post(PREDICT, json={"inputs": {**single, "named": wrong}})
+                    said = f"input 'named': an object must be {{\"b64\": a string in base64}}, got {odd}."
+                    assert (answer.status_code, answer.json()["error"]) == (400, said)
+
+    run(check_all())
+
+
+def test_the_only_input_in_base64():
+    """Rows are strings then, and not objects by name."""
+    table = TableConfig(64, 1, name="t")
+    config = FeatureConfig(table, preprocessing=HashBuckets(64, dtype="string"))
+    for name, want in (("words", [b"ann", b"bob"]), ("b64", ["YW5u", "Ym9i"])):
+        signature = Signature({name: ServedFeature(name, config, 3, False)}, {}, (), max_rows=64)
+        body = json.dumps({"instances": encoded(["ann", "bob"])}).encode()
+        request, by_row = tf_predict.read(signature, body)
+        assert by_row
+        assert request.inputs == {name: want}
+
+
+def test_ids_of_a_vocabulary_are_named_as_they_were_sent(folder):
+    inputs = {"hashed": HASHED, "named": NAMED, "numbered": [[30, 5], []]}
+
+    async def check_all():
+        async with client_of(folder, **OPTIONS) as (client, _):
+            answer = await client.post(PREDICT, json={"inputs": inputs})
+            assert answer.status_code == 400
+            said = "Feature 'numbered', row 0, position 1: id 5 is not in the vocabulary of 2 ids"
+            assert answer.json()["error"].startswith(said)
+            kinds = (await client.get("/openapi.json")).json()["paths"]["/v1/models/model:predict"]["post"]
+            content = kinds["requestBody"]["content"]["application/json"]["schema"]["oneOf"][0]
+            row = content["properties"]["instances"]["items"]["properties"]
+            assert row["named"]["anyOf"][0]["anyOf"][0] == {"type": "string"}
+            assert row["numbered"]["anyOf"][0] == {"type": "integer", "minimum": 0}
 
     run(check_all())
 
