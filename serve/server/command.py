@@ -11,8 +11,7 @@ AIP_PREDICT_ROUTE and AIP_STORAGE_URI are obeyed.
 import argparse
 import importlib.util
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from jaxembed.serve.table_memory import TABLES
 
@@ -110,7 +109,7 @@ def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         bundles=bundles,
         name=options.name,
         model=options.model,
-        dense_inputs=dict(_dense(text) for text in options.dense),
+        dense_inputs=_dense(options.dense),
         weighted=tuple(options.weighted),
         max_ids_per_row=options.max_ids_per_row,
         tables=options.tables,
@@ -143,13 +142,20 @@ def run(options: argparse.Namespace) -> int:
     return Supervisor(config_from(options, os.environ)).run()
 
 
-def _dense(text: str) -> tuple[str, Any]:
-    name, _, sizes = text.partition("=")
-    try:
-        shape = [int(size) for size in sizes.split(",")] if sizes else []
-    except ValueError:
-        raise ValueError(f"--dense must be NAME=SIZE, such as dense=13, got {text!r}.") from None
-    return name, shape
+def _dense(texts: Sequence[str]) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for text in texts:
+        name, _, sizes = text.partition("=")
+        try:
+            shape = [int(size) for size in sizes.split(",")] if sizes else []
+        except ValueError:
+            shape = [-1]
+        if not name or min(shape, default=0) < 0:
+            raise ValueError(f"--dense must be NAME=SIZE, such as dense=13 or dense=4,8, got {text!r}.")
+        if name in shapes:
+            raise ValueError(f"--dense names {name!r} twice, the second time as {text!r}; name it once.")
+        shapes[name] = shape
+    return shapes
 
 
 def _port(text: str) -> int:

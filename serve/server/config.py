@@ -10,6 +10,7 @@ import sys
 from importlib.machinery import PathFinder
 from typing import Any
 
+from jaxembed.serve.dense import DenseInputs
 from jaxembed.serve.table_memory import TABLES
 
 MEGABYTE = 1 << 20
@@ -102,6 +103,7 @@ class ServerConfig:
             )
         if self.dense_inputs and self.model is None:
             raise ValueError(f"dense_inputs {list(self.dense_inputs)} need a model, got model=None.")
+        DenseInputs(self.dense_inputs)  # checks them
         if self.tables not in TABLES:
             raise ValueError(f"tables must be one of {TABLES}, got {self.tables!r}.")
         for field in (

@@ -51,6 +51,31 @@ def test_a_model_whose_module_is_not_there(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("dense", "said"),
+    [
+        (["dense=-3"], "--dense must be NAME=SIZE, such as dense=13 or dense=4,8, got 'dense=-3'"),
+        (["dense=4,-1"], "got 'dense=4,-1'"),
+        (["dense=x"], "got 'dense=x'"),
+        (["=3"], "got '=3'"),
+        (["dense=3", "dense=4"], "--dense names 'dense' twice, the second time as 'dense=4'"),
+    ],
+)
+def test_dense_inputs_that_cannot_be(tmp_path, capsys, dense, said):
+    options = [part for text in dense for part in ("--dense", text)]
+    arguments = ["serve", str(tmp_path), "--http-port", "0", "--grpc-port", "0", "--model", "json:loads"]
+    assert main([*arguments, *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_dense_inputs_of_a_configuration_are_checked():
+    assert ServerConfig("b", model="json:loads", dense_inputs={"a": 3, "b": [4, 8], "c": []}).dense_inputs
+    with pytest.raises(ValueError, match=r"dense_inputs\['a'\] must be the shape of one row, got \(-3,\)"):
+        ServerConfig("b", model="json:loads", dense_inputs={"a": -3})
+
+
+@pytest.mark.parametrize(
     ("name", "said"), [("nope", "has no attribute 'nope'"), ("__doc__", "must be callable, got str")]
 )
 def test_a_model_that_its_module_has_not(tmp_path, name, said):
