@@ -25,7 +25,7 @@ def leaf_kind(feature: ServedFeature, leaf: Any) -> ValueError:
             ((i, x) for i, x in enumerate(leaf) if isinstance(x, bool) or not isinstance(x, int | np.integer)),
             (0, leaf[0]),
         )
-        return ValueError(f"Feature {feature.path!r}, row {at} must be {_ROW}, got {odd!r}{_hint(odd)}.")
+        return ValueError(f"Feature {feature.path!r}, row {at} must be {_ROW}, got {odd!r:.80}{_hint(odd)}.")
     return ValueError(f"Feature {feature.path!r} must be {_KINDS}, got {type(leaf).__name__}.")
 
 
@@ -42,7 +42,7 @@ def as_rows(features: Sequence[ServedFeature], rows: list[Any], num_rows: int) -
         if not isinstance(row, list | tuple | np.ndarray) or (isinstance(row, np.ndarray) and row.ndim != 1):
             raise ValueError(
                 f"Feature {features[at // num_rows].path!r}, row {at % num_rows} must be {_ROW}, "
-                f"got {row!r}{_hint(row)}."
+                f"got {row!r:.80}{_hint(row)}."
             )
     # Empty arrays are float64 unless told otherwise, and say nothing.
     return [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
@@ -84,7 +84,8 @@ def listed_ids(features: Sequence[ServedFeature], ids: Sequence[Any], splits: np
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             feature, where = _locate(features, splits, at)
             return BadIdError(
-                feature, f"Feature {feature.path!r}, {where}: ids must be ints, got {value!r}{_hint(value)}."
+                feature,
+                f"Feature {feature.path!r}, {where}: ids must be ints, got {value!r:.80}{_hint(value)}.",
             )
         if not -(2**31) <= value < 2**31:
             return _outside(features, splits, at, value)
@@ -113,7 +114,9 @@ def listed_weights(
         number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         if not number or not abs(value) <= float(np.finfo(np.float32).max):
             feature, where = _locate(features, splits, at)
-            return ValueError(f"Weight for {feature.path!r}, {where} must be a finite float32, got {value!r}.")
+            return ValueError(
+                f"Weight for {feature.path!r}, {where} must be a finite float32, got {value!r:.80}."
+            )
     return None
 
 
@@ -205,7 +208,7 @@ def _outside(features: Sequence[ServedFeature], splits: np.ndarray, at: int, val
     table = feature.config.table
     return BadIdError(
         feature,
-        f"Feature {feature.path!r}, {where}: id {value} is outside of table {table.name!r} with "
+        f"Feature {feature.path!r}, {where}: id {value!s:.80} is outside of table {table.name!r} with "
         f"vocabulary_size {table.vocabulary_size}; ids must be in [0, {table.vocabulary_size}). "
         "Map or drop unknown ids first.",
     )

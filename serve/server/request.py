@@ -63,15 +63,13 @@ def timeout_from(value: Any, per_second: float) -> float | None:
     return value / per_second
 
 
-def outputs_from(names: Iterable[Any]) -> tuple[str, ...] | None:
-    """The names of the outputs that were asked for; None for all.
+def outputs_from(names: Iterable[Any]) -> tuple[str, ...]:
+    """The names of the outputs that were asked for.
 
     Raises:
       RequestError: if one is no string, or there twice.
     """
     outputs = tuple(text_from(name, "the name of an output") for name in names)
-    if not outputs:
-        return None
     refuse_repeated("output", outputs)
     return outputs
 

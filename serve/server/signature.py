@@ -10,6 +10,7 @@ from jaxembed.serve.features import ServedFeature
 
 from .errors import OptionError
 from .request import ROW_SPLITS, WEIGHTS
+from .strings import takes_strings
 
 
 def check_names(features: Iterable[str], dense: Iterable[str]) -> None:
@@ -78,6 +79,11 @@ class Signature:
     def max_inputs(self) -> int:
         """The most tensors that a request can hold: ids, row splits and weights of every feature, and dense inputs."""
         return 3 * len(self.features) + len(self.dense)
+
+    @functools.cached_property
+    def strings(self) -> frozenset[str]:
+        """Paths of the features whose ids are strings."""
+        return frozenset(path for path, feature in self.features.items() if takes_strings(feature))
 
     @functools.cached_property
     def output_names(self) -> list[str]:

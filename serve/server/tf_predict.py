@@ -148,7 +148,7 @@ def _request(signature: Signature, columns: dict[str, Any], by_row: bool) -> Inf
         rows = len(splits) - 1 if isinstance(splits, list) else len(ids)
         if rows > signature.max_rows:
             raise too_many_rows(rows, signature.max_rows)
-        strings = takes_strings(signature.features[path])
+        strings = path in signature.strings
         if strings:
             ids = _decoded(path, ids)
         if splits is not None:
@@ -207,7 +207,7 @@ def _integers(name: str, values: Any) -> np.ndarray:
     try:
         return np.array(values, np.int64)
     except OverflowError:
-        raise bad_request(f"input {name!r} must be of 64-bit ints, got {max(values, key=abs)}.") from None
+        raise bad_request(f"input {name!r} must be of 64-bit ints, got {max(values, key=abs)!s:.80}.") from None
 
 
 def _rows_of(path: str, weight: Any, splits: list[int]) -> list[Any]:

@@ -89,7 +89,7 @@ def request(
     Raises:
       RequestError: if that is not of the form it must be.
     """
-    outputs = outputs_from(entry.name for entry in message.outputs)
+    outputs = outputs_from(entry.name for entry in message.outputs) if message.outputs else None
     timeout = None
     if "timeout" in message.parameters:
         choice = message.parameters["timeout"].WhichOneof("parameter_choice")
