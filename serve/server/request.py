@@ -89,8 +89,13 @@ def text_from(value: Any, what: str) -> str:
     """`value`, which must be a string.
 
     Raises:
-      RequestError: if it is none, or a long one.
+      RequestError: if it is none, or a long one, or half of a pair of surrogates, which cannot be sent back, is in it.
     """
     if not isinstance(value, str) or len(value) > 1000:
         raise bad_request(f"{what} must be a string of at most 1000 characters, got {str(value)[:80]!r}.")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise bad_request(f"{what} must have no surrogate without its pair, got {value[:80]!r}.") from None
     return value

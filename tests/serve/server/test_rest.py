@@ -284,6 +284,10 @@ BAD_V2 = {
     "unknown": (change_v2(0, name="odd"), "input 'odd' is unknown"),
     "twice": (change_v2(0, name="dense"), "twice"),
     "nothing": ({"inputs": []}, "inputs must be a list of objects"),
+    "half a surrogate pair": (
+        {"id": "\ud800", "inputs": v2_tensors()},
+        "id must have no surrogate without its pair",
+    ),
     "unknown output": ({"inputs": v2_tensors(), "outputs": [{"name": "odd"}]}, "output 'odd' is unknown"),
     "output twice": (
         {"inputs": v2_tensors(), "outputs": [{"name": "user"}, {"name": "history"}, {"name": "user"}]},
@@ -302,7 +306,7 @@ def test_every_bad_v2_request_says_what_is_wrong(shared_folder):
     async def check_all():
         async with client_of(shared_folder) as (client, _):
             for name, (body, message) in BAD_V2.items():
-                answer = await client.post("/v2/models/model/infer", json=body)
+                answer = await client.post("/v2/models/model/infer", content=json.dumps(body))
                 assert answer.status_code == 400, (name, answer.text)
                 assert message in answer.json()["error"], (name, answer.text)
 
