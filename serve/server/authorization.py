@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
@@ -11,6 +12,9 @@ from .errors import RequestError
 def authorize(request: Request, token: str | None) -> None:
     """With a token, whoever has it; without, this machine, but no page of another site in its browser.
 
+    The names of other sites may lead here, too: a browser takes what they mean from whoever owns them. So the request must
+    name this machine as localhost, or by a loopback address.
+
     Raises:
       RequestError: 401 or 403 for others.
     """
@@ -19,14 +23,26 @@ def authorize(request: Request, token: str | None) -> None:
         if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise RequestError(401, "Authorization must be 'Bearer TOKEN' with the admin token.")
         return
-    host = request.client.host if request.client else ""
+    client, host = request.client.host if request.client else "", request.headers.get("host", "")
     origin = request.headers.get("origin")
-    if not _is_loopback(host) or (origin and origin.split("//")[-1] != request.headers.get("host")):
-        raise RequestError(403, "versions are switched from this machine only; set an admin token.")
+    if not _is_loopback(client) or not _names_loopback(host) or (origin and origin.split("//")[-1] != host):
+        raise RequestError(
+            403,
+            "versions are switched from this machine only, at localhost or a loopback address, got Host "
+            f"{host[:80]!r}; set an admin token.",
+        )
 
 
-def _is_loopback(host: str) -> bool:
+def _names_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    return name == "localhost" or _is_loopback(name)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return False

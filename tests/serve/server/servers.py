@@ -27,7 +27,7 @@ async def client_of(folder, **options):
     await service.start()
     transport = httpx.ASGITransport(make_app(service), client=("127.0.0.1", 1))
     try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield client, service
     finally:
         await service.stop()

@@ -201,11 +201,26 @@ def test_who_may_switch(folder):
             headers = {"authorization": "Bearer s3cret"}
             assert (await client.post("/admin/versions/0:activate", headers=headers)).status_code == 200
         async with client_of(folder) as (client, service):
-            headers = {"origin": "http://evil.example"}
-            assert (await client.post("/admin/versions/0:activate", headers=headers)).status_code == 403
+            evil = "http://evil.example"
+            foreign: list = [
+                {"origin": evil},
+                {"origin": evil, "host": "evil.example"},
+            ]  # as of a name that leads here
+            foreign += [
+                {"host": host} for host in ("evil.example", "localhost.evil.example:8000", "10.0.0.1", "[", "")
+            ]
+            for headers in foreign:
+                answer = await client.post("/admin/versions/0:activate", headers=headers)
+                assert answer.status_code == 403, headers
+            assert service.versions.pinned is None
+            for host in ("LOCALHOST:8000", "127.0.0.1", "127.0.1.1:80", "[::1]:8000"):
+                for headers in ({"host": host}, {"host": host, "origin": f"http://{host}"}):
+                    answer = await client.post("/admin/versions/0:activate", headers=headers)
+                    assert answer.status_code == 200, headers
+            assert (await client.post("/admin/versions:latest")).status_code == 200
             app = client._transport.app
             transport = httpx.ASGITransport(app, client=("10.0.0.1", 1))
-            async with httpx.AsyncClient(transport=transport, base_url="http://server") as other:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as other:
                 assert (await other.post("/admin/versions/0:activate")).status_code == 403
             assert service.versions.pinned is None
 
