@@ -1,21 +1,17 @@
-"""Uvicorn's HTTP protocol, with a deadline for the headers of every request, and a short way to refuse one."""
+"""The HTTP protocol, with a deadline for the headers of every request, and a short way to refuse one."""
 
 import asyncio
 import contextlib
 import fcntl
-import http
-import json
 import re
 import sys
 import termios
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-from .errors import RequestError, overloaded
+from .errors import overloaded
 from .metrics import Refusals
+from .pipelining import PipeliningProtocol, made_beforehand
 from .scope import COMPLETE, ROOM, TASK
 from .service import Room, Service
 
@@ -24,11 +20,8 @@ _USUAL = re.compile(rb"POST ([!-~]+) HTTP/1\.1((?:\r\n[0-9A-Za-z_-]+: [ -~]*)+)\
 # Bytes of a head of that kind, and how many of them are remembered.
 _USUAL_BYTES, _REMEMBERED = 2048, 512
 _UNUSUAL = (b"transfer-encoding", b"connection", b"expect", b"upgrade")
-_CONTINUE = b"HTTP/1.1 100 "
 # Bytes of a body until which its reader is not woken up, nor the client held back, before all of it is there.
 _GATHERED, _MOST_PARTS = 1 << 19, 64
-#: Of the URL and all headers of a request, or the trailers of its body.
-MAX_HEAD_BYTES = 1 << 16
 
 
 def make_protocol(service: Service) -> type["DeadlineProtocol"]:
@@ -48,21 +41,7 @@ def make_protocol(service: Service) -> type["DeadlineProtocol"]:
     return Protocol
 
 
-def _made_beforehand(error: RequestError, *lines: str) -> bytes:
-    body = json.dumps({"error": error.message}).encode()
-    lines = (
-        f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}",
-        *lines,
-        f"content-length: {len(body)}",
-        "content-type: application/json",
-    )
-    return "\r\n".join([*lines, "", ""]).encode() + body
-
-
 _FULL = overloaded("as many requests as may are served or wait already")
-_TOO_LARGE = _made_beforehand(
-    RequestError(431, f"the URL and headers must be at most {MAX_HEAD_BYTES} bytes."), "connection: close"
-)
 
 
 def _unsent(transport: Any) -> int:
@@ -86,35 +65,11 @@ def _releasing(app: Any, room: Room) -> Any:
     return call
 
 
-class _OneWrite:
-    """Of a transport, what answers one request: the head and the first part of the body leave together.
-
-    Apart, each would be a call of the kernel, and wake the client up.
-    """
-
-    def __init__(self, transport: Any):
-        self._transport, self._head = transport, b""
-        self.is_closing, self.close = transport.is_closing, transport.close
-
-    def write(self, data: bytes) -> None:
-        if self._head is None:
-            self._transport.write(data)
-        elif self._head:
-            self._transport.write(self._head + data)
-            self._head = None
-        elif data.startswith(_CONTINUE):
-            self._transport.write(data)
-        else:
-            self._head = data
-
-
-class DeadlineProtocol(HttpToolsProtocol):
+class DeadlineProtocol(PipeliningProtocol):
     """Closes a connection that does not send the headers of its next request, or read its answers, in time.
 
     Uvicorn does so between requests alone: a connection that sends nothing at first, or its headers byte by
-    byte, would stay for good. A head of more than `MAX_HEAD_BYTES` is refused.
-
-    Upgrades to other protocols, which Java's client asks for in every request, are ignored, as HTTP lets servers do.
+    byte, would stay for good.
 
     A server that has no room refuses requests as soon as their headers are there, with an answer made beforehand
     and nothing else: what refusing costs is lost to the requests that are served.
@@ -130,21 +85,17 @@ class DeadlineProtocol(HttpToolsProtocol):
     #: Whether clients should go elsewhere with what they send next.
     leaves: Callable[[], bool] = staticmethod(lambda: False)
 
-    _REFUSAL = _made_beforehand(_FULL, f"retry-after: {_FULL.retry_after}")
+    _REFUSAL = made_beforehand(_FULL, f"retry-after: {_FULL.retry_after}")
     _deadline: float | None = None
     #: Looks at the deadline when it may be over: to set one costs nothing that way, and it is set several times a request.
     _timer: asyncio.TimerHandle | None = None
     _watching: asyncio.TimerHandle | None = None
     _seen: Any = None
-    _started: Any = None  # the request that is being answered, or was last
-    parser: Any  # uvicorn's, which makes the first one
     _skips = False
     _between = True
     #: Of the body that is being read, what its reader does not have yet.
     _parts: list[bytes]
     _held = 0
-    #: Bytes since the last ones of a body: of a head, or of what is between the parts of a body and after them.
-    _outside = 0
 
     def connection_made(self, transport: Any) -> None:
         """The deadline begins."""
@@ -155,42 +106,12 @@ class DeadlineProtocol(HttpToolsProtocol):
         """The deadline ends with the headers."""
         if self._between and self.full() and self._refuse_whole(data):
             return
-        self._unset_keepalive_if_required()
-        try:
-            self._feed(data)
-        except httptools.HttpParserError:
-            self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("Invalid HTTP request received.")
+        super().data_received(data)
         if self.cycle is not self._seen:
             self._seen = self.cycle
             self._disarm()
             if self.cycle.response_complete:
                 self._arm()
-
-    def _feed(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            # No more of a head is ever parsed, and kept, than it may have.
-            piece = rest[: MAX_HEAD_BYTES - self._outside]
-            if not piece:
-                if self.cycle is None or self.cycle.response_complete:
-                    self.transport.write(_TOO_LARGE)
-                self.transport.close()
-                return
-            self._outside += len(piece)
-            parser: Any = self.parser
-            try:
-                parser.feed_data(piece)
-                rest = rest[len(piece) :]
-            except httptools.HttpParserUpgrade as e:
-                # What would follow in another protocol follows in this one. A parser that has read that it is the last
-                # request would take nothing more.
-                head = self._head()
-                self.parser = httptools.HttpRequestParser(self)
-                with contextlib.suppress(AttributeError):  # older versions, as in uvicorn
-                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-                self.parser.feed_data(head)
-                rest = rest[e.args[0] :]
 
     def _refuse_whole(self, data: bytes) -> bool:
         """Refuses a request like most, if it is all of `data`, without the parser.
@@ -238,13 +159,6 @@ class DeadlineProtocol(HttpToolsProtocol):
         refusals.count += 1
         self._arm()
 
-    def _head(self) -> bytes:
-        """That of the request, without the header that asks for another protocol."""
-        parser: Any = self.parser
-        first = b"%b %b HTTP/%b" % (parser.get_method(), self.url, parser.get_http_version().encode())
-        fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
-        return b"\r\n".join([first, *fields, b"", b""])
-
     def on_message_begin(self) -> None:
         """What is between requests ends."""
         self._between = False
@@ -252,8 +166,8 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The request is refused, or its handling begins."""
-        self._outside = 0
-        parser: Any = self.parser
+        self._outside = self._body_read = 0
+        parser = self.parser
         if parser.should_upgrade():
             if parser.get_method() == b"CONNECT":
                 raise ValueError("this is no proxy.")
@@ -278,6 +192,7 @@ class DeadlineProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """That of a refused request is dropped; of others all is handed on at once, unless it is large."""
         self._outside = 0
+        self._body_read += len(body)
         if self._skips or self.cycle.response_complete:
             return
         self._parts.append(body)
@@ -288,10 +203,9 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The next request may begin."""
-        self._outside = 0
+        self._outside, self._body_read = 0, -1
         self._between = True
-        parser: Any = self.parser
-        if parser.should_upgrade():
+        if self.parser.should_upgrade():
             return
         if self._skips:
             self._skips = False
@@ -330,8 +244,6 @@ class DeadlineProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        self._started = cycle
-        cycle.transport = _OneWrite(self.transport)
         # Others whose headers come before it is admitted are refused at theirs.
         room = self.room(cycle.scope["raw_path"]) if cycle.scope["method"] == "POST" else None
         if room is not None:

@@ -1,9 +1,7 @@
-"""The HTTP protocol over sockets, before a small application in this process."""
+"""Deadlines of connections, and requests that are refused, or whose client left."""
 
 import asyncio
-import contextlib
 import json
-import socket
 from typing import ClassVar
 
 import pytest
@@ -11,228 +9,12 @@ import pytest
 pytest.importorskip("httptools")
 pytest.importorskip("uvicorn")
 
-import uvicorn
-from uvicorn.server import ServerState
-
 from jaxembed.serve.server import errors
 from jaxembed.serve.server.app import make_app
-from jaxembed.serve.server.http_protocol import MAX_HEAD_BYTES, DeadlineProtocol, make_protocol
+from jaxembed.serve.server.http_protocol import DeadlineProtocol, make_protocol
 from jaxembed.serve.server.metrics import Refusals
 from tests.serve.server.servers import Gate, client_of, counts, run, until
-
-
-async def echo(scope, receive, send):
-    """Answers with method, path and body; of `/large`, with 8 MiB."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return
-        body, more = body + message.get("body", b""), message.get("more_body", False)
-    answer = b"%b %b %b" % (scope["method"].encode(), scope["path"][:100].encode(), body)
-    if scope["path"] == "/large":
-        answer = bytes(8 << 20)
-    headers = [(b"content-length", b"%d" % len(answer))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": answer})
-
-
-@contextlib.asynccontextmanager
-async def serving(app=echo, protocol=DeadlineProtocol, idle_timeout=20.0):
-    """(port, state of the server)"""
-    config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, timeout_keep_alive=idle_timeout)
-    state, loop = ServerState(), asyncio.get_running_loop()
-    server = await loop.create_server(lambda: protocol(config, state, {}, _loop=loop), "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()[1], state
-    finally:
-        server.close()
-        for connection in list(state.connections):
-            connection.transport.abort()
-        await server.wait_closed()
-        await asyncio.sleep(0)
-
-
-async def answer_of(reader):
-    """(status, body)"""
-    head = await reader.readuntil(b"\r\n\r\n")
-    size = int(head.lower().partition(b"content-length:")[2].split()[0])
-    return int(head.split()[1]), await reader.readexactly(size)
-
-
-def post(path=b"/x", body=b"", *fields):
-    return b"\r\n".join(
-        [b"POST %b HTTP/1.1" % path, b"Host: x", *fields, b"Content-Length: %d" % len(body), b"", body]
-    )
-
-
-H2C = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk"]
-
-
-@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
-def test_upgrades_of_the_last_request_are_ignored(version):
-    data = post(b"/x", b"abc", b"Connection: close, Upgrade", b"Upgrade: h2c").replace(b"HTTP/1.1", version)
-
-    async def check():
-        async with serving() as (port, _):
-            for size in (7, len(data)):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                for at in range(0, len(data), size):
-                    writer.write(data[at : at + size])
-                    await asyncio.sleep(0)
-                assert await asyncio.wait_for(answer_of(reader), 10) == (200, b"POST /x abc")
-                assert await asyncio.wait_for(reader.read(), 10) == b""
-                writer.close()
-
-    run(check())
-
-
-def test_upgrades_are_ignored():
-    """As Java's HttpClient asks for them; with the next request on the same connection, and in any pieces."""
-    data = post(b"/one?a=b", b"0123456789", *H2C) + post(b"/two", b"abc")
-    chunked = b"\r\n".join(
-        [b"POST /three HTTP/1.1", *H2C, b"Transfer-Encoding: chunked", b"", b"3\r\nabc\r\n0\r\n\r\n"]
-    )
-    get = b"\r\n".join([b"GET /four HTTP/1.1", b"Connection: Upgrade", b"Upgrade: websocket", b"", b""])
-    want = [
-        b"POST /one 0123456789",
-        b"POST /two abc",
-        b"POST /three abc",
-        b"GET /four ",
-        b"POST /one 0123456789",
-    ]
-    stream = data + chunked + get + data
-
-    async def check():
-        async with serving() as (port, _):
-            for size in (1, 7, 60, len(stream)):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                for at in range(0, len(stream), size):
-                    writer.write(stream[at : at + size])
-                    await asyncio.sleep(0)
-                for body in want:
-                    assert await asyncio.wait_for(answer_of(reader), 10) == (200, body), size
-                writer.close()
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(get * 2000)
-            for _ in range(2000):
-                assert await asyncio.wait_for(answer_of(reader), 10) == (200, b"GET /four ")
-            writer.close()
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert (await answer_of(reader))[0] == 400
-            writer.close()
-
-    run(check())
-
-
-async def send_until_closed(port, start, part, times):
-    """(bytes sent, all that came back)"""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    received, sent = asyncio.create_task(reader.read()), len(start)
-    with contextlib.suppress(ConnectionError):
-        writer.write(start)
-        for _ in range(times):
-            await asyncio.sleep(0)
-            await writer.drain()
-            if received.done():
-                break
-            writer.write(part)
-            sent += len(part)
-    try:
-        return sent, await asyncio.wait_for(received, 10)
-    except ConnectionResetError:
-        return sent, b""
-    finally:
-        writer.close()
-
-
-def test_heads_without_end_are_refused():
-    line = b"a: " + b"x" * 995 + b"\r\n"
-    chunked = b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
-    cases = [
-        (b"GET /", b"x" * 1000),
-        (b"POST /x HTTP/1.1\r\n", line),
-        (b"POST /x HTTP/1.1\r\na: ", b"x" * 1000),
-        (post(b"/x", b"abc") + b"POST /x HTTP/1.1\r\n", line),
-        (chunked + b"0\r\n", line),  # trailers
-        (chunked + b"3;", b"x" * 1000),
-    ]
-
-    async def check():
-        async with serving() as (port, state):
-            for start, part in cases:
-                sent, answer = await send_until_closed(port, start, part, 10_000)
-                assert sent < 9_000_000, start  # closed on us
-                assert not state.connections
-            for start, part in cases[:3]:
-                _, answer = await send_until_closed(port, start, part, MAX_HEAD_BYTES // 1000 + 1)
-                assert answer.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n"), start
-
-    run(check())
-
-
-def test_heads_as_large_as_they_may_be_and_bodies_of_any_size():
-    def head(size):
-        start = b"POST /x HTTP/1.1\r\nContent-Length: 200000\r\na: "
-        return start + b"x" * (size - len(start) - 4) + b"\r\n\r\n"
-
-    body = b"0123456789" * 20_000
-    good = head(MAX_HEAD_BYTES) + body
-    many = b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n"
-
-    async def check():
-        async with serving() as (port, _):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(good + many + good)
-            for want in (body, b"x" * 50_000, body):
-                assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x " + want)
-            writer.write(post(b"/x", b"abc") * 3000)  # many heads, none of them large
-            for _ in range(3000):
-                assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x abc")
-            writer.write(head(MAX_HEAD_BYTES + 1))
-            assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 431
-            assert await reader.read() == b""
-            writer.close()
-
-    run(check())
-
-
-class Recorded(DeadlineProtocol):
-    """Keeps what is written."""
-
-    def connection_made(self, transport):
-        self.written, write = [], transport.write
-
-        class Transport:
-            def __getattr__(self, name):
-                return getattr(transport, name)
-
-            def write(_, data):
-                self.written.append(bytes(data))
-                write(data)
-
-        super().connection_made(Transport())
-
-
-def test_an_answer_leaves_in_one_piece_and_continue_before_it():
-    async def check():
-        async with serving(protocol=Recorded) as (port, state):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            for size in (0, 3, 300_000, 700_000):
-                body = b"x" * size
-                writer.write(post(b"/x", body))
-                assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x " + body)
-            head, _, body = post(b"/x", b"abc", b"Expect: 100-continue").partition(b"\r\n\r\n")
-            writer.write(head + b"\r\n\r\n")
-            assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20) == b"HTTP/1.1 100 Continue\r\n\r\n"
-            writer.write(body)
-            assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x abc")
-            (connection,) = state.connections
-            assert [data.count(b"POST") for data in connection.written] == [1, 1, 1, 1, 0, 1]
-            writer.close()
-
-    run(check())
+from tests.serve.server.sockets import H2C, answer_of, connect_slowly, post, serving
 
 
 class Refusing(DeadlineProtocol):
@@ -352,17 +134,6 @@ def test_what_is_read_at_once_finds_no_more_room_than_there_is(shared_folder, mo
                 writer.close()
 
     run(check())
-
-
-async def connect_slowly(port, data):
-    """A socket that takes little without being read, and has sent `data`."""
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.setblocking(False)
-    loop = asyncio.get_running_loop()
-    await loop.sock_connect(connection, ("127.0.0.1", port))
-    await loop.sock_sendall(connection, data)
-    return connection
 
 
 def test_clients_that_never_read_are_closed():

@@ -1,0 +1,69 @@
+"""The HTTP protocol over sockets, before a small application in this process."""
+
+import asyncio
+import contextlib
+import socket
+
+import uvicorn
+from uvicorn.server import ServerState
+
+from jaxembed.serve.server.http_protocol import DeadlineProtocol
+
+#: How Java's HttpClient asks for HTTP/2.
+H2C = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk"]
+
+
+async def echo(scope, receive, send):
+    """Answers with method, path and body; of `/large`, with 8 MiB."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    answer = b"%b %b %b" % (scope["method"].encode(), scope["path"][:100].encode(), body)
+    if scope["path"] == "/large":
+        answer = bytes(8 << 20)
+    headers = [(b"content-length", b"%d" % len(answer))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": answer})
+
+
+@contextlib.asynccontextmanager
+async def serving(app=echo, protocol=DeadlineProtocol, idle_timeout=20.0):
+    """(port, state of the server)"""
+    config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, timeout_keep_alive=idle_timeout)
+    state, loop = ServerState(), asyncio.get_running_loop()
+    server = await loop.create_server(lambda: protocol(config, state, {}, _loop=loop), "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], state
+    finally:
+        server.close()
+        for connection in list(state.connections):
+            connection.transport.abort()
+        await server.wait_closed()
+        await asyncio.sleep(0)
+
+
+async def answer_of(reader):
+    """(status, body)"""
+    head = await reader.readuntil(b"\r\n\r\n")
+    size = int(head.lower().partition(b"content-length:")[2].split()[0])
+    return int(head.split()[1]), await reader.readexactly(size)
+
+
+def post(path=b"/x", body=b"", *fields):
+    return b"\r\n".join(
+        [b"POST %b HTTP/1.1" % path, b"Host: x", *fields, b"Content-Length: %d" % len(body), b"", body]
+    )
+
+
+async def connect_slowly(port, data):
+    """A socket that takes little without being read, and has sent `data`."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(connection, ("127.0.0.1", port))
+    await loop.sock_sendall(connection, data)
+    return connection
