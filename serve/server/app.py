@@ -180,7 +180,7 @@ class Routes:
         task = request.scope[TASK] = asyncio.current_task()
         try:
             with service.admission(request.scope.pop(ROOM, None)), service.large.hold() as hold:
-                body = await read_body(request, self._config, service.large, hold)
+                body = await read_body(request, service, hold)
                 service.metrics.stage("read", perf_counter() - begin)
                 response = await answer(body, arrived)
             status = response.status_code

@@ -6,10 +6,10 @@ from time import monotonic
 
 from starlette.requests import ClientDisconnect, Request
 
-from .config import ServerConfig
 from .errors import RequestError, bad_request
-from .large import Hold, Large
+from .large import Hold
 from .scope import COMPLETE
+from .service import Service
 
 _WINDOW = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _MAX_MEMBERS = 4096  # each takes time, even an empty one
@@ -17,20 +17,20 @@ _PIECE = 1 << 16
 _QUICK = 1 << 12  # compressed bytes: at most 4 MB, unpacked in some milliseconds
 
 
-async def read_body(request: Request, config: ServerConfig, large: Large, hold: Hold) -> bytes:
+async def read_body(request: Request, service: Service, hold: Hold) -> bytes:
     """The body, decompressed.
 
     Args:
-      request: of starlette.
-      config: of the server: how large a body may be, compressed and not, and in how many seconds it must arrive.
-      large: where much is decompressed.
+      request: of starlette, admitted.
+      service: its configuration says how large a body may be, compressed and not, and in how many seconds it must arrive.
       hold: of the request.
 
     Raises:
       RequestError: if it is too large, too slow, or not compressed as it says, or there is no room for it.
       ClientDisconnect: if the client is gone.
     """
-    headers, max_bytes, timeout = request.headers, config.max_body_bytes, config.body_timeout
+    headers, config = request.headers, service.config
+    max_bytes = config.max_body_bytes
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity" and encoding not in _WINDOW:
         raise RequestError(415, f"Content-Encoding must be gzip, deflate or identity, got {encoding[:40]!r}.")
@@ -38,22 +38,25 @@ async def read_body(request: Request, config: ServerConfig, large: Large, hold: 
     if length is not None and length.isdecimal():
         if int(length[:20]) > max_bytes:
             raise _too_large(max_bytes)
-        hold.grow(int(length))
+        hold.expect(int(length))
     if COMPLETE in request.scope:
         body = await _receive(request, max_bytes, hold)
     else:
+        begin = monotonic()
         try:
-            async with asyncio.timeout(timeout):
-                body = await _receive(request, max_bytes, hold)
+            async with asyncio.timeout(config.body_timeout) as until:
+                with service.arriving(until):
+                    body = await _receive(request, max_bytes, hold)
         except TimeoutError:
-            raise RequestError(408, f"the body did not arrive in {timeout:g} s.") from None
+            waited = min(monotonic() - begin, config.body_timeout)
+            raise RequestError(408, f"the body did not arrive in {waited:.3g} s.") from None
     if encoding == "identity":
         return body
     if len(body) < _QUICK:
         unpacked = decompress(body, encoding, max_bytes)
     else:
-        until = monotonic() + config.default_timeout
-        unpacked = await large.run(until, decompress, body, encoding, max_bytes)
+        deadline = monotonic() + config.default_timeout
+        unpacked = await service.large.run(deadline, decompress, body, encoding, max_bytes)
     hold.grow(len(body) + len(unpacked))
     return unpacked
 

@@ -36,7 +36,7 @@ class ServerConfig:
       batch_wait_ms: how long a request may wait for others to run with, at most.
       batches_at_once: batches that run at a time in a worker, each on a thread; None takes the worker's share of the
         cores.
-      max_queue_requests: requests that are read, wait or run; more are refused.
+      max_queue_requests: requests that wait or run; more are refused. Over HTTP, as many bodies may be under way besides.
       max_queue_rows: rows that wait or run; more are refused, as are requests that have more themselves.
       max_body_bytes: of a request, also after it is decompressed.
       body_timeout: seconds in which the body of a request must arrive.

@@ -27,6 +27,14 @@ class Hold:
     def __init__(self, large: "Large"):
         self._large, self._bytes = large, 0
 
+    def expect(self, size: int) -> None:
+        """The request will take so many bytes, if they come: what is only announced takes none.
+
+        Raises:
+          RequestError: if there is no room for them now.
+        """
+        self._check(size, size)
+
     def grow(self, size: int) -> None:
         """The request takes so many bytes altogether.
 
@@ -36,10 +44,13 @@ class Hold:
         more = size - self._bytes
         if size < LARGE or more <= 0:
             return
-        if self._large.held + more > self._large.most:
-            raise overloaded(f"the bodies of large requests take {self._large.held} bytes already")
+        self._check(size, more)
         self._large.held += more
         self._bytes = size
+
+    def _check(self, size: int, more: int) -> None:
+        if size >= LARGE and self._large.held + more > self._large.most:
+            raise overloaded(f"the bodies of large requests take {self._large.held} bytes already")
 
     def __enter__(self) -> "Hold":
         """It takes nothing yet."""

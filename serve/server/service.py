@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from time import monotonic
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from .served import ServedModel
 from .versions import Versions
 
 _FLUSH_SECONDS = 0.2
+_ARRIVING_SECONDS = 1.0  # in which the body of a request is not ended for that of another
 
 
 class Room:
@@ -65,6 +67,7 @@ class Service:
         self.draining: bool = False
         self._admitted, self._max_requests = 0, config.max_queue_requests
         self._rooms: list[None] = []
+        self._arriving: dict[asyncio.Timeout, float] = {}  # since when, the first one first
         self._flushing: asyncio.Task[None] | None = None
 
     @property
@@ -75,7 +78,8 @@ class Service:
     @property
     def full(self) -> bool:
         """Whether there is no room for another request; those that only need to be answered take none."""
-        return self._admitted + len(self._rooms) - self.batcher.done >= self._max_requests
+        taken = self._admitted - len(self._arriving) + len(self._rooms) - self.batcher.done
+        return taken >= self._max_requests
 
     def refuses(self) -> bool:
         """Whether requests are refused at their headers; asked for each that comes."""
@@ -134,6 +138,35 @@ class Service:
             yield
         finally:
             self._admitted -= 1
+
+    @contextlib.contextmanager
+    def arriving(self, until: asyncio.Timeout) -> Iterator[None]:
+        """Around the wait for the body of a request that was admitted: it takes no room until its body is there.
+
+        As many bodies may be under way as requests be admitted. If there are more, the one that has been for longest is
+        ended, unless that is not long: who announces bodies, and sends them slowly or never, keeps nobody else out.
+
+        Args:
+          until: ends the wait.
+
+        Raises:
+          RequestError: if there is no place for another body, or no room for the request once its own is there.
+        """
+        now = monotonic()
+        if len(self._arriving) >= self._max_requests:
+            first, begin = next(iter(self._arriving.items()))
+            if now - begin < _ARRIVING_SECONDS:
+                raise overloaded(f"the bodies of {len(self._arriving)} requests are under way already")
+            del self._arriving[first]
+            if not first.expired():
+                first.reschedule(0)
+        self._arriving[until] = now
+        try:
+            yield
+            if self.full:
+                raise overloaded(f"{self._admitted} requests are served or wait already")
+        finally:
+            self._arriving.pop(until, None)
 
     async def infer(
         self, model: ServedModel, request: InferenceRequest, begin: float, accepted_slowly: bool = False
