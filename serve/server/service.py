@@ -19,7 +19,7 @@ from .served import ServedModel
 from .versions import Versions
 
 _FLUSH_SECONDS = 0.2
-_ARRIVING_SECONDS = 1.0  # in which the body of a request is not ended for that of another
+_ARRIVING_SECONDS = 0.25  # in which the body of a request is not ended for that of another
 
 
 class Room:

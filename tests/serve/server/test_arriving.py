@@ -70,13 +70,13 @@ def test_slow_bodies_take_no_room(shared_folder, monkeypatch):
             client_of(shared_folder, max_queue_requests=4) as (_, service),
             serving(make_app(service), make_protocol(service)) as (port, _),
         ):
-            monkeypatch.setattr(service_module, "_ARRIVING_SECONDS", 0.3)
+            monkeypatch.setattr(service_module, "_ARRIVING_SECONDS", 0.5)
             slow = [await connect_and_send(port, PREDICT[:-1]) for _ in range(4)]
             assert await until(lambda: service.admitted == 4)
             assert not service.full
             assert await ask(port, PREDICT) == 200
             assert await ask(port, PREDICT[:-1]) == 429  # the others are not slow yet
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(0.6)
             assert await ask(port, PREDICT[:-1], PREDICT[-1:]) == 200
             first, kept = slow[0]
             status, error = await asyncio.wait_for(answer_of(first), 10)
