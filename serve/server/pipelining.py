@@ -15,7 +15,7 @@ from .errors import RequestError
 #: Of the URL and all headers of a request, or the trailers of its body.
 MAX_HEAD_BYTES = 1 << 16
 # Bytes that are parsed at once unless they are of one body: requests in them may be hundreds, and take much more memory.
-_PIECE = 1 << 13
+_PIECE = 1 << 14
 _CONTINUE = b"HTTP/1.1 100 "
 _ASK_SECONDS = 0.02
 
