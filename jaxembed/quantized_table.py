@@ -46,7 +46,7 @@ class QuantizedTable:
       dim: D.
       codes: uint8 [V, D + 8] (int8), [V, (D + 1) // 2 + 8] (int4), [V, D] (codes8) or [V, (D + 1) // 2] (codes4).
       codebook: float32 [256] or [16], or None.
-      dtype: floating point type of what is looked up.
+      dtype: floating point type of what is looked up; float64 becomes float32 unless JAX computes in 64 bits.
 
     Raises:
       ValueError: if an argument is not of the form above.
@@ -72,7 +72,7 @@ class QuantizedTable:
         dtype = jnp.dtype(self.dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {dtype.name}.")
-        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "dtype", jax.dtypes.canonicalize_dtype(dtype))
         shapes = self.array_shapes(self.kind, self.codes.shape[0], self.dim)
         for name in ("codes", "codebook"):
             array, wanted = getattr(self, name), shapes.get(name)

@@ -312,6 +312,26 @@ def test_bad_ids_and_wrong_shapes(path):
         je.serving_embedding_lookup(np.array([1]), None, {"t": made}, other)
 
 
+@pytest.mark.parametrize("how", HOWS, ids=str)
+def test_tables_of_64_bits_are_looked_up_in_32(path, how):
+    rows = table().astype(np.float64)
+    made = quantize(rows, how)
+    assert made.dtype == made.dequantize().dtype == np.float32
+    config, ids = je.TableConfig(V, D, combiner="sum", name="t"), je.RaggedTensor.from_lists([[0, 1], [2]])
+    outs = [
+        je.serving_embedding_lookup(ids, None, {"t": t}, je.FeatureConfig(config))
+        for t in (made, quantize(table(), how))
+    ]
+    assert outs[0].dtype == np.float32
+    np.testing.assert_array_equal(*outs)
+    if isinstance(how, je.QuantizationConfig):
+        trained = dataclasses.replace(config, quantization_config=how)
+        out = je.serving_embedding_lookup(
+            ids, None, {"t": quantize_as_trained(rows, trained)}, je.FeatureConfig(trained)
+        )
+        np.testing.assert_array_equal(out, outs[0])
+
+
 def test_as_trained():
     config = je.TableConfig(V, D, name="t")
     rows = table()
