@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxembed.initializers import initializer_class
 from jaxembed.shapes import Activations, CombinerWeights, Sequences, Valencies
@@ -162,10 +161,3 @@ def positions_in_rows(rows: Any, live: Any, num_rows: int) -> tuple[Any, Any]:
     order = jnp.argsort(key, stable=True)
     ranks = jnp.arange(key.shape[0], dtype=jnp.int32) - starts[key[order]]
     return jnp.full(key.shape, -1, jnp.int32).at[order].set(jnp.where(live[order], ranks, -1)), counts
-
-
-def ragged_rows(row_splits: Any, num_ids: int) -> Any:
-    """The row of each of N entries; B or -1 for padding."""
-    splits = jnp.asarray(row_splits)
-    marks = jnp.zeros(num_ids, jnp.int32).at[splits].add(1, mode="drop")
-    return jnp.cumsum(marks, dtype=jnp.int32) - np.int32(1)

@@ -12,13 +12,13 @@ import numpy as np
 from jaxembed import structure
 from jaxembed.backends import lookup_path
 from jaxembed.bag import Bag, BagOperands, embedding_bags
-from jaxembed.combiners import CustomCombiner, positions_in_rows, ragged_rows
+from jaxembed.combiners import CustomCombiner, positions_in_rows
 from jaxembed.features import FeatureInput, match, table_of
 from jaxembed.inputs import RaggedTensor, SparseTensor
 from jaxembed.inputs.ids import is_concrete, is_host, is_on_device, narrow_ids, signed_ids
 from jaxembed.inputs.sparse import check_indices
 from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, Inputs, Weights
-from jaxembed.validation import check_ids
+from jaxembed.validation import check_ids, check_splits
 
 
 class Lookup(NamedTuple):
@@ -79,8 +79,10 @@ def serving_embedding_lookup(
     lookups, customs = [], []
     for item in features:
         lookup = plan_lookup(item, table_of(tables, item.feature.table))
-        if not count_bad_ids and is_concrete(lookup.operands.ids):
-            check_ids(item.path, item.feature.table, lookup)
+        if is_concrete(lookup.operands.ids):
+            check_splits(item.path, lookup)
+            if not count_bad_ids:
+                check_ids(item.path, item.feature.table, lookup)
         if isinstance(lookup.bag.combiner, CustomCombiner):
             lookup, custom = _plan_custom(item, lookup, combiner_weights or {})
             customs.append(custom)
@@ -123,30 +125,42 @@ def _plan_custom(item: FeatureInput, lookup: Lookup, combiner_weights: Mapping[s
                 f"[{combiner.num_weights}], got {None if weights is None else list(np.shape(weights))}; pass "
                 f"combiner_weights={{{table.name!r}: ...}}."
             )
-    ids, length = narrow_ids(operands.ids), combiner.max_valency
-    rows = narrow_ids(operands.bags)
-    rows = ragged_rows(rows, ids.shape[0]) if bag.layout == "ragged" else rows
+    ids, place = narrow_ids(operands.ids), _place_ragged if bag.layout == "ragged" else _place_sparse
+    placed, counts, scale = place(bag, operands._replace(ids=ids), combiner.max_valency)
+    sequence = Bag(bag.layout, bag.num_bags, sequence_length=combiner.max_valency)
+    valency = jnp.minimum(counts, combiner.max_valency)
+    return Lookup(sequence, placed, lookup.output_shape), (combiner, valency, scale, weights)
+
+
+def _place_ragged(bag: Bag, operands: BagOperands, length: int) -> tuple[BagOperands, Any, Any]:
+    """Operands of the sequences of a custom combiner's rows, [B] ids in each bag, [B, L] weights or None."""
+    # By their row splits, so that the kernel refuses malformed ones.
+    splits, scale = jnp.asarray(signed_ids(operands.bags)), None
+    if operands.weights is not None:
+        place = splits[:-1, None] + jnp.arange(length, dtype=splits.dtype)
+        values = jnp.asarray(operands.weights).astype(jnp.float32)
+        scale = jnp.where(place < splits[1:, None], values.at[place].get(mode="fill", fill_value=0), 0)
+    counts = jnp.diff(splits).astype(jnp.int32)
+    return operands._replace(bags=splits, weights=None), counts, scale
+
+
+def _place_sparse(bag: Bag, operands: BagOperands, length: int) -> tuple[BagOperands, Any, Any]:
+    """As `_place_ragged`."""
+    ids, rows = operands.ids, narrow_ids(operands.bags)
     live = jnp.ones(ids.shape[0], bool)
     if bag.prune_ids:
         live &= jnp.asarray(ids) >= 0
     if bag.prune_weights and operands.weights is not None:
         live &= jnp.asarray(operands.weights) > 0
     positions, counts = positions_in_rows(rows, live, bag.num_bags)
-    # An entry that is not live has no position, and a sparse sequence drops it unseen.
-    sequence = Bag("sparse", bag.num_bags, sequence_length=length)
     scale = None
     if operands.weights is not None:
         place = jnp.where(positions < 0, length, positions)
         scale = jnp.zeros((bag.num_bags, length), jnp.float32)
         values = jnp.asarray(operands.weights).astype(jnp.float32)
         scale = scale.at[jnp.asarray(rows), place].set(values, mode="drop")
-    placed = BagOperands(operands.table, ids, rows, columns=positions)
-    return Lookup(sequence, placed, lookup.output_shape), (
-        combiner,
-        jnp.minimum(counts, length),
-        scale,
-        weights,
-    )
+    # An entry that is not live has no position, and a sparse sequence drops it unseen.
+    return operands._replace(bags=rows, columns=positions, weights=None), counts, scale
 
 
 def plan_lookup(item: FeatureInput, table: Any) -> Lookup:

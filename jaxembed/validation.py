@@ -9,6 +9,13 @@ from jaxembed.inputs.ids import is_concrete, is_on_device
 from jaxembed.inputs.ragged import check_row_splits
 
 
+def check_splits(path: str, lookup: Any) -> None:
+    """Raises ValueError if the row splits of a `Lookup` lie on a device, where none looked, and are malformed."""
+    bag, operands = lookup.bag, lookup.operands
+    if bag.layout == "ragged" and is_on_device(operands.bags):
+        check_row_splits(np.asarray(operands.bags), operands.ids.shape[0], f"Feature {path!r}")
+
+
 def check_ids(path: str, table: TableConfig, lookup: Any) -> None:
     """Raises ValueError naming the first id of a `Lookup` that is outside [0, V) and not pruned.
 
@@ -17,8 +24,6 @@ def check_ids(path: str, table: TableConfig, lookup: Any) -> None:
     bag, operands = lookup.bag, lookup.operands
     if not all(is_concrete(array) for array in operands[1:]):
         return
-    if bag.layout == "ragged" and is_on_device(operands.bags):
-        check_row_splits(np.asarray(operands.bags), operands.ids.shape[0], f"Feature {path!r}")
     ids = np.asarray(operands.ids)
     bad = (ids < 0) | (ids >= table.vocabulary_size)
     if not bad.any():

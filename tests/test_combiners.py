@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxembed as je
+from jaxembed import kernel
 from jaxembed.combiners import CustomCombiner, combiner_from_dict, register_combiner
 from jaxembed.initializers import Constant
 
@@ -55,6 +56,34 @@ def test_order_of_appearance_valency_and_weights_of_its_own():
         combiner, je.RaggedTensor.from_lists([[1, 2, 3, 4]]), combiner_weights={"t": jnp.array([0.0, 1.0])}
     )
     np.testing.assert_allclose(out, np.full((1, 4), 2.0))
+
+
+@pytest.mark.parametrize("splits", [[0, 2, 1, 3], [0, 2, 2, 4], [-2, 0, 1, 3]])
+def test_malformed_row_splits_are_refused_by_the_kernel(splits):
+    if not kernel.available():
+        pytest.skip("the kernel was not built")
+    ids = je.RaggedTensor(jnp.array([0, 1, 3]), jnp.array(splits))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="row_splits must"):
+        lookup(CustomCombiner(masked_sum, 4), ids, jit=True).block_until_ready()
+
+
+@pytest.mark.parametrize("backend", ["native", "xla"])
+@pytest.mark.parametrize("rows", [ROWS, [[], []]])
+def test_weights_of_ragged_ids_and_their_gradients(backend, rows):
+    if backend == "native" and not kernel.available():
+        pytest.skip("the kernel was not built")
+    ids = je.RaggedTensor.from_lists(rows).pad(9)
+    values = jnp.where(jnp.arange(9) < ids.row_splits[-1], jnp.arange(9.0) - 2, jnp.nan)
+
+    def loss(values, combiner):
+        return jnp.sum(lookup(combiner, ids, je.RaggedTensor(values, ids.row_splits)) ** 2)
+
+    with je.use_backend(backend):
+        found, wanted = (
+            jax.value_and_grad(loss)(values, combiner) for combiner in (CustomCombiner(masked_sum, 3), "sum")
+        )
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-6)
 
 
 def test_gradients_reach_weights_and_table():

@@ -308,6 +308,14 @@ def test_arguments_of_another_kind(change, message):
         je.serving_embedding_lookup(**(arguments | change), feature_config={"0": FEATURE})
 
 
+@pytest.mark.parametrize("splits", [[0, 2, 1, 3], [0, 2, 2, 4], [1, 2, 2, 3], [-2, 0, 1, 3]])
+@pytest.mark.parametrize("count_bad_ids", [False, True])
+def test_row_splits_of_the_device_are_checked_whether_or_not_bad_ids_are_counted(path, splits, count_bad_ids):
+    ids = je.RaggedTensor(jnp.array([0, 1, 3]), jnp.array(splits))
+    with pytest.raises(ValueError, match="Feature '': row_splits"):
+        lookup(ids, count_bad_ids=count_bad_ids)
+
+
 def test_arrays_of_the_device_are_checked_as_those_of_the_host_are(path):
     ids = je.RaggedTensor(jnp.array([1, 2, 3]), jnp.array([0, 1, 3]))
     weights = je.RaggedTensor(jnp.ones(3), jnp.array([0, 2, 3]))
