@@ -7,6 +7,7 @@ import sys
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,6 +69,10 @@ def test_converted_dense_ids_saturate_before_a_jit_could_wrap_them():
         (lambda: je.RaggedTensor(np.zeros((2, 2)), [0, 2]), r"values must be \[N\], got shape \(2, 2\)"),
         (lambda: je.RaggedTensor([1, 2], [[0, 2]]), r"row_splits must be \[B \+ 1\]"),
         (lambda: je.RaggedTensor([1, 2], [0.0, 2.0]), "row_splits must be integers"),
+        (
+            lambda: je.RaggedTensor(np.arange(2), np.array([0, 2], "m8[s]")),
+            r"row_splits must be integers, got timedelta64\[s\]",
+        ),
         (lambda: je.RaggedTensor([1, 2], [1, 2]), "row_splits must start at 0, got 1"),
         (
             lambda: je.RaggedTensor([1, 2], [0, 2, 1]),
@@ -154,7 +159,44 @@ def test_native_code_takes_what_python_takes_and_no_more(native_ragged, splits, 
 
 
 def test_signature_of_a_ragged_tensor():
-    assert list(inspect.signature(je.RaggedTensor).parameters) == ["values", "row_splits"]
+    class Same(je.RaggedTensor):
+        pass
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Named(je.RaggedTensor):
+        name: str = ""
+
+    class Rows(je.RaggedTensor):
+        def __init__(self, rows):
+            super().__init__(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+
+    class New(je.RaggedTensor):
+        def __new__(cls, rows):
+            return super().__new__(cls)
+
+    wanted = {je.RaggedTensor: "values row_splits", Same: "values row_splits", Rows: "rows", New: "rows"}
+    for cls, names in (wanted | {Named: "values row_splits name"}).items():
+        assert " ".join(inspect.signature(cls).parameters) == names
+    assert "name: str = ''" in Named.__doc__
+
+
+def test_a_subclass_checks_what_it_wants_to():
+    class Checked(je.RaggedTensor):
+        def __post_init__(self):
+            super().__post_init__()
+            if np.any(np.asarray(self.values) < 0):
+                raise ValueError("negative")
+
+    for values, splits in (
+        ([-1], [0, 1]),
+        (np.array([-1]), np.array([0, 1])),
+        (jnp.array([-1]), jnp.array([0, 1])),
+    ):
+        with pytest.raises(ValueError, match="negative"):
+            Checked(values, splits)
+    with pytest.raises(ValueError, match="row_splits must not decrease"):
+        Checked(np.array([1]), np.array([0, 2, 1]))
+    assert Checked(np.array([1]), np.array([0, 1])).to_lists() == [[1]]
 
 
 def test_native_code_leaves_what_is_unusual_to_python(native_ragged):

@@ -1,6 +1,7 @@
 """Ragged ids: bag b holds values[row_splits[b]:row_splits[b + 1]]."""
 
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Iterable
@@ -16,6 +17,20 @@ from jaxembed.shapes import AnyIds, AnyPadded, AnyRowLengths, AnyRowSplits, AnyV
 
 _FEW = 64  # of so many row splits Python checks the order faster than numpy
 _init_for: Any = getattr(extension.load("jaxembed_ragged"), "init_for", None)
+
+
+class _Signature:
+    """RaggedTensor.__signature__: Python 3.13 cannot tell the arguments of an __init__ that is native."""
+
+    def __init__(self, signature: inspect.Signature):
+        self.signature = signature
+
+    def __get__(self, _: Any, owner: type) -> inspect.Signature | None:
+        if owner.__init__ is not RaggedTensor.__init__:
+            return None  # inspect goes on to look
+        if owner.__new__ is RaggedTensor.__new__:
+            return self.signature
+        return inspect.signature(functools.partial(owner.__new__, owner))
 
 
 @jax.tree_util.register_pytree_node_class
@@ -49,8 +64,9 @@ class RaggedTensor:
         fields["values"] = values
         fields["row_splits"] = row_splits
         # The usual case by itself: requests hold one of these for every feature. Native code does it where it was built.
+        is_checked_here = type(self).__post_init__ is RaggedTensor.__post_init__
         on_host = type(values) is np.ndarray is type(row_splits) and values.ndim == 1 == row_splits.ndim
-        if on_host and row_splits.dtype.kind in "iu" and (size := len(row_splits)):
+        if is_checked_here and on_host and row_splits.dtype.kind in "iu" and (size := len(row_splits)):
             if size <= _FEW:
                 rows = row_splits.tolist()
                 if rows[0] == 0 <= rows[-1] <= len(values) and (size <= 2 or rows == sorted(rows)):
@@ -77,7 +93,7 @@ class RaggedTensor:
             raise ValueError(
                 f"RaggedTensor: row_splits must be [B + 1], got shape {tuple(self.row_splits.shape)}."
             )
-        if not np.issubdtype(self.row_splits.dtype, np.integer):
+        if self.row_splits.dtype.kind not in "iu":  # timedelta64 is an np.integer
             raise ValueError(f"RaggedTensor: row_splits must be integers, got {self.row_splits.dtype}.")
         if is_host(self.row_splits):
             check_row_splits(self.row_splits, self.values.shape[0])
@@ -203,8 +219,7 @@ class RaggedTensor:
 
 _init_in_python = RaggedTensor.__init__
 if _init_for is not None:
-    # Python 3.13 cannot tell the arguments of an __init__ that is native.
-    setattr(RaggedTensor, "__signature__", inspect.signature(RaggedTensor))  # noqa: B010
+    setattr(RaggedTensor, "__signature__", _Signature(inspect.signature(RaggedTensor)))  # noqa: B010
     RaggedTensor.__init__ = _init_for(RaggedTensor, _init_in_python)
 
 

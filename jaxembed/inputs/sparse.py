@@ -73,7 +73,7 @@ class SparseTensor:
                 f"SparseTensor: indices must be [nnz, {len(shape)}] and values [nnz], got "
                 f"{tuple(self.indices.shape)} and {tuple(self.values.shape)}."
             )
-        if not np.issubdtype(self.indices.dtype, np.integer):
+        if self.indices.dtype.kind not in "iu":  # timedelta64 is an np.integer
             raise ValueError(f"SparseTensor: indices must be integers, got {self.indices.dtype}.")
         if is_host(self.indices):
             check_indices(self.indices, shape)

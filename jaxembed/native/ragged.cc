@@ -4,7 +4,7 @@
 
 namespace {
 
-PyObject *ndarray, *ndim, *values_name, *row_splits_name, *in_python;
+PyObject *ndarray, *ndim, *values_name, *row_splits_name, *ragged, *in_python;
 
 template <typename Int>
 bool Rise(const Int* splits, int64_t size, int64_t values) {
@@ -52,7 +52,8 @@ PyObject* InitInPython(PyObject* self, PyObject* const* args, Py_ssize_t count, 
 }
 
 PyObject* Init(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* names) {
-  if (count != 2 || names || !Usual(args[0], args[1])) return InitInPython(self, args, count, names);
+  // Subclasses may check more.
+  if (count != 2 || names || self->ob_type != ragged || !Usual(args[0], args[1])) return InitInPython(self, args, count, names);
   // Past the class, which is frozen.
   if (PyObject_GenericSetAttr(self, values_name, args[0])) return nullptr;
   if (PyObject_GenericSetAttr(self, row_splits_name, args[1])) return nullptr;
@@ -69,8 +70,11 @@ PyObject* InitFor(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_TypeError, "init_for takes a class and its __init__");
     return nullptr;
   }
+  Py_IncRef(args[0]);
   Py_IncRef(args[1]);
+  if (ragged) Py_DecRef(ragged);
   if (in_python) Py_DecRef(in_python);
+  ragged = args[0];
   in_python = args[1];
   return PyDescr_NewMethod(args[0], &init);
 }
@@ -78,7 +82,7 @@ PyObject* InitFor(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"init_for", InitFor, kFastCall,
      "init_for(cls, init): an __init__ for `cls` that sets the attributes `values` and `row_splits` where they are what "
-     "they mostly are, and calls `init` where they are not."},
+     "they mostly are, and calls `init` where they are not, and for subclasses."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = jaxembed::ModuleOf("jaxembed_ragged", methods);
