@@ -86,9 +86,16 @@ class Buckets:
         with np.errstate(over="ignore"):
             ends = np.array([config.lower, config.upper], np.float32)
         quantum = (float(ends[1]) - float(ends[0])) / (config.num_buckets - 1)
-        if not np.isfinite(ends).all() or quantum < max(8 * float(np.spacing(np.abs(ends).max())), 2.0**-90):
+        if not np.isfinite(ends).all():
+            raise ValueError(f"{config} has an end beyond float32; use a narrower range.")
+        if quantum < 8 * float(np.spacing(np.abs(ends).max())):
             raise ValueError(
                 f"{config} has values that float32 cannot tell apart; use fewer buckets or a wider range."
+            )
+        if quantum < 2.0**-90:
+            raise ValueError(
+                f"{config} has values {quantum:g} apart, but they must be at least 2**-90 apart; use fewer buckets or a "
+                "wider range."
             )
 
     @functools.cached_property

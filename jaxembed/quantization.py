@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.buckets import MAX_BUCKETS, Buckets, simulate_quantization
@@ -61,10 +62,11 @@ def quantize(table: AnyTable, how: str | QuantizationConfig) -> QuantizedTable:
         bits, or 4 where there are at most 16.
 
     Raises:
-      UnquantizableError: if a value is NaN or, row by row, infinite.
-      ValueError: if there are more buckets.
+      UnquantizableError: if a value is NaN or, row by row, infinite, or a row's values lie farther apart than
+        float32 can tell.
+      ValueError: if there are more buckets, or the table is of another form.
     """
-    codec, table = row_codec(how), np.asarray(table)
+    codec, table = row_codec(how), _floats(table)
     num_rows, dim = table.shape
     shapes = QuantizedTable.array_shapes(codec.kind, num_rows, dim)
     arrays = {name: aligned_empty(*shapes[name]) for name in shapes if name != "codebook"}
@@ -91,7 +93,8 @@ def quantize_as_trained(table: AnyTable, config: TableConfig) -> Any:
         return table
     if quantization.num_buckets <= 256:
         return quantize(table, quantization)
-    rows, blocks = np.asarray(table), list(_blocks(*table.shape))
+    rows = _floats(table)
+    blocks = list(_blocks(*rows.shape))
     if all(_is_quantized(rows[start:stop], quantization) for start, stop in blocks):
         return table
     out = aligned_empty(rows.shape, rows.dtype)
@@ -133,11 +136,11 @@ class RowCodec:
         """The arrays of a QuantizedTable, but its codebook, for float32 rows [N, D], the first being row `start`.
 
         Raises:
-          UnquantizableError: if a value is NaN or, row by row, infinite.
+          UnquantizableError: as `quantize`.
         """
         if self.buckets is None:
             _refuse(~np.isfinite(rows), "NaN or infinity", start)
-            return _encode_row_wise(rows, self.kind)
+            return _encode_row_wise(rows, self.kind, start)
         _refuse(np.isnan(rows), "NaN", start)
         return {"codes": _pack(self.buckets.codes(rows).astype(np.uint8), self.kind)}
 
@@ -167,17 +170,34 @@ def _is_quantized(rows: np.ndarray, config: QuantizationConfig) -> bool:
     return np.array_equal(simulate_on_host(rows, config), rows)
 
 
-def _encode_row_wise(rows: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+def _encode_row_wise(rows: np.ndarray, kind: str, start: int) -> dict[str, np.ndarray]:
     steps = 255 if kind == "int8" else 15
     low, high = rows.min(axis=1).astype(np.float64), rows.max(axis=1).astype(np.float64)
     mantissa, exponent = np.frexp((high - low) / steps)
     scale = np.ldexp(np.ceil(np.ldexp(mantissa, _SCALE_BITS)), exponent - _SCALE_BITS)
     scale[scale < 2.0**-90] = 0  # a row of one value; also keeps products from being subnormal
+    too_wide = np.maximum(scale * steps, scale * steps + low) > np.finfo(np.float32).max
+    if too_wide.any():
+        row = int(np.argmax(too_wide))
+        raise UnquantizableError(
+            f"row {start + row} of the table ranges from {low[row]:g} to {high[row]:g}, too far for float32 to count its "
+            "steps; clip or scale the rows, or leave the table unquantized."
+        )
     scale, bias = scale.astype(np.float32), low.astype(np.float32)
     divisor = np.where(scale > 0, scale, np.float32(1))
     codes = np.rint((rows - bias[:, None]) / divisor[:, None])
     codes = np.where(scale[:, None] > 0, np.clip(codes, 0, steps), 0)
     return {"codes": fused(_pack(codes.astype(np.uint8), kind), scale, bias)}
+
+
+def _floats(table: Any) -> np.ndarray:
+    """On the host, if it is a [V, D] floating point array."""
+    table = np.asarray(table)
+    if table.ndim != 2 or not table.shape[1] or not jnp.issubdtype(table.dtype, jnp.floating):
+        raise ValueError(
+            f"table must be a floating point array of [V, D] with D of at least 1, got {table.dtype}{list(table.shape)}."
+        )
+    return table
 
 
 def _pack(codes: np.ndarray, kind: str) -> np.ndarray:

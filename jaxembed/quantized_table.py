@@ -72,8 +72,18 @@ class QuantizedTable:
         dtype = jnp.dtype(self.dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {dtype.name}.")
-        object.__setattr__(self, "dtype", jax.dtypes.canonicalize_dtype(dtype))
-        shapes = self.array_shapes(self.kind, self.codes.shape[0], self.dim)
+        object.__setattr__(self, "dtype", jax.dtypes.canonicalize_dtype(dtype.newbyteorder("=")))
+        for name in ("codes", "codebook"):
+            array = getattr(self, name)
+            if not (hasattr(array, "shape") and hasattr(array, "dtype")) and (name, array) != (
+                "codebook",
+                None,
+            ):
+                raise ValueError(
+                    f"{name} must be an array, got {type(array).__name__}; convert it with numpy.asarray, or make the "
+                    "table with jaxembed.quantization.quantize."
+                )
+        shapes = self.array_shapes(self.kind, *self.codes.shape[:1] or (0,), self.dim)
         for name in ("codes", "codebook"):
             array, wanted = getattr(self, name), shapes.get(name)
             found = None if array is None else (tuple(array.shape), np.dtype(array.dtype))

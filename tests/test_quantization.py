@@ -13,6 +13,7 @@ import jaxembed as je
 from jaxembed import kernel
 from jaxembed.buckets import Buckets
 from jaxembed.quantization import (
+    UnquantizableError,
     quantization_error,
     quantize,
     quantize_as_trained,
@@ -129,7 +130,11 @@ def test_gradients_pass_straight_through():
     [
         (je.QuantizationConfig(65537, 0, 1), "num_buckets must be at most 65536 to quantize, got 65537"),
         (je.QuantizationConfig(256, 1000, 1000.01), "cannot tell apart; use fewer buckets or a wider range"),
-        (je.QuantizationConfig(2, 0, 1e39), "cannot tell apart"),
+        (je.QuantizationConfig(2, 0, 1e39), "has an end beyond float32; use a narrower range"),
+        (
+            je.QuantizationConfig(16, -1e-30, 1e-30),
+            r"values 1.33\d+e-31 apart, but they must be at least 2\*\*-90",
+        ),
     ],
 )
 def test_ranges_that_float32_cannot_hold(config, message):
@@ -227,8 +232,19 @@ def test_refusals():
             quantize(rows, how)
     with pytest.raises(ValueError, match=r"must be one of .*'int4'.* or a QuantizationConfig, got 'int3'"):
         quantize(table(), "int3")
+    of_many_buckets = je.TableConfig(V, D, name="t", quantization_config=je.QuantizationConfig(257, 0, 1))
     with pytest.raises(ValueError, match="num_buckets must be at most 256, got 257"):
         row_codec(je.QuantizationConfig(257, 0, 1))
+    for wrong in (np.zeros(3), np.zeros((3, 0)), np.zeros((3, 3), int), [1.0, 2.0]):
+        for call in (quantize, lambda t, _: quantize_as_trained(t, of_many_buckets)):
+            with pytest.raises(ValueError, match=r"table must be a floating point array of \[V, D\] with D"):
+                call(wrong, "int8")
+    with pytest.raises(ValueError, match=r"codes must be an array, got list; convert it with numpy\.asarray"):
+        je.QuantizedTable("int8", 3, [[1, 2, 3]])
+    with pytest.raises(ValueError, match="codebook must be an array, got list"):
+        je.QuantizedTable("codes8", 3, np.zeros((1, 3), np.uint8), [0.0] * 256)
+    with pytest.raises(ValueError, match=r"codes of int8 rows must be uint8\[0, 11\], got uint8\[\]"):
+        je.QuantizedTable("int8", 3, np.uint8(1))
     made = quantize(table(), "int8")
     with pytest.raises(ValueError, match=r"codebook of codes8 rows must be float32\[256\], got None"):
         je.QuantizedTable("codes8", D, np.zeros((V, D), np.uint8))
@@ -242,6 +258,18 @@ def test_refusals():
         dataclasses.replace(made, dtype=np.int8)
     with pytest.raises(ValueError, match=r"table must be \[23, 7\], got \[22, 7\]"):
         quantization_error(table()[1:], made)
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "row", [[-3e38, 1e38, 3e38], [1e38, np.finfo(np.float32).max, 2e38], [0, np.finfo(np.float32).max, 0]]
+)
+def test_rows_too_wide_for_float32_are_refused(how, row):
+    rows = np.float32([[-1.6e38, 0, 1.6e38], row])
+    with pytest.raises(UnquantizableError, match=r"row 1 of the table ranges from .*; clip or scale the rows"):
+        quantize(rows, how)
+    made = quantize(rows[:1], how)
+    assert quantization_error(rows[:1], made).max < 3.2e38 / (255 if how == "int8" else 15)
 
 
 def features(config, rows):
