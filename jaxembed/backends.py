@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ _said: set[str] = set()
 def backend() -> str:
     """The path that lookups take on CPU now: "native" (the C++ kernel) or "xla" (plain JAX).
 
-    "native" wherever the kernel was built, unless the environment variable JAXEMBED_BACKEND or
+    "native" wherever the kernel was built, unless the environment variable JAXEMBED_BACKEND (empty: as if unset) or
     `use_backend` says otherwise. Other platforms always take "xla".
 
     Raises:
@@ -48,7 +49,7 @@ def backend() -> str:
             f"jaxembed looks tables up in plain JAX: {kernel.unavailable_reason()}. Reinstall with a "
             "C++ compiler for the native kernel, or set JAXEMBED_BACKEND=xla to silence this.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=_users_level(),
         )
     return "xla"
 
@@ -67,7 +68,8 @@ def lookup_path() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Chooses the path of the lookups that are traced within: "auto", "native" or "xla".
 
-    A function that `jax.jit` has traced keeps the path it was traced with. Programs of `jax.export` are plain
+    Under "native", lookups in tables of a type that the kernel does not have are refused; under "auto" they are plain
+    JAX. A function that `jax.jit` has traced keeps the path it was traced with. Programs of `jax.export` are plain
     JAX under "auto"; under "native" they call the kernel, which the process that runs them must have, and
     `jax.export.export` must be told so with `DisabledSafetyCheck.custom_call("jaxembed_embedding_bags")`.
 
@@ -89,4 +91,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _wanted() -> str:
-    return _override.get() or os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    return _override.get() or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+
+
+def _users_level() -> int:
+    """The `stacklevel`, for whom calls this, of the first caller outside of jaxembed."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "jaxembed":
+        frame, level = frame.f_back, level + 1
+    return level

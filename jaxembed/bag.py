@@ -17,16 +17,19 @@ divisor, too) and adds one to the feature's count of bad ids. It never reads ano
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 
 from jaxembed import bag_native, bag_xla
 from jaxembed.backends import lookup_path
+from jaxembed.config import COMBINERS
 from jaxembed.inputs.ids import signed_ids
 from jaxembed.splits import SplitsRow
 
 Layout = Literal["dense", "ragged", "sparse"]
+LAYOUTS = get_args(Layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Bag:
       sequence_length: L, or 0 to combine. A sparse layout then also needs `columns`.
       prune_ids: drop entries with id < 0.
       prune_weights: drop entries with weight <= 0.
+
+    Raises:
+      ValueError: if layout or combiner are none of these.
     """
 
     layout: Layout
@@ -51,6 +57,13 @@ class Bag:
     sequence_length: int = 0
     prune_ids: bool = False
     prune_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}.")
+        # A CustomCombiner, which lookups apply to the rows of a sequence, passes through here.
+        if isinstance(self.combiner, str) and self.combiner not in COMBINERS:
+            raise ValueError(f"combiner must be one of {COMBINERS}, got {self.combiner!r}.")
 
 
 class BagOperands(NamedTuple):
@@ -84,9 +97,14 @@ def embedding_bags(
     Returns:
       F arrays ([B, D]; [B, L, D] for sequences; [N, D] for the dense layout) in their tables' types, and
       the int32 [F] counts of bad ids.
+
+    Raises:
+      ValueError: if ids, bags or columns are no integers, or `path` is "native" and the kernel has no tables of a type.
     """
     bags, operands = tuple(bags), tuple(_signed(op) for op in operands)
     path = path or lookup_path()
+    if path == "native":
+        bag_native.check_tables(operands)
     if path == "xla" or not bag_native.supports(bags, operands):
         return bag_xla.embedding_bags(bags, operands)
     return bag_native.embedding_bags(bags, operands, in_exports=path == "native")
@@ -112,5 +130,9 @@ def row_gradients(bag: Bag, operands: BagOperands, gradient: jax.Array) -> tuple
 
 def _signed(operands: BagOperands) -> BagOperands:
     bags = operands.bags
+    parts = {"ids": operands.ids, "bags": getattr(bags, "splits", bags), "columns": operands.columns}
+    for name, array in parts.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {array.dtype}; convert them before the lookup.")
     bags = bags.signed() if isinstance(bags, SplitsRow) else signed_ids(bags)
     return operands._replace(ids=signed_ids(operands.ids), bags=bags, columns=signed_ids(operands.columns))

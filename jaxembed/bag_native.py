@@ -31,6 +31,16 @@ def supports(bags: Sequence["Bag"], operands: Sequence["BagOperands"]) -> bool:
     return kernel.available() and all(_row_type(op.table) is not None for op in operands)
 
 
+def check_tables(operands: Sequence["BagOperands"]) -> None:
+    """Raises ValueError if a table is of a type that the kernel does not have."""
+    for op in operands:
+        if _row_type(op.table) is None:
+            raise ValueError(
+                f"the native kernel has no tables of {_kind(op.table)}; convert the table to float32, bfloat16 or float16, "
+                'quantize it, or choose plain JAX for it with use_backend("auto") or JAXEMBED_BACKEND=auto.'
+            )
+
+
 def _row_type(table: Any) -> int | None:
     kind = _kind(table)
     return None if kind in KINDS and isinstance(table, jax.Array | np.ndarray) else _ROW_TYPES.get(kind)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxembed import structure
 from jaxembed.config import FeatureConfig, TableConfig
+from jaxembed.inputs.ids import native_order
 
 
 class FeatureInput(NamedTuple):
@@ -137,4 +138,4 @@ def table_of(tables: Mapping[Any, Any], config: TableConfig) -> Any:
             f"table {config.name!r} must be [{config.vocabulary_size}, {config.dim}] "
             f"(vocabulary_size, dim), got shape {list(shape)}."
         )
-    return table
+    return native_order(table)

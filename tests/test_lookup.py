@@ -1,6 +1,7 @@
 """What serving_embedding_lookup promises beyond TensorFlow's answers: ids, padding, errors, gradients."""
 
 import collections
+import warnings
 
 import hypothesis
 import jax
@@ -11,7 +12,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxembed as je
-from jaxembed import kernel
+from jaxembed import backends, kernel
+from jaxembed.bag import Bag, BagOperands, embedding_bags, row_gradients
+from jaxembed.quantization import quantize
 from tests.generate import lookups
 
 # Row r of the table holds 100 r + column, so that a wrong row shows.
@@ -306,6 +309,81 @@ def test_arguments_of_another_kind(change, message):
     arguments = {"inputs": {"0": jnp.array([1])}, "weights": None, "tables": {"t": ROWS}}
     with pytest.raises(ValueError, match=message):
         je.serving_embedding_lookup(**(arguments | change), feature_config={"0": FEATURE})
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_arrays_of_the_other_byte_order(path, quantized):
+    rows = np.asarray(ROWS, ">f4")
+    table = quantize(rows, "int8") if quantized else rows
+    splits = np.array([0, 1, 3], ">i4")
+    ids, weights = (je.RaggedTensor(np.array([1, 2, 3], t), splits) for t in (">i8", ">f4"))
+    swapped = lookup(ids, weights, table=table)
+    native = lookup(
+        je.RaggedTensor(ids.values.astype(np.int32), splits.astype(np.int32)),
+        je.RaggedTensor(weights.values.astype(np.float32), splits.astype(np.int32)),
+        table=quantize(np.asarray(ROWS), "int8") if quantized else ROWS,
+    )
+    np.testing.assert_array_equal(swapped, native)
+
+
+def test_an_empty_environment_variable_is_as_none(monkeypatch):
+    monkeypatch.setenv("JAXEMBED_BACKEND", "")
+    wanted = "native" if kernel.available() else "xla"
+    with warnings.catch_warnings(action="ignore"):
+        assert je.backend() == wanted
+
+
+def test_the_fallback_is_said_at_the_line_of_the_user(monkeypatch):
+    monkeypatch.delenv("JAXEMBED_BACKEND", raising=False)
+    monkeypatch.setattr(kernel, "_load", lambda: "the kernel was not built")
+    monkeypatch.setattr(backends, "_said", set())
+    with pytest.warns(RuntimeWarning, match="plain JAX: the kernel was not built") as caught:
+        lookup(je.RaggedTensor.from_lists([[1], [2, 3]]))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_native_refuses_tables_that_the_kernel_does_not_have():
+    if not kernel.available():
+        pytest.skip("the kernel was not built")
+    ids, table = je.RaggedTensor.from_lists([[1], [2, 3]]), ROWS.astype(jnp.float8_e4m3fn)
+    assert lookup(ids, table=table).dtype == table.dtype
+    with (
+        je.use_backend("native"),
+        pytest.raises(ValueError, match=r"no tables of float8_e4m3fn; .*use_backend\(\"auto"),
+    ):
+        lookup(ids, table=table)
+
+
+def test_bags_are_checked():
+    with pytest.raises(ValueError, match=r"combiner must be one of .*, got 'max'"):
+        Bag("ragged", 1, "max")
+    with pytest.raises(ValueError, match=r"layout must be one of .*, got 'padded'"):
+        Bag("padded", 1)
+    bag = Bag("ragged", 1)
+    for name, operands in {
+        "ids": BagOperands(ROWS, jnp.ones(1), jnp.array([0, 1])),
+        "bags": BagOperands(ROWS, jnp.ones(1, int), jnp.array([0.0, 1.0])),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must be integers, got float32"):
+            embedding_bags([bag], [operands])
+        with pytest.raises(ValueError, match=f"{name} must be integers, got float32"):
+            row_gradients(bag, operands, jnp.ones((1, D)))
+
+
+@pytest.mark.parametrize("column", [3, 5, -1])
+def test_compiled_programs_do_not_look_at_the_last_axis(path, column):
+    ids = je.SparseTensor(jnp.array([[0, column], [1, 0]]), jnp.array([1, 2]), (3, 2))
+    np.testing.assert_array_equal(jax.jit(lookup)(ids), [ROWS[1], ROWS[2], [0] * D])
+    sequence = jax.jit(lambda ids: lookup(ids, feature=je.FeatureConfig(TABLE, max_sequence_length=4)))(ids)
+    wanted = np.zeros((3, 4, D))
+    if column == 3:
+        wanted[0, 3] = ROWS[1]
+    wanted[1, 0] = ROWS[2]
+    np.testing.assert_array_equal(sequence, wanted)
+    deep = je.SparseTensor(jnp.array([[0, 0, column], [1, 0, 0]]), jnp.array([1, 2]), (2, 2, 2))
+    np.testing.assert_array_equal(jax.jit(lookup)(deep), [[ROWS[1], [0] * D], [ROWS[2], [0] * D]])
+    with pytest.raises(ValueError, match=r"outside of dense_shape \[3, 2\]"):
+        lookup(ids)
 
 
 @pytest.mark.parametrize("splits", [[0, 2, 1, 3], [0, 2, 2, 4], [1, 2, 2, 3], [-2, 0, 1, 3]])

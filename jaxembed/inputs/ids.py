@@ -23,8 +23,15 @@ def is_on_device(array: Any) -> bool:
     return is_concrete(array) and not is_host(array)
 
 
+def native_order(array: Any) -> Any:
+    """A host array in this processor's order of bytes, which is all that JAX takes."""
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
 def narrow_ids(array: Any) -> Any:
-    """64-bit host integers as int32, saturated, unless JAX computes in 64 bits.
+    """64-bit host integers as int32, saturated, unless JAX computes in 64 bits; other arrays as `native_order`.
 
     `jax.jit` would wrap them around, so that id 2**32 + 5 reads row 5. A vocabulary is smaller than
     2**31 - 1, so a saturated id stays out of range, and a negative one stays negative.
@@ -36,7 +43,7 @@ def narrow_ids(array: Any) -> Any:
         and not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
     ):
         return np.clip(array, -(2**31), 2**31 - 1).astype(np.int32)
-    return array
+    return native_order(array)
 
 
 def signed_ids(array: Any) -> Any:

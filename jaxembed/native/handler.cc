@@ -113,7 +113,8 @@ ffi::Error EmbeddingBags(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   for (int64_t f = 0; f < features; ++f) {
     Bag& bag = bags[f];
     std::string wrong = Decode(meta.begin() + f * kFields, args, rets, outs, &bag);
-    if (wrong.empty()) wrong = Place(bag, scratch[f], &placed[f]);
+    if (!wrong.empty()) return Invalid(f, wrong + "; make the operands fit the Bag, or export the program anew with this jaxembed");
+    wrong = Place(bag, scratch[f], &placed[f]);
     if (!wrong.empty()) return Invalid(f, wrong);
     cost += Cost(bag, placed[f]);
     bad[f] = 0;

@@ -87,8 +87,9 @@ std::string Place(const Bag& bag, Scratch& scratch, Placed* placed) {
   for (int64_t b = 0; b <= bag.num_bags; ++b) {
     const int64_t split = bag.bags[b];
     if (split < before || split > bag.num_ids) {
-      return "row_splits must rise from 0 to at most " + std::to_string(bag.num_ids) + " ids, got " +
-             std::to_string(split) + " at position " + std::to_string(b) + " after " + std::to_string(before);
+      return "row_splits must not decrease and lie in [0, " + std::to_string(bag.num_ids) + "], the number of ids, got " +
+             std::to_string(split) + " at position " + std::to_string(b) + " after " + std::to_string(before) +
+             "; make them on the host, where RaggedTensor checks them";
     }
     before = split;
   }
