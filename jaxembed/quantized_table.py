@@ -83,7 +83,8 @@ class QuantizedTable:
                     f"{name} must be an array, got {type(array).__name__}; convert it with numpy.asarray, or make the "
                     "table with jaxembed.quantization.quantize."
                 )
-        shapes = self.array_shapes(self.kind, *self.codes.shape[:1] or (0,), self.dim)
+        num_rows = self.codes.shape[0] if self.codes.shape else 0
+        shapes = self.array_shapes(self.kind, num_rows, self.dim)
         for name in ("codes", "codebook"):
             array, wanted = getattr(self, name), shapes.get(name)
             found = None if array is None else (tuple(array.shape), np.dtype(array.dtype))
