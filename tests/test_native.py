@@ -123,7 +123,7 @@ def test_hostile_numbers_are_refused(case):
     with pytest.raises(INVALID_ARGUMENT, match=message) as error:
         jax.block_until_ready(call(**fields))
     assert "INVALID_ARGUMENT" in str(error.value)
-    assert "feature" not in str(error.value) or "; make the operands fit the Bag, or" in str(error.value)
+    assert "of feature 0" not in str(error.value) or "; make the operands fit the Bag, or" in str(error.value)
 
 
 @pytest.mark.parametrize("splits", [[0, 3, 1], [-1, 0, 4], [0, 1, 5], [0, 2**31 - 1, 4]])
