@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import prometheus_client as prometheus
-from prometheus_client import multiprocess
+from prometheus_client import multiprocess, values
 
 from .logs import logger
+from .metric_files import MetricFiles
 
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _FILL = tuple(i / 10 for i in range(1, 11))
@@ -32,12 +33,13 @@ class Metrics:
     """Counts requests, and times the stages they go through.
 
     With PROMETHEUS_MULTIPROC_DIR in the environment, as the supervisor sets it, the values of all workers
-    are summed up.
+    are summed up; a worker for whose values the disk has no room leaves them out.
     """
 
     def __init__(self):
         self.registry: prometheus.CollectorRegistry = prometheus.CollectorRegistry()
         self.log: logging.Logger = logger()
+        self._files = self._make_files()
         name = "jaxembed"
         options: dict[str, Any] = {"registry": self.registry}
         self._requests = prometheus.Counter(
@@ -73,6 +75,7 @@ class Metrics:
         self._stage = {stage: _Tally(self._stages.labels(stage), _SECONDS) for stage in STAGES}
         self._filled = _Tally(self._fill, _FILL)
         self._latencies: dict[str, _Tally] = {}
+        self._bad_features: set[str] = set()
         self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
         self._refusals: dict[str, Refusals] = {}
         self._run = collections.Counter[str]()
@@ -133,6 +136,11 @@ class Metrics:
 
     def bad_id(self, feature: str) -> None:
         """A request was refused for an id of this feature."""
+        if feature not in self._bad_features:
+            # The one label that may have any number of values.
+            if self._files is not None and not self._files.has_room(feature):
+                return
+            self._bad_features.add(feature)
         self._bad_ids.labels(feature).inc()
 
     def version(self, version: int) -> None:
@@ -155,6 +163,20 @@ class Metrics:
         registry = prometheus.CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)
         return prometheus.generate_latest(registry)
+
+    def _make_files(self) -> MetricFiles | None:
+        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if folder is None:
+            return None
+        try:
+            return MetricFiles(folder)
+        except OSError as e:
+            values.ValueClass = values.MutexValue
+            self.log.warning(
+                "what this worker counts is missing in the metrics; make room, and start the server again",
+                extra={"folder": folder, "reason": e.strerror},
+            )
+            return None
 
 
 class _Tally:

@@ -1,6 +1,8 @@
-"""Peers: which versions the workers of one server serve, each in a file of the folder that they share."""
+"""Peers: which versions the workers of one server serve, each in the name of a file of the folder that they share.
 
-import contextlib
+The files are empty: a disk that is full has room for them.
+"""
+
 import os
 import pathlib
 import shutil
@@ -26,9 +28,9 @@ class Peers:
         """This worker serves `version` from now on."""
         if not self._withdrawn:
             self._folder.mkdir(parents=True, exist_ok=True)
-            scratch = self._folder / f".{os.getpid()}"
-            scratch.write_text(str(version))
-            os.replace(scratch, self._folder / str(os.getpid()))
+            file = self._folder / f"{os.getpid()}-{version}"
+            file.touch()
+            self._remove(os.getpid(), but=file)
 
     def withdraw(self) -> None:
         """This worker serves nothing any more."""
@@ -37,7 +39,7 @@ class Peers:
 
     def forget(self, pid: int) -> None:
         """A worker is gone."""
-        (self._folder / str(pid)).unlink(missing_ok=True)
+        self._remove(pid)
 
     def others(self) -> dict[int, int]:
         """By process, the versions that other workers serve."""
@@ -47,7 +49,12 @@ class Peers:
         except FileNotFoundError:  # cleaned up by somebody
             return found
         for name in names:
-            if name.isdecimal() and int(name) != os.getpid():
-                with contextlib.suppress(FileNotFoundError):  # it was forgotten meanwhile
-                    found[int(name)] = int((self._folder / name).read_text())
+            pid, version = map(int, name.split("-"))
+            if pid != os.getpid():
+                found[pid] = max(version, found.get(pid, -1))
         return found
+
+    def _remove(self, pid: int, but: pathlib.Path | None = None) -> None:
+        for file in self._folder.glob(f"{pid}-*"):
+            if file != but:
+                file.unlink(missing_ok=True)

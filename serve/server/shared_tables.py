@@ -81,8 +81,13 @@ class SharedTables:
                 holder for holder in known["holders"] if _holds(holder[0], holder[1], known["inode"])
             ]
         scratch = self._folder / f".{_LEDGER}-{os.getpid()}"
-        scratch.write_text(json.dumps({digest: known for digest, known in ledger.items() if known["holders"]}))
-        os.replace(scratch, self._folder / _LEDGER)
+        try:
+            scratch.write_text(
+                json.dumps({digest: known for digest, known in ledger.items() if known["holders"]})
+            )
+            os.replace(scratch, self._folder / _LEDGER)
+        except OSError:  # on a full disk, others make a copy of their own
+            scratch.unlink(missing_ok=True)
 
     def _ledger(self) -> dict[str, Any]:
         try:

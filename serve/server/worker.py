@@ -23,13 +23,14 @@ from .service import Service
 from .versions import LOADER, Versions
 
 
-async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | None) -> None:
+async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | None, supervisor: int) -> None:
     """Serves until SIGTERM or SIGINT, and then answers what was admitted.
 
     Args:
       config: of the server.
       listener: bound, and listening.
       grpc_port: may be shared with other processes; None serves no gRPC.
+      supervisor: pid of the process that started this one, and whose end is that of this one, too.
     """
     assert config.state is not None, "the supervisor names one"
     metrics, peers = Metrics(), Peers(config.state)
@@ -49,7 +50,7 @@ async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | 
     http = loop.create_task(doors.run())
     loading = loop.create_task(service.start())
     minding = loop.create_task(doors.mind(loading))
-    ends = [http, loop.create_task(stop.wait()), loop.create_task(_orphaned(os.getppid()))]
+    ends = [http, loop.create_task(stop.wait()), loop.create_task(_orphaned(supervisor))]
     while not any(task.done() for task in ends):
         await asyncio.wait([*ends, *([] if minding.done() else [minding])], return_when=asyncio.FIRST_COMPLETED)
         if minding.done():
@@ -69,9 +70,9 @@ async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | 
     metrics.log.info("stopped")
 
 
-async def _orphaned(parent: int) -> None:
+async def _orphaned(supervisor: int) -> None:
     """Returns once the supervisor is gone: without it, nobody would end this process."""
-    while os.getppid() == parent:
+    while os.getppid() == supervisor:
         await asyncio.sleep(0.5)
 
 
@@ -97,7 +98,7 @@ def _end() -> None:
 
 
 def main() -> None:
-    """What the supervisor starts: `python -m jaxembed.serve.server.worker FD GRPC_PORT`, the configuration in CONFIG_VARIABLE.
+    """What the supervisor starts: `python -m jaxembed.serve.server.worker FD GRPC_PORT SUPERVISOR`, the configuration in CONFIG_VARIABLE.
 
     Others may read the command line of a process, but not its environment, and a token is in it.
     """
@@ -116,13 +117,14 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     listener = socket.socket(fileno=int(sys.argv[1]))
-    port = int(sys.argv[2])
+    port, supervisor = int(sys.argv[2]), int(sys.argv[3])
+    serving = serve(config, listener, port if port >= 0 else None, supervisor)
     try:
         import uvloop
     except ImportError:
-        asyncio.run(serve(config, listener, port if port >= 0 else None))
+        asyncio.run(serving)
     else:
-        uvloop.run(serve(config, listener, port if port >= 0 else None))
+        uvloop.run(serving)
     _end()
 
 

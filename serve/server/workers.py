@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -19,11 +18,14 @@ from types import FrameType
 
 from . import logs
 from .config import CONFIG_VARIABLE, MISTAKE, MISTAKE_STATUS, ServerConfig, cores_of_worker
+from .metric_files import METRIC_BYTES
 from .peers import Peers
+from .state_folder import StateFolder, check_writable
 
 _BACKLOG = 1024
 _SLOWEST_RESTART = 30.0
 _HEALTHY_SECONDS = 10.0
+_STATE_BYTES = 1 << 16  # beside the metrics, and compiled programs, without which it does
 _HOPELESS = 5  # deaths in a row, of workers none of which ever lived long
 
 
@@ -34,8 +36,8 @@ class Supervisor:
       config: of the server.
 
     Raises:
-      ValueError: if there is no folder of bundles, or a folder cannot be written.
-      OSError: if a port is taken.
+      ValueError: if there is no folder of bundles, a folder cannot be written, or another server has that of the state.
+      OSError: if a port is taken, or a disk is full.
     """
 
     def __init__(self, config: ServerConfig):
@@ -49,27 +51,22 @@ class Supervisor:
                 f"{config.directory} is one version of a bundle; name the folder that it is in, "
                 f"{config.directory.parent}."
             )
-        for flag, folder in (("--state", config.state), ("--compile-cache", config.compile_cache)):
-            if folder is not None:
-                _check_writable(flag, pathlib.Path(folder).expanduser().absolute())
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        self._listener = socket.socket(family)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _bind(self._listener, "--http-port", config.host, config.http_port)
-        self._listener.listen(_BACKLOG)
+        if config.compile_cache is not None:
+            check_writable("--compile-cache", pathlib.Path(config.compile_cache).expanduser().absolute())
+        self._state = StateFolder(config.state, _STATE_BYTES + METRIC_BYTES * config.workers)
         try:
-            self._grpc_holder, grpc_port = _reserve(config, family)
+            self._listener, self._grpc_holder = _listen(config)
         except OSError:
-            self._listener.close()
+            self._state.close()
             raise
-        self.grpc_port: int | None = grpc_port
-        self._own_state = config.state is None
-        state = pathlib.Path(config.state or tempfile.mkdtemp(prefix="jaxembed-"))
-        self._config = replace(config, state=str(state))
-        self._metrics = state / "metrics"
+        self.grpc_port: int | None = None if self._grpc_holder is None else self._grpc_holder.getsockname()[1]
+        self._config = replace(config, state=str(self._state.path))
+        if self._config.compiled is not None:  # made now, it needs no room later
+            self._config.compiled.mkdir(parents=True, exist_ok=True)
+        self._metrics = self._state.path / "metrics"
         shutil.rmtree(self._metrics, ignore_errors=True)
         self._metrics.mkdir(parents=True)
-        self._peers = Peers(state)
+        self._peers = Peers(self._state.path)
         self._peers.clear()
         self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
         self._due: dict[int, float] = {}
@@ -117,8 +114,7 @@ class Supervisor:
             self._listener.close()
             if self._grpc_holder is not None:
                 self._grpc_holder.close()
-            if self._own_state and self._config.state:
-                shutil.rmtree(self._config.state, ignore_errors=True)
+            self._state.close()
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
@@ -127,7 +123,8 @@ class Supervisor:
         descriptor = self._listener.fileno()
         port = -1 if self.grpc_port is None else self.grpc_port
         # Without -P, what lies in the working folder is taken for packages of the same names, in a clone ours.
-        command = [sys.executable, "-P", "-m", "jaxembed.serve.server.worker", str(descriptor), str(port)]
+        command = [sys.executable, "-P", "-m", "jaxembed.serve.server.worker"]
+        command += [str(descriptor), str(port), str(os.getpid())]
         environment = {
             **os.environ,
             "PROMETHEUS_MULTIPROC_DIR": str(self._metrics),
@@ -151,7 +148,7 @@ class Supervisor:
                 delay = min(0.0 if self._failures <= 1 else 0.5 * 2**self._failures, _SLOWEST_RESTART)
                 self._due[slot] = now + delay
                 if process.returncode == MISTAKE_STATUS:
-                    self._mistake = (self._metrics.parent / MISTAKE).read_text()
+                    self._mistake = (self._state.path / MISTAKE).read_text()
                 self._log.error(
                     "a worker died", extra={"worker": process.pid, "status": process.returncode, "delay": delay}
                 )
@@ -181,19 +178,24 @@ class Supervisor:
         return 1 if late else 0
 
 
-def _check_writable(flag: str, folder: pathlib.Path) -> None:
+def _listen(config: ServerConfig) -> tuple[socket.socket, socket.socket | None]:
+    """A socket that listens for HTTP, and one that holds the port of gRPC."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _bind(listener, "--http-port", config.host, config.http_port)
+    listener.listen(_BACKLOG)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise ValueError(f"{flag} {folder} cannot be written: {e.strerror}; name another folder.") from e
+        return listener, _reserve(config, family)
+    except OSError:
+        listener.close()
+        raise
 
 
-def _reserve(config: ServerConfig, family: socket.AddressFamily) -> tuple[socket.socket | None, int | None]:
-    """A port that gRPC of all workers can share; the socket is bound, but never listens."""
+def _reserve(config: ServerConfig, family: socket.AddressFamily) -> socket.socket | None:
+    """Has a port that gRPC of all workers can share; the socket is bound, but never listens."""
     if config.grpc_port is None:
-        return None, None
+        return None
     # Another server would share the port as the workers do, and answer some of the requests.
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -201,7 +203,7 @@ def _reserve(config: ServerConfig, family: socket.AddressFamily) -> tuple[socket
     holder = socket.socket(family)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     _bind(holder, "--grpc-port", config.host, config.grpc_port)
-    return holder, holder.getsockname()[1]
+    return holder
 
 
 def _bind(bound: socket.socket, flag: str, host: str, port: int) -> None:
