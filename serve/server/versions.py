@@ -2,14 +2,13 @@
 
 A new version is verified and warmed up beside the one that serves, and takes its place between two requests;
 a request stays with the version that it was packed for. A version that fails is reported, and not tried again
-until it changes; the old one goes on.
+until it, or what it is a delta of, changes; the old one goes on.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
 import gc
-import json
 import math
 import os
 import pathlib
@@ -20,18 +19,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from .config import ServerConfig
 from .errors import OptionError, RequestError, unavailable
+from .failures import Failures
 from .metrics import Metrics
 from .pace import Pace
 from .peers import Peers
+from .pin import Pin
 from .served import BundleModel, ServedModel
 from .version_folder import VersionFolder
 
 Load = Callable[[ServerConfig, int, ServedModel | None], ServedModel]
-_PIN = "pin.json"
 # After the last request: until then, loading leaves the interpreter to others.
 _BUSY_SECONDS = 1.0
 # After which a version is tried again that other workers serve, and this one could not.
@@ -57,18 +56,18 @@ class Versions:
         self._current: ServedModel | None = None
         self._identity: tuple[int, ...] | None = None
         self._peers = peers
-        #: By version: which one of that number, why, and when it is tried again.
-        self._failed: dict[int, tuple[Any, str, float]] = {}
+        self._failures = Failures(config.directory)
         self._reported = ""
         self._thread = concurrent.futures.ThreadPoolExecutor(1, LOADER)
-        self._turn = asyncio.Lock()
+        self._turn, self._pinning = asyncio.Lock(), asyncio.Lock()
         self._loaded = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         if config.state:
-            self._state = pathlib.Path(config.state)
+            state = pathlib.Path(config.state)
         else:
-            self._state = pathlib.Path(tempfile.mkdtemp(prefix="jaxembed-"))
-            weakref.finalize(self, shutil.rmtree, self._state, ignore_errors=True)
+            state = pathlib.Path(tempfile.mkdtemp(prefix="jaxembed-"))
+            weakref.finalize(self, shutil.rmtree, state, ignore_errors=True)
+        self._pin = Pin(state, metrics.log)
 
     @property
     def current(self) -> ServedModel | None:
@@ -78,15 +77,12 @@ class Versions:
     @property
     def failed(self) -> dict[int, str]:
         """Why versions cannot be served."""
-        return {version: reason for version, (_, reason, _) in self._failed.items()}
+        return self._failures.reasons
 
     @property
     def pinned(self) -> int | None:
         """The version that was asked for; None to follow the newest."""
-        try:
-            return json.loads((self._state / _PIN).read_bytes())["version"]
-        except FileNotFoundError:
-            return None
+        return self._pin.read()
 
     def available(self) -> dict[int, tuple[int, ...]]:
         """The versions in the folder, in rising order, and what tells a version from another of its number."""
@@ -94,6 +90,11 @@ class Versions:
 
     def _read(self) -> VersionFolder:
         return VersionFolder.read(self._config.directory)
+
+    def _survey(self) -> VersionFolder:
+        folder = self._read()
+        self._failures.look(folder)
+        return folder
 
     def model(self, version: str | None = None) -> ServedModel:
         """The model for a request, of a version if it names one.
@@ -127,23 +128,40 @@ class Versions:
         """Serves `version` until told otherwise, in all workers; None follows the newest again.
 
         Raises:
-          RequestError: if it is not there or cannot be served; then nothing changes.
+          RequestError: if it is not there, cannot be served or not be written down; then nothing changes.
         """
-        before = self.pinned
-        if version is not None and version not in self.available():
-            raise RequestError(404, f"there is no version {version}; versions are {list(self.available())}.")
-        if version is not None:
-            self._failed.pop(version, None)
-        self._write_pin(version)
-        await self.look()
-        if version is not None and version in self._failed:
-            self._write_pin(before)
-            raise RequestError(409, f"version {version} cannot be served: {self._failed[version][1]}")
+        async with self._pinning:
+            before = self.pinned
+            if version is not None and version not in self.available():
+                raise RequestError(
+                    404, f"there is no version {version}; versions are {list(self.available())}."
+                )
+            if version is not None:
+                self._failures.forget(version)
+            await self._write_pin(version)
+            await self.look()
+            if version is not None and version in self.failed:
+                await self._write_pin(before)
+                raise RequestError(409, f"version {version} cannot be served: {self.failed[version]}")
+
+    async def _write_pin(self, version: int | None) -> None:
+        try:
+            await asyncio.to_thread(self._pin.write, version)
+        except OSError as e:
+            raise RequestError(
+                503,
+                f"the version to serve cannot be written to the server's folder of state: {e.strerror}; make room "
+                f"there, or make it writable, and send this again. {self._pinned_now()}",
+            ) from e
+
+    def _pinned_now(self) -> str:
+        pinned = self.pinned
+        return "The newest version is followed." if pinned is None else f"Version {pinned} stays pinned."
 
     async def look(self) -> None:
         """Looks at the folder, and switches if there is reason to."""
         async with self._turn:
-            folder = await asyncio.get_running_loop().run_in_executor(self._thread, self._read)
+            folder = await asyncio.get_running_loop().run_in_executor(self._thread, self._survey)
             available = folder.versions
             pinned = self.pinned
             if pinned is not None:
@@ -160,10 +178,8 @@ class Versions:
                 identity = available[version]
                 if self._current is not None and (version, identity) == (self._current.version, self._identity):
                     return
-                if version in self._failed:
-                    failed, _, until = self._failed[version]
-                    if failed == identity and asyncio.get_running_loop().time() < until:
-                        continue
+                if self._failures.stands(version, identity, asyncio.get_running_loop().time()):
+                    continue
                 if await self._switch(version, identity):
                     return
 
@@ -195,26 +211,25 @@ class Versions:
         loop, begin = asyncio.get_running_loop(), asyncio.get_running_loop().time()
         old = self._current
         try:
-            load = self._load if old is None else self._load_beside
-            model = await loop.run_in_executor(self._thread, load, self._config, version, old)
+            load = self._load_first if old is None else self._load_beside
+            model = await loop.run_in_executor(self._thread, load, version, old)
         except Exception as e:
             again = loop.time() + _RETRY_SECONDS if old is None and version == self._floor() else math.inf
-            self._failed[version] = (identity, f"{type(e).__name__}: {e}", again)
-            self._metrics.version_failed()
-            self._metrics.log.error(
-                "a version cannot be served",
-                extra={"version": version, "reason": str(e) or type(e).__name__},
-                exc_info=None if isinstance(e, OptionError) else e,
-            )
+            if self._failures.add(version, identity, f"{type(e).__name__}: {e}", again):
+                self._metrics.version_failed()
+                self._metrics.log.error(
+                    "a version cannot be served",
+                    extra={"version": version, "reason": str(e) or type(e).__name__},
+                    exc_info=None if isinstance(e, OptionError) else e,
+                )
             return False
         self._current, self._identity = model, identity
         self._loaded.set()
-        if self._peers is not None:
-            self._peers.serve(version)
+        self._tell_peers(version)
         before = None if old is None else old.version
         del old
         gc.collect(0)  # until then, JAX keeps host memory that none of its arrays needs any more
-        self._failed.pop(version, None)
+        self._failures.forget(version)
         self._metrics.version(version)
         self._metrics.log.info(
             "version switched",
@@ -226,10 +241,22 @@ class Versions:
         )
         return True
 
-    def _load_beside(self, config: ServerConfig, version: int, old: ServedModel | None) -> ServedModel:
+    def _tell_peers(self, version: int) -> None:
+        if self._peers is not None:
+            try:
+                self._peers.serve(version)
+            except OSError as e:
+                extra = {"version": version, "reason": str(e)}
+                self._metrics.log.warning("other workers cannot be told what this one serves", extra=extra)
+
+    def _load_first(self, version: int, old: ServedModel | None) -> ServedModel:
+        self._failures.begin(version)
+        return self._load(self._config, version, old)
+
+    def _load_beside(self, version: int, old: ServedModel | None) -> ServedModel:
         _step_back()
         with Pace(self._busy):
-            return self._load(config, version, old)
+            return self._load_first(version, old)
 
     def _busy(self) -> bool:
         recent = self._metrics.recent
@@ -242,15 +269,6 @@ class Versions:
                 await self.look()
             except Exception as e:
                 self._metrics.log.error("the folder cannot be looked at", exc_info=e)
-
-    def _write_pin(self, version: int | None) -> None:
-        file = self._state / _PIN
-        if version is None:
-            file.unlink(missing_ok=True)
-            return
-        scratch = file.with_name(f".{_PIN}-{os.getpid()}")
-        scratch.write_text(json.dumps({"version": version}))
-        os.replace(scratch, file)
 
 
 def _step_back() -> None:
