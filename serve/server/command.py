@@ -3,7 +3,8 @@
 jaxembed serve bundles --workers 4
 curl localhost:8000/v1/models/model:predict -d '{"instances": [{"user": 7, "history": [1, 2]}]}'
 
-A new version beside the old one is verified, warmed up and switched to. The page at / shows what is served,
+A new version beside the old one is verified, warmed up and switched to; rename it into the folder when it is whole,
+or copy its manifest.json last. The page at / shows what is served,
 /metrics is for Prometheus and /openapi.json for programs. Vertex AI's AIP_HTTP_PORT, AIP_HEALTH_ROUTE,
 AIP_PREDICT_ROUTE and AIP_STORAGE_URI are obeyed.
 """
@@ -80,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, help="of a worker, for one batch; default: its share of the cores"
     )
     parser.add_argument(
-        "--state", help="folder for the pinned version and compiled programs, to outlive a restart"
+        "--state",
+        help="folder for the pinned version and compiled programs, to outlive a restart; of this server alone",
     )
     parser.add_argument(
         "--compile-cache",

@@ -55,7 +55,7 @@ class ServerConfig:
         before they sleep, so more of them than cores slow requests down.
       admin_token: what `Authorization: Bearer` must carry to switch versions; None allows this machine alone, whose
         requests must name it as localhost or by a loopback address.
-      state: folder that the workers share: the pinned version, their metrics and compiled programs.
+      state: folder that the workers share, and no other server: the pinned version, their metrics and compiled programs.
       compile_cache: folder of compiled programs, so that the next start is fast; whoever can write it decides what
         is run. None takes one in `state`.
 

@@ -49,9 +49,9 @@ class Peers:
         except FileNotFoundError:  # cleaned up by somebody
             return found
         for name in names:
-            pid, version = map(int, name.split("-"))
-            if pid != os.getpid():
-                found[pid] = max(version, found.get(pid, -1))
+            pid, _, version = name.partition("-")
+            if pid.isdecimal() and version.isdecimal() and int(pid) != os.getpid():
+                found[int(pid)] = max(int(version), found.get(int(pid), -1))
         return found
 
     def _remove(self, pid: int, but: pathlib.Path | None = None) -> None:
