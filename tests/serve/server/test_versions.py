@@ -4,6 +4,7 @@ import asyncio
 import errno
 import gc
 import json
+import logging
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from jaxembed.serve.server.config import ServerConfig
 from jaxembed.serve.server.logs import logger
 from jaxembed.serve.server.metrics import Metrics
 from jaxembed.serve.server.peers import Peers
+from jaxembed.serve.server.pin import Pin
 from jaxembed.serve.server.served import BundleModel
 from jaxembed.serve.server.service import Service
 from jaxembed.serve.server.shared_memory import is_available
@@ -378,13 +380,27 @@ def test_the_pin_outlives_a_restart(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"vers', b"5", b'{"version": "1"}', b"\xff", b"[" * 100_000])
-def test_a_damaged_pin(folder, checkpoint, tmp_path, content, caplog, monkeypatch):
+def test_what_is_no_pin(tmp_path, content, caplog):
+    log = logging.getLogger("test")
+    (tmp_path / "pin.json").write_bytes(content)
+    pin = Pin(tmp_path, log)
+    assert (pin.read(), pin.read()) == (None, None)
+    pin.write(3)
+    assert (pin.read(), Pin(tmp_path, log).read()) == (3, 3)
+    (tmp_path / "pin.json").write_bytes(content)
+    assert (pin.read(), Pin(tmp_path, log).read()) == (3, None)
+    pin.write(None)
+    assert pin.read() is None
+    assert len(caplog.records) == 3
+
+
+def test_a_damaged_pin(folder, checkpoint, tmp_path, caplog, monkeypatch):
     """At the start it is none; later it stays what it was. It is said once."""
     monkeypatch.setattr(logger(), "propagate", True)
     bundles.add(checkpoint, folder, 1)
     file = tmp_path / "state" / "pin.json"
     file.parent.mkdir()
-    file.write_bytes(content)
+    file.write_bytes(b"")
 
     def said():
         found = [
@@ -400,7 +416,7 @@ def test_a_damaged_pin(folder, checkpoint, tmp_path, content, caplog, monkeypatc
             await asyncio.sleep(0.1)
             assert said() == ["WARNING"]
             assert (await client.post("/admin/versions/0:activate")).status_code == 200
-            file.write_bytes(content)
+            file.write_bytes(b"")
             await asyncio.sleep(0.1)
             assert (await client.get("/status")).json()["pinned"] == 0
             assert await version_of(client) == 0
