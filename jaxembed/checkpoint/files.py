@@ -38,10 +38,12 @@ def read_regular(file: pathlib.Path, max_bytes: int) -> bytes:
         with open(descriptor, "rb") as f:
             if size > max_bytes:
                 raise CheckpointError(f"{file} is too large: {size:,} bytes, of at most {max_bytes:,}.")
-            content = f.read(max_bytes + 1)
+            content = f.read(size + 1)  # not of `max_bytes`, for which there may be no memory
     except OSError as e:
         raise CheckpointError(f"{file} cannot be read: {e.strerror}.") from e
-    if len(content) > max_bytes:
+    except MemoryError:
+        raise CheckpointError(f"{file} is too large: there is no memory for {size:,} bytes.") from None
+    if len(content) > size:
         raise CheckpointError(f"{file} grew while it was read.")
     refuse_pointer(file, content)
     return content

@@ -1,5 +1,7 @@
 """The exported model in a bundle: the same bytes back, made of the bundle itself, and damage an error."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from jax import export
 
 from jaxembed import FeatureConfig, TableConfig
-from jaxembed.checkpoint import CheckpointError, convert_to_bundle, open_bundle
+from jaxembed.checkpoint import CheckpointError, convert_to_bundle, files, open_bundle
+from jaxembed.checkpoint.files import read_regular
 from jaxembed.optimizers import SGD
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
@@ -83,3 +86,19 @@ def test_damage_is_an_error(checkpoint, tmp_path, damage, message):
         _ = open_bundle(tmp_path).exported
     with pytest.raises(CheckpointError, match=message):
         open_bundle(tmp_path).verify()
+
+
+def test_no_more_memory_is_taken_than_a_file_needs(tmp_path):
+    (tmp_path / "small").write_bytes(b"content")
+    assert read_regular(tmp_path / "small", 2**53) == b"content"
+
+
+def test_a_file_for_which_there_is_no_memory(tmp_path, monkeypatch):
+    def no_memory(descriptor, mode):
+        os.close(descriptor)
+        raise MemoryError
+
+    (tmp_path / "large").write_bytes(b"content")
+    monkeypatch.setattr(files, "open", no_memory, raising=False)
+    with pytest.raises(CheckpointError, match="large is too large: there is no memory for 7 bytes"):
+        read_regular(tmp_path / "large", 2**53)
