@@ -151,7 +151,7 @@ class TableConfig:
             )
         try:
             dtype = jnp.dtype(self.dtype)
-        except TypeError:
+        except (TypeError, DeprecationWarning):  # numpy warns of "a8", which is no number
             raise ValueError(f"dtype must be a floating point type, got {self.dtype!r}.") from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {dtype.name}.")

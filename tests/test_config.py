@@ -47,6 +47,7 @@ def test_default_initializer_is_a_truncated_normal():
         ({"name": None}, "TableConfig needs a name, got None"),
         ({"dtype": "int32"}, "dtype must be a floating point type, got int32"),
         ({"dtype": "nonsense"}, "dtype must be a floating point type, got 'nonsense'"),
+        ({"dtype": "a8"}, "dtype must be a floating point type, got 'a8'"),
         ({"quantization_config": 8}, "quantization_config must be a QuantizationConfig"),
     ],
 )
