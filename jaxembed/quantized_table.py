@@ -73,12 +73,9 @@ class QuantizedTable:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {dtype.name}.")
         object.__setattr__(self, "dtype", jax.dtypes.canonicalize_dtype(dtype.newbyteorder("=")))
-        for name in ("codes", "codebook"):
+        for name in ("codes",) if self.codebook is None else ("codes", "codebook"):
             array = getattr(self, name)
-            if not (hasattr(array, "shape") and hasattr(array, "dtype")) and (name, array) != (
-                "codebook",
-                None,
-            ):
+            if not (hasattr(array, "shape") and hasattr(array, "dtype")):
                 raise ValueError(
                     f"{name} must be an array, got {type(array).__name__}; convert it with numpy.asarray, or make the "
                     "table with jaxembed.quantization.quantize."

@@ -1,4 +1,4 @@
-"""The HTTP protocol over sockets, before a small application in this process."""
+"""The HTTP protocol over sockets, in this process: before a small application, or the server's own."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,9 @@ import socket
 import uvicorn
 from uvicorn.server import ServerState
 
-from jaxembed.serve.server.http_protocol import DeadlineProtocol
+from jaxembed.serve.server.app import make_app
+from jaxembed.serve.server.http_protocol import DeadlineProtocol, make_protocol
+from tests.serve.server.servers import client_of
 
 #: How Java's HttpClient asks for HTTP/2.
 H2C = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk"]
@@ -43,6 +45,16 @@ async def serving(app=echo, protocol=DeadlineProtocol, idle_timeout=20.0):
             connection.transport.abort()
         await server.wait_closed()
         await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def serving_bundles(folder, **options):
+    """(port, service) of a server of versions."""
+    async with (
+        client_of(folder, **options) as (_, service),
+        serving(make_app(service), make_protocol(service)) as (port, _),
+    ):
+        yield port, service
 
 
 async def answer_of(reader):

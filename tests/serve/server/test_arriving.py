@@ -9,11 +9,9 @@ pytest.importorskip("httptools")
 pytest.importorskip("uvicorn")
 
 from jaxembed.serve.server import service as service_module
-from jaxembed.serve.server.app import make_app
-from jaxembed.serve.server.http_protocol import make_protocol
 from jaxembed.serve.server.request import LARGE
-from tests.serve.server.servers import Gate, client_of, counts, run, until
-from tests.serve.server.sockets import answer_of, post, serving
+from tests.serve.server.servers import Gate, counts, run, until
+from tests.serve.server.sockets import answer_of, post, serving_bundles
 from tests.serve.server.test_http_protocol import PREDICT, ROW, connect_and_send
 
 BODY = json.dumps({"instances": [ROW]}).encode()
@@ -40,10 +38,7 @@ async def ask(port, *parts):
 def test_bodies_that_are_announced_hold_no_bytes(shared_folder, count):
     async def check():
         options = {"max_body_bytes": 4 * LARGE, "max_queue_requests": 200}
-        async with (
-            client_of(shared_folder, **options) as (_, service),
-            serving(make_app(service), make_protocol(service)) as (port, _),
-        ):
+        async with serving_bundles(shared_folder, **options) as (port, service):
             head = predict(bytes(4 * LARGE))[: -4 * LARGE]
             connections = [await connect_and_send(port, head) for _ in range(count)]
             assert await until(lambda: service.admitted == count)
@@ -66,10 +61,7 @@ def test_slow_bodies_take_no_room(shared_folder, monkeypatch):
     """Neither of requests that are whole, nor, once they are slow, of others whose body is under way."""
 
     async def check():
-        async with (
-            client_of(shared_folder, max_queue_requests=4) as (_, service),
-            serving(make_app(service), make_protocol(service)) as (port, _),
-        ):
+        async with serving_bundles(shared_folder, max_queue_requests=4) as (port, service):
             monkeypatch.setattr(service_module, "_ARRIVING_SECONDS", 0.5)
             slow = [await connect_and_send(port, PREDICT[:-1]) for _ in range(4)]
             assert await until(lambda: service.admitted == 4)
@@ -97,10 +89,7 @@ def test_slow_bodies_take_no_room(shared_folder, monkeypatch):
 
 def test_bodies_that_come_when_there_is_no_room_are_refused(shared_folder, monkeypatch):
     async def check():
-        async with (
-            client_of(shared_folder, max_queue_requests=2) as (_, service),
-            serving(make_app(service), make_protocol(service)) as (port, _),
-        ):
+        async with serving_bundles(shared_folder, max_queue_requests=2) as (port, service):
             gate = Gate(service.versions.current, monkeypatch)
             late = [await connect_and_send(port, PREDICT[:-1]) for _ in range(2)]
             assert await until(lambda: service.admitted == 2)

@@ -10,11 +10,10 @@ pytest.importorskip("httptools")
 pytest.importorskip("uvicorn")
 
 from jaxembed.serve.server import errors
-from jaxembed.serve.server.app import make_app
-from jaxembed.serve.server.http_protocol import DeadlineProtocol, make_protocol
+from jaxembed.serve.server.http_protocol import DeadlineProtocol
 from jaxembed.serve.server.metrics import Refusals
-from tests.serve.server.servers import Gate, client_of, counts, run, until
-from tests.serve.server.sockets import H2C, answer_of, connect_slowly, post, serving
+from tests.serve.server.servers import Gate, counts, run, until
+from tests.serve.server.sockets import H2C, answer_of, connect_slowly, post, serving, serving_bundles
 
 
 class Refusing(DeadlineProtocol):
@@ -111,10 +110,7 @@ def test_what_is_read_at_once_finds_no_more_room_than_there_is(shared_folder, mo
     monkeypatch.setattr("jaxembed.serve.server.service.overloaded", overloaded)
 
     async def check():
-        async with (
-            client_of(shared_folder, max_queue_requests=3) as (_, service),
-            serving(make_app(service), make_protocol(service)) as (port, _),
-        ):
+        async with serving_bundles(shared_folder, max_queue_requests=3) as (port, service):
             gate = Gate(service.versions.current, monkeypatch)
             connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(8)]
             for _ in range(2):
@@ -176,10 +172,7 @@ PREDICT = post(b"/v1/models/model:predict", json.dumps({"instances": [ROW]}).enc
 
 def test_what_clients_that_left_wait_for_is_not_run(shared_folder, monkeypatch):
     async def check():
-        async with (
-            client_of(shared_folder) as (_, service),
-            serving(make_app(service), make_protocol(service)) as (port, _),
-        ):
+        async with serving_bundles(shared_folder) as (port, service):
             gate = Gate(service.versions.current, monkeypatch)
             connections = []
             try:
@@ -214,10 +207,7 @@ def test_what_clients_that_left_wait_for_is_not_run(shared_folder, monkeypatch):
 
 def test_requests_that_end_in_an_error_of_ours_are_counted(shared_folder, monkeypatch):
     async def check():
-        async with (
-            client_of(shared_folder) as (_, service),
-            serving(make_app(service), make_protocol(service)) as (port, _),
-        ):
+        async with serving_bundles(shared_folder) as (port, service):
             monkeypatch.setattr(service, "infer", None)
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(PREDICT)
@@ -294,10 +284,7 @@ def test_only_so_many_heads_are_remembered_and_none_that_is_large():
 
 def test_refusals_are_in_the_metrics(shared_folder, monkeypatch):
     async def check():
-        async with (
-            client_of(shared_folder, max_queue_requests=1) as (_, service),
-            serving(make_app(service), make_protocol(service)) as (port, _),
-        ):
+        async with serving_bundles(shared_folder, max_queue_requests=1) as (port, service):
             gate = Gate(service.versions.current, monkeypatch)
             gate.close()
             waiting, kept = await connect_and_send(port, PREDICT)

@@ -1,10 +1,8 @@
 """Versions: the newest whole one serves, a bad one changes nothing, and requests never notice."""
 
 import asyncio
-import errno
 import gc
 import json
-import logging
 import os
 import shutil
 import sys
@@ -19,31 +17,13 @@ from jaxembed.serve.server.config import ServerConfig
 from jaxembed.serve.server.logs import logger
 from jaxembed.serve.server.metrics import Metrics
 from jaxembed.serve.server.peers import Peers
-from jaxembed.serve.server.pin import Pin
 from jaxembed.serve.server.served import BundleModel
 from jaxembed.serve.server.service import Service
 from jaxembed.serve.server.shared_memory import is_available
 from jaxembed.serve.server.versions import Versions
 from tests.serve.server import bundles
 from tests.serve.server.servers import client_of, run
-
-ROW = {"user": 1, "history": [2], "dense": [0.0, 0.0]}
-
-
-async def version_of(client):
-    answer = await client.post("/v1/models/model:predict", json={"instances": [ROW]})
-    assert answer.status_code == 200, answer.text
-    (found,) = answer.json()["predictions"]
-    assert found == {"history": 2.0, "user": found["version"] * 1000 + 1, "version": found["version"]}
-    return int(found["version"])
-
-
-async def until(condition):
-    for _ in range(1000):
-        if await condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it never happened")
+from tests.serve.server.switching import ROW, until, version_of
 
 
 @pytest.mark.parametrize("tables", ["mapped", "memory"])
@@ -119,130 +99,6 @@ def test_damaged_versions_change_nothing(folder, checkpoint):
                 return await version_of(client) == 3
 
             await until(mended)
-
-    run(check())
-
-
-async def at_rest(service, attempts):
-    """Polls go by, and nothing is loaded."""
-    before = list(attempts)
-    await asyncio.sleep(0.3)
-    assert attempts == before
-    assert service.versions.current.version == 0
-
-
-@pytest.fixture
-def attempts(monkeypatch):
-    """Versions in the order in which they are loaded."""
-    found, load = [], BundleModel.__init__
-
-    def count(self, config, version, previous=None):
-        found.append(version)
-        load(self, config, version, previous)
-
-    monkeypatch.setattr(BundleModel, "__init__", count)
-    return found
-
-
-def test_versions_that_are_completed_after_their_manifest(
-    folder, checkpoint, tmp_path, attempts, caplog, monkeypatch
-):
-    """As `cp -r` does it; they are read again once files came to rest, and said to fail once a reason."""
-    monkeypatch.setattr(logger(), "propagate", True)
-    bundles.add(checkpoint, tmp_path / "staged", 1)
-    staged, out = tmp_path / "staged" / "1", folder / "1"
-
-    async def check():
-        async with client_of(folder) as (client, service):
-
-            async def failed():
-                return 1 in service.versions.failed
-
-            async def serves():
-                return await version_of(client) == 1
-
-            out.mkdir()
-            shutil.copy(staged / "manifest.json", out)
-            await until(failed)
-            await at_rest(service, attempts)
-            shutil.copy(staged / "model.safetensors", out)
-            (out / "tables").mkdir()
-            for file in (staged / "tables").iterdir():
-                (out / "tables" / file.name).write_bytes(file.read_bytes()[:-100])
-            await asyncio.sleep(0.5)
-            await at_rest(service, attempts)
-            for _ in range(10):  # in place, and never at rest
-                (out / "tables" / "00000.safetensors").touch()
-                await asyncio.sleep(0.005)
-            for file in (staged / "tables").iterdir():
-                shutil.copy(file, out / "tables")
-            await until(serves)
-            assert service.versions.failed == {}
-            return (await client.get("/metrics")).text
-
-    text = run(check())
-    reasons = [
-        record.reason for record in caplog.records if record.getMessage() == "a version cannot be served"
-    ]
-    assert len(reasons) == len(set(reasons)) >= 2
-    assert f'jaxembed_version_changes_total{{result="failed"}} {len(reasons)}.0' in text
-    assert attempts.count(1) <= 6
-
-
-def test_a_delta_that_comes_before_its_base(folder, checkpoint, tmp_path, attempts):
-    staged = tmp_path / "staged"
-    for version, base in ((0, None), (1, 0), (2, 1), (3, 2)):
-        bundles.add(checkpoint, staged, version, delta_from=base)
-
-    async def check():
-        async with client_of(folder) as (client, service):
-
-            async def fails():
-                return 3 in service.versions.failed
-
-            async def serves():
-                return await version_of(client) == 3
-
-            (staged / "3").rename(folder / "3")
-            await until(fails)
-            (staged / "2").rename(folder / "2")
-            await asyncio.sleep(0.3)
-            assert {2, 3} <= service.versions.failed.keys()
-            await at_rest(service, attempts)
-            # The base of both, whose manifest comes first.
-            (folder / "1").mkdir()
-            shutil.copy(staged / "1" / "manifest.json", folder / "1")
-            await asyncio.sleep(0.3)
-            assert {1, 2, 3} <= service.versions.failed.keys()
-            shutil.copytree(staged / "1", folder / "1", dirs_exist_ok=True)
-            await until(serves)
-
-    run(check())
-
-
-def test_versions_that_are_gone_did_not_fail(folder):
-    async def check():
-        async with client_of(folder) as (client, _):
-            (folder / "7").mkdir()
-            (folder / "7" / "manifest.json").write_text("{")
-
-            async def status():
-                return (await client.get("/status")).json()["failed"]
-
-            async def fails():
-                return "7" in await status()
-
-            async def gone():
-                return await status() == {}
-
-            await until(fails)
-            folder.rename(folder.parent / "aside")  # nothing can be said of what is in it
-            await asyncio.sleep(0.2)
-            assert await fails()
-            (folder.parent / "aside").rename(folder)
-            await asyncio.sleep(0.2)
-            shutil.rmtree(folder / "7")
-            await until(gone)
 
     run(check())
 
@@ -350,104 +206,6 @@ def test_who_may_switch(folder):
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as other:
                 assert (await other.post("/admin/versions/0:activate")).status_code == 403
             assert service.versions.pinned is None
-
-    run(check())
-
-
-def test_the_pin_outlives_a_restart(tmp_path):
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "pin.json").write_text(json.dumps({"version": 4}))
-    (tmp_path / "5").mkdir()
-    (tmp_path / "4").mkdir()
-    for version in ("4", "5"):
-        (tmp_path / version / "manifest.json").write_text("{}")
-    loaded = []
-
-    def load(config, version, previous):
-        loaded.append(version)
-        raise ValueError("none")
-
-    async def check():
-        config = ServerConfig(str(tmp_path), state=str(tmp_path / "state"))
-        versions = Versions(config, Metrics(), load)
-        await versions.look()
-        assert (loaded, versions.pinned) == ([4], 4)
-        await versions.pin(None)
-        assert loaded == [4, 5]
-        await versions.stop()
-
-    run(check())
-
-
-@pytest.mark.parametrize("content", [b"", b'{"vers', b"5", b'{"version": "1"}', b"\xff", b"[" * 100_000])
-def test_what_is_no_pin(tmp_path, content, caplog):
-    log = logging.getLogger("test")
-    (tmp_path / "pin.json").write_bytes(content)
-    pin = Pin(tmp_path, log)
-    assert (pin.read(), pin.read()) == (None, None)
-    pin.write(3)
-    assert (pin.read(), Pin(tmp_path, log).read()) == (3, 3)
-    (tmp_path / "pin.json").write_bytes(content)
-    assert (pin.read(), Pin(tmp_path, log).read()) == (3, None)
-    pin.write(None)
-    assert pin.read() is None
-    assert len(caplog.records) == 3
-
-
-def test_a_damaged_pin(folder, checkpoint, tmp_path, caplog, monkeypatch):
-    """At the start it is none; later it stays what it was. It is said once."""
-    monkeypatch.setattr(logger(), "propagate", True)
-    bundles.add(checkpoint, folder, 1)
-    file = tmp_path / "state" / "pin.json"
-    file.parent.mkdir()
-    file.write_bytes(b"")
-
-    def said():
-        found = [
-            record.levelname for record in caplog.records if not record.getMessage().startswith("version ")
-        ]
-        caplog.clear()
-        return found
-
-    async def check():
-        async with client_of(folder, state=str(file.parent)) as (client, _):
-            assert await version_of(client) == 1
-            assert (await client.get("/status")).json()["pinned"] is None
-            await asyncio.sleep(0.1)
-            assert said() == ["WARNING"]
-            assert (await client.post("/admin/versions/0:activate")).status_code == 200
-            file.write_bytes(b"")
-            await asyncio.sleep(0.1)
-            assert (await client.get("/status")).json()["pinned"] == 0
-            assert await version_of(client) == 0
-            assert said() == ["WARNING"]
-            assert (await client.post("/admin/versions:latest")).status_code == 200
-            assert not file.exists()
-            assert await version_of(client) == 1
-            assert said() == []
-
-    run(check())
-
-
-def test_a_pin_that_cannot_be_written_changes_nothing(folder, checkpoint, tmp_path, monkeypatch):
-    bundles.add(checkpoint, folder, 1)
-    state = tmp_path / "state"
-    state.mkdir()
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    async def check():
-        async with client_of(folder, state=str(state)) as (client, _):
-            assert (await client.post("/admin/versions/1:activate")).status_code == 200
-            with monkeypatch.context() as patch:
-                patch.setattr(os, "fsync", full)
-                answer = await client.post("/admin/versions/0:activate")
-            assert answer.status_code == 503
-            assert "No space left on device; make room" in answer.json()["error"]
-            assert answer.json()["error"].endswith("Version 1 stays pinned.")
-            assert await version_of(client) == 1
-            assert [file.name for file in state.iterdir() if "pin" in file.name] == ["pin.json"]
 
     run(check())
 
