@@ -182,10 +182,10 @@ def _listen(config: ServerConfig) -> tuple[socket.socket, socket.socket | None]:
     """A socket that listens for HTTP, and one that holds the port of gRPC."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _bind(listener, "--http-port", config.host, config.http_port)
-    listener.listen(_BACKLOG)
     try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _bind(listener, "--http-port", config.host, config.http_port)
+        listener.listen(_BACKLOG)
         return listener, _reserve(config, family)
     except OSError:
         listener.close()
