@@ -22,7 +22,7 @@ _CGROUP_LIMITS = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit
 #: Without a limit, the first version of cgroups tells a number near this one.
 _NO_LIMIT = 1 << 62
 _INSTRUCTIONS = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)"}
-_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)[^;]*;.*\bextra\s*==\s*['\"]([^'\"]+)['\"]")
+_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[([^\]]*)\])?[^;]*;(.*)\bextra\s*==\s*['\"]([^'\"]+)['\"]\s*$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,16 +63,29 @@ def memory_lines(root: pathlib.Path = pathlib.Path("/")) -> Iterator[str]:
 def missing_lines() -> Iterator[str]:
     """A line for each extra: what it lacks, and the command that installs it."""
     extras: dict[str, set[str]] = {}
-    for requirement in importlib.metadata.requires("jaxembed") or ():
-        found = _REQUIREMENT.match(requirement)
-        if found and not found[1].startswith("jaxembed"):
-            extras.setdefault(found[2], set()).add(re.split(r"[\[<>=!~ ]", found[1])[0])
+    for package, further, _, extra in _requirements("jaxembed"):
+        if package != "jaxembed":
+            extras.setdefault(extra, set()).add(package)
+            # As `jax[tpu]` needs libtpu. What others need on some systems only is not looked at.
+            wanted = set((further or "").split(","))
+            extras[extra] |= {
+                name for name, _, rest, of in _requirements(package) if of in wanted and not rest.strip()
+            }
     for extra, packages in sorted(extras.items()):
         missing = sorted(package for package in packages if _version(package) is None)
         if missing:
             yield f"extra {extra}: missing {', '.join(missing)}; pip install 'jaxembed[{extra}]'"
         else:
             yield f"extra {extra}: complete"
+
+
+def _requirements(package: str) -> Iterator[tuple[str, str | None, str, str]]:
+    """Of the extras of a package that is installed: name, its own extras, what else must hold, and of which extra it is."""
+    if _version(package) is not None:
+        for requirement in importlib.metadata.requires(package) or ():
+            found = _REQUIREMENT.match(requirement)
+            if found:
+                yield found[1], found[2], found[3], found[4]
 
 
 def _core() -> str | None:

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from jaxembed.cli import COMMANDS, main
+from jaxembed.cli import COMMANDS, doctor, main
 from jaxembed.cli.doctor import memory_lines
 
 
@@ -31,6 +31,19 @@ def test_doctor(capsys):
     assert "lookups on CPU: native; training engine: xla" in out
     assert "extra server: " in out
     assert "jaxlib " in out
+
+
+def test_extras_of_packages_that_an_extra_names_are_looked_at(monkeypatch):
+    requires = {
+        "jaxembed": ['jax>=0.10; extra == "plain"', 'jax[tpu]; (os_name == "posix") and extra == "tpu"'],
+        "jax": ['libtpu==0.0.42.*; extra == "tpu"', 'nothing; os_name == "nt" and extra == "tpu"', "numpy"],
+    }
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", requires.get)
+    monkeypatch.setattr(doctor, "_version", lambda name: "1" if name in requires else None)
+    assert list(doctor.missing_lines()) == [
+        "extra plain: complete",
+        "extra tpu: missing libtpu; pip install 'jaxembed[tpu]'",
+    ]
 
 
 def test_doctor_says_what_is_broken(monkeypatch, capsys):
