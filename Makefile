@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard jaxembed/native/* serve/native/*)
 PYTEST := $(BIN)/python -m pytest
+# A process has the tests of a file for as long as may be, and with them what these have compiled.
+SPREAD := -n auto --dist worksteal
 
 .PHONY: demo test test-slow lint docs bench sanitize test-aarch64 clean
 
@@ -17,10 +19,10 @@ demo: $(VENV)/.demo
 
 # A test that hangs ends its process and fails.
 test: $(VENV)/.test
-	$(PYTEST) -n auto -m "not slow and not tpu" --timeout 900 --timeout-method thread
+	$(PYTEST) $(SPREAD) -m "not slow and not tpu" --timeout 900 --timeout-method thread
 
 test-slow: $(VENV)/.test
-	$(PYTEST) -n auto -m "not tpu"
+	$(PYTEST) $(SPREAD) -m "not tpu"
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -37,15 +39,18 @@ docs: $(VENV)/.docs
 # instrumented: the sanitizer's library must come first, with the C++ one whose exceptions it watches.
 SANITIZED := build/sanitize
 CXX ?= c++
-sanitize: $(VENV)/.test
+$(SANITIZED)/.built: $(VENV)/.installed $(SOURCES) tests/native/kernel_test.cc
 	cmake -S . -B $(SANITIZED) -DCMAKE_BUILD_TYPE=None -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -DJAXEMBED_TESTS=ON -DJAXEMBED_SANITIZE=ON
-	cmake --build $(SANITIZED) --parallel
-	$(SANITIZED)/kernel_test
+	env -u MAKEFLAGS cmake --build $(SANITIZED) --parallel
 	cmake --install $(SANITIZED) --prefix $(SANITIZED)/install
+	@touch $@
+
+sanitize: $(VENV)/.test $(SANITIZED)/.built
+	$(SANITIZED)/kernel_test
 	PYTHONPATH=$(SANITIZED)/install ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc JAXEMBED_SANITIZED=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(PYTEST) -n auto tests/test_native.py tests/serve/test_native_packing.py
+	  $(PYTEST) $(SPREAD) tests/test_native.py tests/serve/test_native_packing.py
 
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user, and neither XLA nor Python.
 AARCH64 := build/aarch64
