@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import fcntl
-import re
 import sys
 import termios
 from collections.abc import Callable
@@ -12,14 +11,12 @@ from typing import Any, ClassVar
 from .errors import overloaded
 from .metrics import Refusals
 from .pipelining import PipeliningProtocol, made_beforehand
+from .refusals import USUAL_BYTES, Turn, usual_request
 from .scope import COMPLETE, ROOM, TASK
 from .service import Room, Service
 
-# Path and fields of what most requests are.
-_USUAL = re.compile(rb"POST ([!-~]+) HTTP/1\.1((?:\r\n[0-9A-Za-z_-]+: [ -~]*)+)\r\n\r\n")
-# Bytes of a head of that kind, and how many of them are remembered.
-_USUAL_BYTES, _REMEMBERED = 2048, 512
-_UNUSUAL = (b"transfer-encoding", b"connection", b"expect", b"upgrade")
+# Heads of usual requests that are remembered.
+_REMEMBERED = 512
 # Bytes of a body until which its reader is not woken up, nor the client held back, before all of it is there.
 _GATHERED, _MOST_PARTS = 1 << 19, 64
 
@@ -36,6 +33,7 @@ def make_protocol(service: Service) -> type["DeadlineProtocol"]:
         )
         room = staticmethod(lambda path: service.room() if path in served else None)
         heads: ClassVar[dict[bytes, tuple[int, Refusals]]] = {}
+        turn = Turn()
         leaves = staticmethod(lambda: service.leaving or service.versions.current is None)
 
     return Protocol
@@ -82,6 +80,8 @@ class DeadlineProtocol(PipeliningProtocol):
     room: Callable[[bytes], Room | None] = staticmethod(lambda path: None)
     #: Of heads that were read before, the bytes of the whole request, and where its refusal is counted.
     heads: ClassVar[dict[bytes, tuple[int, Refusals]]] = {}
+    #: When refusals are sent.
+    turn: Turn = Turn()
     #: Whether clients should go elsewhere with what they send next.
     leaves: Callable[[], bool] = staticmethod(lambda: False)
 
@@ -91,7 +91,7 @@ class DeadlineProtocol(PipeliningProtocol):
     _timer: asyncio.TimerHandle | None = None
     _watching: asyncio.TimerHandle | None = None
     _seen: Any = None
-    _skips = False
+    _skips = _refusal_due = False
     _between = True
     #: Of the body that is being read, what its reader does not have yet.
     _parts: list[bytes]
@@ -104,8 +104,14 @@ class DeadlineProtocol(PipeliningProtocol):
 
     def data_received(self, data: bytes) -> None:
         """The deadline ends with the headers."""
-        if self._between and self.full() and self._refuse_whole(data):
+        turn = self.turn
+        if turn.loop is not self.loop:
+            turn.begin(self.loop)
+        # Once one is refused, there is no room before the turn's end.
+        if self._between and (turn.refused or self.full()) and self._refuse_whole(data, turn):
             return
+        if self._refusal_due:
+            self.send_refusal()
         super().data_received(data)
         if self.cycle is not self._seen:
             self._seen = self.cycle
@@ -113,51 +119,56 @@ class DeadlineProtocol(PipeliningProtocol):
             if self.cycle.response_complete:
                 self._arm()
 
-    def _refuse_whole(self, data: bytes) -> bool:
+    def _refuse_whole(self, data: bytes, turn: Turn) -> bool:
         """Refuses a request like most, if it is all of `data`, without the parser.
 
         Clients send the same head again and again, so that it is hardly ever read at all. This code runs with cold
         caches: what it does not touch is saved twice.
         """
-        head = data[: data.find(b"\r\n\r\n", 0, _USUAL_BYTES) + 4]
+        head = data[: data.find(b"\r\n\r\n", 0, USUAL_BYTES) + 4]
         found = self.heads.get(head) or self._remember(head)
         if found is None or found[0] != len(data):
             return False
-        cycle: Any = self.cycle
+        cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             return False
-        self._refuse(found[1])
+        if self._refusal_due:  # of the request before, should it be that quick
+            self.send_refusal()
+        self._refusal_due = True
+        turn.refused.append(self)
+        found[1].count += 1
         return True
 
     def _remember(self, head: bytes) -> tuple[int, Refusals] | None:
-        usual = _USUAL.fullmatch(head)
-        refusals = None if usual is None else self.refusals(usual[1])
+        usual = usual_request(head)
+        refusals = None if usual is None else self.refusals(usual[0])
         if usual is None or refusals is None:
-            return None
-        fields = usual[2].lower()
-        _, found, length = fields.partition(b"\r\ncontent-length: ")
-        length = length.partition(b"\r")[0]
-        if (
-            not found
-            or not length.isdigit()
-            or len(length) > 9
-            or any(name in fields for name in _UNUSUAL)
-            or fields.count(b"\r\ncontent-length") > 1
-        ):
             return None
         if len(self.heads) == _REMEMBERED:
             self.heads.clear()
-        self.heads[head] = known = (len(head) + int(length), refusals)
+        self.heads[head] = known = (usual[1], refusals)
         return known
 
-    def _refuse(self, refusals: Refusals) -> None:
+    def send_refusal(self) -> None:
+        """Sends one, if it is due."""
+        if not self._refusal_due:
+            return
+        self._refusal_due = False
         if self.flow.write_paused:  # it sends requests and reads no answers
             self.transport.close()
-            return
-        self._unset_keepalive_if_required()  # of the answer before
-        self.transport.write(self._REFUSAL)
-        refusals.count += 1
-        self._arm()
+        elif not self.transport.is_closing():
+            self.transport.write(self._REFUSAL)
+            self._arm()
+
+    def eof_received(self) -> bool:
+        """Whether the connection stays; the last request that came may have been refused."""
+        self.send_refusal()
+        return super().eof_received()
+
+    def shutdown(self) -> None:
+        """Ends the connection once all that is due was sent."""
+        self.send_refusal()
+        super().shutdown()
 
     def on_message_begin(self) -> None:
         """What is between requests ends."""
@@ -175,8 +186,9 @@ class DeadlineProtocol(PipeliningProtocol):
         if (self.cycle is None or self.cycle.response_complete) and parser.get_method() == b"POST":
             refusals = self.refusals(self.url) if self.full() else None
             if refusals is not None and parser.should_keep_alive():
-                self._skips = True
-                self._refuse(refusals)
+                self._skips = self._refusal_due = True
+                self.send_refusal()
+                refusals.count += 1
                 return
         self._parts, self._held = [], 0
         super().on_headers_complete()
@@ -211,7 +223,7 @@ class DeadlineProtocol(PipeliningProtocol):
             self._skips = False
             self._arm()
         else:
-            cycle: Any = self.cycle
+            cycle = self.cycle
             if cycle is not None and not cycle.response_complete:
                 cycle.scope[COMPLETE] = True
                 parts = [cycle.body, *self._parts] if cycle.body else self._parts
@@ -225,6 +237,9 @@ class DeadlineProtocol(PipeliningProtocol):
         self._disarm()
         if self.cycle is None or self.cycle.response_complete:
             self._arm()
+            if self._between:
+                self._seen = None
+                self._forget()
         if self.transport.get_write_buffer_size():
             self._watch()
 

@@ -83,6 +83,9 @@ class PipeliningProtocol(HttpToolsProtocol):
 
     parser: Any  # uvicorn's, which makes the first one
     flow: Any
+    cycle: Any  # of the request that was read last, until it is answered; None for none
+    scope: Any
+    headers: Any
     #: The request that is being answered, or was last.
     _started: Any = None
     #: What was read, and waits for an answer to be parsed.
@@ -101,7 +104,6 @@ class PipeliningProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parses it, or keeps it until it may be parsed."""
-        self._unset_keepalive_if_required()
         try:
             self._feed(memoryview(data))
         except httptools.HttpParserError:
@@ -198,8 +200,16 @@ class PipeliningProtocol(HttpToolsProtocol):
             self.loop.call_later(_ASK_SECONDS, self._ask)
 
     def on_response_complete(self) -> None:
-        """What waits goes on: the next request, or what was read after it."""
-        super().on_response_complete()
+        """What waits goes on: the next request, or what was read after it.
+
+        Uvicorn's sets a timer for each answer, too, until the next request comes.
+        """
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
         if self._last is not None:
             if not self._due:
                 self._close_with(self._last)
@@ -209,6 +219,10 @@ class PipeliningProtocol(HttpToolsProtocol):
             if rest:
                 self.data_received(bytes(rest))
             self.flow.resume_reading()
+
+    def _forget(self) -> None:
+        """Lets go of the request that was answered while the caches hold it, not when the next one comes."""
+        self.cycle = self.scope = self.headers = self._started = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nobody waits for what is due."""

@@ -1,0 +1,181 @@
+"""Refusals of one turn of the event loop, and what a connection keeps of a request that was answered."""
+
+import asyncio
+import socket
+import weakref
+from typing import ClassVar
+
+import pytest
+
+pytest.importorskip("httptools")
+pytest.importorskip("uvicorn")
+
+from jaxembed.serve.server.http_protocol import DeadlineProtocol
+from jaxembed.serve.server.metrics import Refusals
+from jaxembed.serve.server.refusals import Turn, usual_request
+from tests.serve.server.servers import run
+from tests.serve.server.sockets import answer_of, echo, post, serving
+
+
+class Logged(DeadlineProtocol):
+    """Logs the statuses of what it sends."""
+
+    room_left, log = 0, []
+    counted = Refusals()
+    refusals = staticmethod({b"/x": counted}.get)
+    heads: ClassVar = {}
+    turn = Turn()
+
+    full = staticmethod(lambda: Logged.room_left == 0)
+
+    @staticmethod
+    def room(path):
+        Logged.room_left -= 1
+
+    def connection_made(self, transport):
+        write = transport.write
+
+        class Transport:
+            def __getattr__(self, name):
+                return getattr(transport, name)
+
+            def write(_, data):
+                Logged.log.append(data.split(b"\r\n")[0].split()[1])
+                write(data)
+
+        super().connection_made(Transport())
+
+
+async def logging(scope, receive, send):
+    Logged.log.append(b"begins")
+    await echo(scope, receive, send)
+
+
+def test_refusals_are_sent_before_the_requests_of_their_turn_are_handled():
+    async def check():
+        async with serving(logging, Logged) as (port, _):
+            clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+            await asyncio.sleep(0.05)
+            Logged.room_left, Logged.log = 1, []
+            for _, writer in clients:  # at once, so that one turn reads all of them
+                writer.write(post(b"/x", b"abc"))
+            statuses = [(await asyncio.wait_for(answer_of(reader), 20))[0] for reader, _ in clients]
+            assert sorted(statuses) == [200, 429, 429, 429]
+            assert Logged.log == [b"429", b"429", b"429", b"begins", b"200"]
+            for _, writer in clients:
+                writer.close()
+
+    run(check())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_clients_that_end_what_they_send_after_a_request_that_is_refused(reset):
+    """They get their refusal, unless they are gone; others are not hurt."""
+
+    async def check():
+        loop = asyncio.get_running_loop()
+        async with serving(protocol=Logged) as (port, state):
+            for _ in range(5):
+                Logged.room_left = 0
+                client = socket.create_connection(("127.0.0.1", port))
+                client.sendall(post(b"/x", b"abc"))
+                if reset:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    client.close()
+                    await asyncio.sleep(0.05)
+                else:
+                    client.shutdown(socket.SHUT_WR)
+                    client.setblocking(False)
+                    answer = b""
+                    while part := await asyncio.wait_for(loop.sock_recv(client, 4096), 20):
+                        answer += part
+                    client.close()
+                    assert answer.startswith(b"HTTP/1.1 429 ")
+                    assert answer.count(b"HTTP/1.1") == 1
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                Logged.room_left = 1
+                writer.write(post(b"/x", b"abc"))
+                assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 200
+                writer.close()
+            async with asyncio.timeout(20):
+                while state.connections:
+                    await asyncio.sleep(0.01)
+
+    run(check())
+
+
+class Connection:
+    """Sends refusals nowhere."""
+
+    def __init__(self):
+        self.sent = 0
+
+    def send_refusal(self):
+        self.sent += 1
+
+
+@pytest.mark.parametrize("make", [asyncio.new_event_loop, pytest.importorskip("uvloop").new_event_loop])
+def test_a_loop_that_ended_within_a_turn_does_not_keep_the_next_one_from_ending_it(make):
+    turn, connection = Turn(), Connection()
+    for _ in range(2):
+        ended = make()
+        turn.begin(ended)
+        turn.refused.append(connection)
+        ended.close()
+
+    async def one_turn():
+        turn.begin(asyncio.get_running_loop())
+        turn.refused.append(connection)
+        assert connection.sent == 0
+        await asyncio.sleep(0)
+        assert connection.sent == 3
+        assert turn.loop is None
+        assert not turn.refused
+
+    with asyncio.Runner(loop_factory=make) as runner:
+        runner.run(one_turn())
+
+
+def test_an_idle_connection_keeps_nothing_of_what_was_answered():
+    seen = []
+
+    class Marker:
+        pass
+
+    async def app(scope, receive, send):
+        scope["marker"] = marker = Marker()
+        seen.append(weakref.ref(marker))
+        await echo(scope, receive, send)
+
+    async def check():
+        async with serving(app) as (port, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for sent in range(1, 4):
+                writer.write(post(b"/x", b"abc"))
+                assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x abc")
+                async with asyncio.timeout(20):
+                    while seen[-1]() is not None:
+                        await asyncio.sleep(0.01)
+                assert len(seen) == sent
+            writer.close()
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\n\r\n", (b"/x", 3)),
+        (b"POST /x HTTP/1.1\r\ncontent-length: 12\r\nA: b\r\n\r\n", (b"/x", 12)),
+        (b"POST /x HTTP/1.1\r\nA: b\r\n\r\n", None),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\n", None),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", None),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n", None),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 1234567890\r\n\r\n", None),
+        (b"POST /x HTTP/1.0\r\nContent-Length: 3\r\n\r\n", None),
+        (b"GET /x HTTP/1.1\r\nContent-Length: 3\r\n\r\n", None),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", None),
+    ],
+)
+def test_requests_like_most(head, found):
+    assert usual_request(head) == (None if found is None else (found[0], len(head) + found[1]))
