@@ -91,8 +91,10 @@ class DeadlineProtocol(PipeliningProtocol):
     _timer: asyncio.TimerHandle | None = None
     _watching: asyncio.TimerHandle | None = None
     _seen: Any = None
-    _skips = _refusal_due = False
+    _skips = False
     _between = True
+    #: Where the refusal that is due is counted; None if none is.
+    _refusal_due: Refusals | None = None
     #: Of the body that is being read, what its reader does not have yet.
     _parts: list[bytes]
     _held = 0
@@ -107,10 +109,10 @@ class DeadlineProtocol(PipeliningProtocol):
         turn = self.turn
         if turn.loop is not self.loop:
             turn.begin(self.loop)
-        # Once one is refused, there is no room before the turn's end.
+        # Once one is refused, so are others of the turn.
         if self._between and (turn.refused or self.full()) and self._refuse_whole(data, turn):
             return
-        if self._refusal_due:
+        if self._refusal_due is not None:
             self.send_refusal()
         super().data_received(data)
         if self.cycle is not self._seen:
@@ -132,11 +134,10 @@ class DeadlineProtocol(PipeliningProtocol):
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             return False
-        if self._refusal_due:  # of the request before, should it be that quick
+        if self._refusal_due is not None:  # of the request before, should it be that quick
             self.send_refusal()
-        self._refusal_due = True
+        self._refusal_due = found[1]
         turn.refused.append(self)
-        found[1].count += 1
         return True
 
     def _remember(self, head: bytes) -> tuple[int, Refusals] | None:
@@ -150,14 +151,15 @@ class DeadlineProtocol(PipeliningProtocol):
         return known
 
     def send_refusal(self) -> None:
-        """Sends one, if it is due."""
-        if not self._refusal_due:
+        """Sends one, if it is due, and counts it."""
+        refusals, self._refusal_due = self._refusal_due, None
+        if refusals is None:
             return
-        self._refusal_due = False
         if self.flow.write_paused:  # it sends requests and reads no answers
             self.transport.close()
         elif not self.transport.is_closing():
             self.transport.write(self._REFUSAL)
+            refusals.count += 1
             self._arm()
 
     def eof_received(self) -> bool:
@@ -186,9 +188,8 @@ class DeadlineProtocol(PipeliningProtocol):
         if (self.cycle is None or self.cycle.response_complete) and parser.get_method() == b"POST":
             refusals = self.refusals(self.url) if self.full() else None
             if refusals is not None and parser.should_keep_alive():
-                self._skips = self._refusal_due = True
+                self._skips, self._refusal_due = True, refusals
                 self.send_refusal()
-                refusals.count += 1
                 return
         self._parts, self._held = [], 0
         super().on_headers_complete()
@@ -290,6 +291,7 @@ class DeadlineProtocol(PipeliningProtocol):
             self._watching = self.loop.call_later(self.timeout_keep_alive, self._look, unsent)
 
     def _late(self) -> None:
+        self.send_refusal()  # timers come before the end of the turn
         self._timer = None
         if self._deadline is None:
             return

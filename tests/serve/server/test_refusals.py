@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 import weakref
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from jaxembed.serve.server.http_protocol import DeadlineProtocol
 from jaxembed.serve.server.metrics import Refusals
 from jaxembed.serve.server.refusals import Turn, usual_request
 from tests.serve.server.servers import run
-from tests.serve.server.sockets import answer_of, echo, post, serving
+from tests.serve.server.sockets import answer_of, connect_slowly, echo, post, serving
 
 
 class Logged(DeadlineProtocol):
@@ -44,6 +45,14 @@ class Logged(DeadlineProtocol):
                 write(data)
 
         super().connection_made(Transport())
+
+
+LOOPS = pytest.mark.parametrize("make", [asyncio.new_event_loop, pytest.importorskip("uvloop").new_event_loop])
+
+
+def run_on(make, coroutine):
+    with asyncio.Runner(loop_factory=make) as runner:
+        return runner.run(asyncio.wait_for(coroutine, 60))
 
 
 async def logging(scope, receive, send):
@@ -104,6 +113,50 @@ def test_clients_that_end_what_they_send_after_a_request_that_is_refused(reset):
     run(check())
 
 
+@LOOPS
+def test_a_deadline_that_passes_while_a_refusal_is_due_does_not_come_before_it(make):
+    async def check():
+        async with serving(protocol=Logged, idle_timeout=0.5) as (port, _):
+            Logged.room_left, Logged.counted.count = 0, 0
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(post(b"/x", b"abc"))
+            assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
+            await asyncio.sleep(0.4)
+            writer.write(post(b"/x", b"abc"))
+            time.sleep(0.15)  # so that the loop reads it and sees the deadline in one turn
+            assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
+            assert Logged.counted.count == 2
+            began = time.monotonic()
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+            assert time.monotonic() - began > 0.4
+            writer.close()
+
+    run_on(make, check())
+
+
+@LOOPS
+def test_refusals_that_cannot_be_sent_are_not_counted(make):
+    """A client that sends requests and reads no answers is closed."""
+
+    async def check():
+        async with serving(protocol=Logged) as (port, state):
+            Logged.room_left, Logged.counted.count = 1, 0
+            client = await connect_slowly(port, post(b"/large"))
+            async with asyncio.timeout(20):
+                while not any(connection.flow.write_paused for connection in state.connections):
+                    await asyncio.sleep(0.01)
+            Logged.room_left = 0
+            await asyncio.get_running_loop().sock_sendall(client, post(b"/x", b"abc"))
+            (connection,) = state.connections
+            async with asyncio.timeout(20):
+                while not connection.transport.is_closing():
+                    await asyncio.sleep(0.01)
+            assert Logged.counted.count == 0
+            client.close()
+
+    run_on(make, check())
+
+
 class Connection:
     """Sends refusals nowhere."""
 
@@ -114,7 +167,7 @@ class Connection:
         self.sent += 1
 
 
-@pytest.mark.parametrize("make", [asyncio.new_event_loop, pytest.importorskip("uvloop").new_event_loop])
+@LOOPS
 def test_a_loop_that_ended_within_a_turn_does_not_keep_the_next_one_from_ending_it(make):
     turn, connection = Turn(), Connection()
     for _ in range(2):
@@ -132,8 +185,7 @@ def test_a_loop_that_ended_within_a_turn_does_not_keep_the_next_one_from_ending_
         assert turn.loop is None
         assert not turn.refused
 
-    with asyncio.Runner(loop_factory=make) as runner:
-        runner.run(one_turn())
+    run_on(make, one_turn())
 
 
 def test_an_idle_connection_keeps_nothing_of_what_was_answered():
