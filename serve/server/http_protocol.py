@@ -66,8 +66,8 @@ def _releasing(app: Any, room: Room) -> Any:
 class DeadlineProtocol(PipeliningProtocol):
     """Closes a connection that does not send the headers of its next request, or read its answers, in time.
 
-    Uvicorn does so between requests alone: a connection that sends nothing at first, or its headers byte by
-    byte, would stay for good.
+    Uvicorn's own deadline, which is not used, is between requests alone: a connection that sends nothing at first, or its
+    headers byte by byte, would stay for good.
 
     A server that has no room refuses requests as soon as their headers are there, with an answer made beforehand
     and nothing else: what refusing costs is lost to the requests that are served.
