@@ -19,7 +19,6 @@ namespace ffi = xla::ffi;
 
 // Below this many bytes a call stays on its thread: waking another costs more.
 constexpr int64_t kInlineBytes = 1 << 17;
-constexpr int64_t kMinChunk = 1 << 16;
 
 struct Work {
   std::vector<Bag> bags;
@@ -63,9 +62,9 @@ void RunInline(const std::vector<Bag>& bags, const std::vector<Placed>& all_plac
 
 void RunShared(ffi::ThreadPool& pool, const std::shared_ptr<Work>& work, int64_t cost, int32_t* bad) {
   const int64_t features = static_cast<int64_t>(work->bags.size());
-  const int64_t chunk = std::min(std::max(cost / 32, kMinChunk), kMaxChunk);
+  Cut cut{std::max<int64_t>(pool.num_threads(), 2) * 3 / 2, cost};
   for (int64_t f = 0; f < features; ++f) {
-    AddTasks(static_cast<int32_t>(f), work->bags[f], work->placed[f], chunk, &work->plan);
+    AddTasks(static_cast<int32_t>(f), work->bags[f], work->placed[f], &cut, &work->plan);
   }
   PlacePartials(work->bags.data(), &work->plan);
   work->bad = std::make_unique<std::atomic<int64_t>[]>(features);

@@ -15,8 +15,8 @@ int64_t EntryCost(const Bag& bag) { return (bag.table.row_bytes() + 63) / 64 * 6
 // Whether splits [num_bags + 1] rise within [0, num_ids]; without a branch, so that the loop vectorizes.
 template <typename Int>
 bool Rise(const Int* splits, int64_t num_bags, int64_t num_ids) {
-  bool fall = splits[0] < 0 || splits[num_bags] > num_ids;
-  for (int64_t b = 0; b < num_bags; ++b) fall |= splits[b + 1] < splits[b];
+  Int fall = splits[0] < 0 || splits[num_bags] > num_ids;  // as wide as its lanes, which would be packed otherwise
+  for (int64_t b = 0; b < num_bags; ++b) fall |= static_cast<Int>(splits[b + 1] < splits[b]);
   return !fall;
 }
 
@@ -104,7 +104,7 @@ int64_t Cost(const Bag& bag, const Placed& placed) {
   return entries * EntryCost(bag) + bag.num_bags * (out + 8);
 }
 
-void AddTasks(int32_t feature, const Bag& bag, const Placed& placed, int64_t chunk, Plan* plan) {
+void AddTasks(int32_t feature, const Bag& bag, const Placed& placed, Cut* cut, Plan* plan) {
   const bool dense = bag.layout == Layout::kDense;
   const int64_t entry_cost = EntryCost(bag);
   const int64_t bag_cost = 4 * bag.table.dim * std::max<int64_t>(bag.sequence_length, 1) + 8;
@@ -117,6 +117,7 @@ void AddTasks(int32_t feature, const Bag& bag, const Placed& placed, int64_t chu
     // The least number of bags that make up a chunk; their cost rises with them. A bag of two pieces is at
     // least a chunk, so that it can only be the last one of these.
     const int64_t begin = split(first);
+    const int64_t chunk = cut->Next();
     int64_t low = first + 1, high = bag.num_bags;
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
@@ -139,6 +140,7 @@ void AddTasks(int32_t feature, const Bag& bag, const Placed& placed, int64_t chu
                                reinterpret_cast<float*>(1)});
       }
     }
+    cut->rest -= (low - first) * bag_cost + (to - begin) * entry_cost;
     first = low;
   }
 }

@@ -34,12 +34,24 @@ struct Plan {
 // Bytes that a feature reads and writes, roughly.
 int64_t Cost(const Bag& bag, const Placed& placed);
 
-// The most that `chunk` may be: a bag that is to be shared is at least as large.
-constexpr int64_t kMaxChunk = 1 << 20;
+// How large the next piece of work is: a share of what is left, so that the first ones are large, as each begins with
+// rows that are not fetched yet, and the last ones small, so that all threads end together (guided self-scheduling,
+// Polychronopoulos and Kuck 1987).
+struct Cut {
+  static constexpr int64_t kMost = 1 << 20;  // a bag that is to be shared is at least as large
+  int64_t sharers;
+  int64_t rest;  // the cost of what is not cut yet
+  int64_t least = 1 << 16;
 
-// Adds the tasks of one feature, each of about `chunk` bytes. `Plan::partials` must be placed with
+  int64_t Next() const {
+    const int64_t share = rest / sharers < kMost ? rest / sharers : kMost;
+    return share < least ? least : share;
+  }
+};
+
+// Adds the tasks of one feature, each of about `cut->Next()` bytes. `Plan::partials` must be placed with
 // `PlacePartials` once all features are in.
-void AddTasks(int32_t feature, const Bag& bag, const Placed& placed, int64_t chunk, Plan* plan);
+void AddTasks(int32_t feature, const Bag& bag, const Placed& placed, Cut* cut, Plan* plan);
 void PlacePartials(const Bag* bags, Plan* plan);
 
 }  // namespace jaxembed

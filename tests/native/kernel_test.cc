@@ -275,7 +275,8 @@ void Check(Case& c, Random& random, int64_t chunk) {
     const int64_t stride = c.bag.out_stride, bytes = c.bag.num_bags * stride * c.size;
     std::memset(c.start, 0xFF, bytes);
     Plan plan;
-    AddTasks(0, c.bag, placed, chunk, &plan);
+    Cut cut{1, 0, chunk};
+    AddTasks(0, c.bag, placed, &cut, &plan);
     PlacePartials(&c.bag, &plan);
     for (size_t i = plan.tasks.size(); i > 1; --i) std::swap(plan.tasks[i - 1], plan.tasks[Below(random, i)]);
     int64_t bad = 0;
@@ -340,7 +341,7 @@ void LongBags(Random& random, int64_t* cases) {
         MakeOutput(c, random);
         c.name = "long bags, dim " + std::to_string(dim) + " type " + std::to_string(type) + " combiner " +
                  std::to_string(combiner);
-        Check(c, random, kMaxChunk);
+        Check(c, random, Cut::kMost);
         ++*cases;
       }
     }
@@ -364,10 +365,35 @@ void HugeBag(Random& random, Combiner combiner, Layout layout, int64_t* cases) {
   Placed placed;
   Place(c.bag, scratch, &placed);
   Plan plan;
-  AddTasks(0, c.bag, placed, 1 << 16, &plan);
+  Cut cut{3, Cost(c.bag, placed)};
+  AddTasks(0, c.bag, placed, &cut, &plan);
   if (plan.shared.size() != 1 || plan.shared[0].count < 4) Fail(c, "any", "the bag was not cut");
   Check(c, random, 1 << 16);
   ++*cases;
+}
+
+// Pieces of work get smaller, and make up all of it.
+void PiecesGetSmaller() {
+  Case c;
+  c.bag.num_bags = 10'000, c.bag.num_ids = 20'000, c.bag.table.dim = 64;
+  std::vector<int64_t> splits(c.bag.num_bags + 1);
+  for (size_t b = 0; b < splits.size(); ++b) splits[b] = 2 * static_cast<int64_t>(b);
+  c.bag.bags = c.Integers(splits, false);
+  c.name = "pieces";
+  Scratch scratch;
+  Placed placed;
+  Place(c.bag, scratch, &placed);
+  Plan plan;
+  Cut cut{3, Cost(c.bag, placed)};
+  AddTasks(0, c.bag, placed, &cut, &plan);
+  int64_t next = 0, before = c.bag.num_bags;
+  for (const Task& task : plan.tasks) {
+    const int64_t bags = task.last_bag - task.first_bag;
+    if (task.first_bag != next || bags > before) Fail(c, "any", "a piece is out of place, or larger than the one before");
+    next = task.last_bag, before = bags;
+  }
+  if (next != c.bag.num_bags || cut.rest) Fail(c, "any", "the pieces are not all of the work");
+  if (plan.tasks[0].last_bag < 10 * before) Fail(c, "any", "the first piece is small");
 }
 
 void RefusedSplits() {
@@ -394,6 +420,7 @@ int main() {
     for (int combiner = 0; combiner < 3; ++combiner) HugeBag(random, static_cast<Combiner>(combiner), layout, &cases);
   }
   LongBags(random, &cases);
+  PiecesGetSmaller();
   RefusedSplits();
   std::printf("%lld cases on", static_cast<long long>(cases));
   for (const Instance& instance : FindInstances().of) {
