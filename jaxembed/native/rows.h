@@ -11,7 +11,7 @@ namespace jaxembed::JAXEMBED_ISA {
 namespace {
 
 // Rows fetched ahead of use: about as many lines of memory as a processor waits for at a time.
-constexpr int64_t Ahead(int64_t row_bytes) { return row_bytes <= 64 ? 48 : row_bytes <= 320 ? 24 : 16; }
+constexpr int64_t Ahead(int64_t row_bytes) { return row_bytes <= 64 ? 32 : row_bytes <= 128 ? 24 : 16; }
 
 // Always inline: GCC takes a function that only fetches ahead for one without effect, and drops its calls.
 __attribute__((always_inline)) inline void Prefetch(const Table& t, int64_t row_bytes, int64_t id) {
