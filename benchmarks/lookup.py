@@ -1,6 +1,6 @@
 """Times jaxembed's CPU lookup against its peers and against memory, and the whole call.
 
-    python benchmarks/lookup.py            # the full grid; --cell-seconds 0.1 --peers torch FBGEMM took 34 minutes
+    python benchmarks/lookup.py            # the full grid; --cell-seconds 0.1 --peers torch FBGEMM took 34 to 53 minutes
     python benchmarks/lookup.py --quick    # a part of it, about 3 minutes
     python benchmarks/lookup.py --compile  # compiles alone, on a machine that may be busy; the next run finds it all
 

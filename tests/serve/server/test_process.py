@@ -15,7 +15,7 @@ import pytest
 
 from jaxembed.serve.server.messages import METHODS
 from tests.serve.server import bundles
-from tests.serve.server.servers import Process
+from tests.serve.server.servers import Process, free_port
 
 ROW = {"user": 1, "history": [2], "dense": [0.0, 0.0]}
 GOOD = {"history": 2.0, "user": 1.0, "version": 0.0}
@@ -366,12 +366,6 @@ def test_vertex_variables(shared_folder):
         assert httpx.get(server.url + "/healthz").status_code == 200
         answer = httpx.post(server.url + "/predict", json={"instances": [ROW], "parameters": {}})
         assert answer.json()["predictions"] == [GOOD]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow
