@@ -163,6 +163,41 @@ def test_long_bags_of_row_wise_codes_lose_no_digits(kind, dim):
     assert np.sqrt(np.mean((out[0] - expected) ** 2) / np.mean(expected**2)) < 1e-5
 
 
+@pytest.mark.parametrize("dim", [8, 20, 64, 128])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
+def test_a_bad_id_changes_no_bit_of_other_bags(combiner, kind, dim):
+    """Other code takes the bags of a piece of work from one with a bad id on, and how the work is cut depends on the threads."""
+    rng = np.random.default_rng(dim)
+    rows = rng.normal(size=(100, dim)).astype(np.float32)
+    table = quantize(rows, kind) if kind.startswith("int") else jnp.asarray(rows, kind)
+    splits = np.concatenate([[0], np.cumsum(rng.integers(0, 12, 300))]).astype(np.int32)
+    ids = rng.integers(0, 100, splits[-1]).astype(np.int32)
+    weights = rng.random(ids.size, np.float32)
+    ids[:3] = 0
+    splits[1:4] = 3
+    outs = []
+    for first in (0, 100):
+        ids[0] = first
+        operands = BagOperands(table, jnp.asarray(ids), jnp.asarray(splits), weights=jnp.asarray(weights))
+        (out,), bad = embedding_bags([Bag("ragged", 300, combiner)], [operands], "native")
+        assert int(bad[0]) == (first == 100)
+        outs.append(np.asarray(out)[1:])
+    np.testing.assert_array_equal(*outs, strict=True)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dim", [8, 20, 128])
+def test_an_infinite_weight_is_one_of_the_row_not_of_its_bias(kind, dim):
+    rows = jnp.full((2, dim), 3.0).at[1].set(-2.0)  # constant rows: codes or scales of 0
+    table = quantize(np.asarray(rows), kind)
+    ids, splits = jnp.array([0, 1], jnp.int32), jnp.array([0, 1, 2], jnp.int32)
+    operands = BagOperands(table, ids, splits, weights=jnp.full(2, jnp.inf))
+    for path in ("native", "xla"):
+        (out,), _ = embedding_bags([Bag("ragged", 2, "sum")], [operands], path)
+        np.testing.assert_array_equal(out, np.repeat([[np.inf], [-np.inf]], dim, axis=1))
+
+
 def test_a_kernel_of_other_sources_is_not_called(monkeypatch):
     monkeypatch.setattr(kernel, "_NUMBERS", 16)
     kernel._load.cache_clear()

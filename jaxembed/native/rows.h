@@ -27,6 +27,18 @@ inline float Inverse(Combiner combiner, float divisor) {
   return divisor;
 }
 
+// A weight's square, rounded before it is added: GCC would fuse the two in some places only, and the bits of a bag would
+// depend on which of them it comes through.
+inline float Square(float w) {
+  float square = w * w;
+#if defined(__x86_64__)
+  asm("" : "+x"(square));
+#elif defined(__aarch64__)
+  asm("" : "+w"(square));
+#endif
+  return square;
+}
+
 // Whether an id is a row. A vocabulary counts as at most 2^31 or 2^63, so that a negative id never is.
 template <typename Id>
 struct Rows {

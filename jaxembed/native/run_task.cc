@@ -49,20 +49,23 @@ inline void Block(const Table& t, int64_t row_bytes, const Entries<Id>& e, int64
     const uint8_t* row = base + id * row_bytes;
     float w = 1.0f;
     if constexpr (kWeighted) w = e.weights[j];
-    float bias = 0.0f;
+    float scale = 1.0f, bias = 0.0f;
     if constexpr (Affine(T)) {
-      bias = w * AtEnd(row + row_bytes, 1);
-      w *= AtEnd(row + row_bytes, 0);
+      scale = AtEnd(row + row_bytes, 0);
+      bias = AtEnd(row + row_bytes, 1);
     }
     if constexpr (NV == 0) {
-      for (int64_t i = 0; i < tail; ++i) acc[0][i] += w * Element<T>(t, row, d + i) + bias;
+      for (int64_t i = 0; i < tail; ++i) {
+        float x = Element<T>(t, row, d + i);
+        if constexpr (Affine(T)) x = scale * x + bias;
+        acc[0][i] += w * x;
+      }
     } else {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        const Floats x = Load<T, kLanes>(t, row, d + kLanes * v);
-        if constexpr (Affine(T)) {
-          acc[v] += w * x + bias;
-        } else if constexpr (kWeighted) {
+        Floats x = Load<T, kLanes>(t, row, d + kLanes * v);
+        if constexpr (Affine(T)) x = scale * x + bias;
+        if constexpr (kWeighted) {
           acc[v] += w * x;
         } else {
           acc[v] += x;
@@ -182,7 +185,7 @@ struct Runner {
     } else if (bag.combiner == Combiner::kMean) {
       for (int64_t j = 0; j < count; ++j) divisor += weights[j];
     } else {
-      for (int64_t j = 0; j < count; ++j) divisor += weights[j] * weights[j];
+      for (int64_t j = 0; j < count; ++j) divisor += Square(weights[j]);
     }
   }
 

@@ -17,15 +17,14 @@ namespace {
 template <RowType T, int kN, int NV, bool kWeighted>
 __attribute__((always_inline)) inline void AddRow(const Table& t, const uint8_t* row, const uint8_t* end, float w,
                                                   FloatsOf<kN> (&acc)[NV]) {
-  float bias = 0.0f;
+  float scale = 1.0f, bias = 0.0f;
   if constexpr (Affine(T)) {
-    bias = w * AtEnd(end, 1);
-    w *= AtEnd(end, 0);
+    scale = AtEnd(end, 0);
+    bias = AtEnd(end, 1);
   }
   EachVector<T, kN, NV>(t, row, [&](FloatsOf<kN> x, int v) {
-    if constexpr (Affine(T)) {
-      acc[v] += w * x + bias;  // not the biases apart: two large sums would cancel
-    } else if constexpr (kWeighted) {
+    if constexpr (Affine(T)) x = scale * x + bias;  // not the biases apart: two large sums would cancel
+    if constexpr (kWeighted) {
       acc[v] += w * x;
     } else {
       acc[v] += x;
@@ -82,7 +81,7 @@ __attribute__((noinline)) int64_t RunWhole(const Bag& bag, const Placed& placed,
       float w = 1.0f;
       if constexpr (kWeighted) {
         w = weights[i];
-        divisor += combiner == Combiner::kSqrtn ? w * w : w;
+        divisor += combiner == Combiner::kSqrtn ? Square(w) : w;
       }
       const uint8_t* row = base + ids[i] * kRow;
       AddRow<T, kN, NV, kWeighted>(t, row, row + kRow, w, acc);
@@ -141,7 +140,7 @@ __attribute__((noinline)) int64_t RunBlocks(const Bag& bag, const Placed& placed
           float w = 1.0f;
           if constexpr (kWeighted) {
             w = bag.weights[i];
-            if (block == 0) divisor += combiner == Combiner::kSqrtn ? w * w : w;
+            if (block == 0) divisor += combiner == Combiner::kSqrtn ? Square(w) : w;
           }
           const uint8_t* row = base + ids[i] * row_bytes;
           AddRow<T, kN, NV, kWeighted>(t, row, row + to_end, w, acc);
