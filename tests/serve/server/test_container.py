@@ -66,19 +66,21 @@ class Container:
     def __exit__(self, *_):
         engine("rm", "--force", self.name)
 
-    def wait_ready(self, url, seconds=90):
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{url}/v2/health/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        raise AssertionError(f"not ready in {seconds} seconds: {engine('logs', self.name)}")
+    def wait_ready(self, url):
+        try:
+            until(lambda: ready(url), 90)
+        except AssertionError as e:
+            raise AssertionError(f"not ready: {engine('logs', self.name)}") from e
 
     def exit_code(self):
         return int(engine("inspect", "--format={{.State.ExitCode}}", self.name))
+
+
+def ready(url):
+    try:
+        return httpx.get(f"{url}/v2/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def predictions(url, path="/v1/models/model:predict"):
@@ -155,14 +157,7 @@ def test_pods_of_the_deployment(image, versions, tmp_path):
     engine("play", "kube", "--network=host", str(changed))
     url = f"http://127.0.0.1:{http}"
     try:
-
-        def ready():
-            try:
-                return httpx.get(f"{url}/v2/health/ready").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        until(ready, 120)
+        until(lambda: ready(url), 120)
         assert predictions(url) == ([3.0] * 4, [7.0] * 4)
     finally:
         engine("play", "kube", "--down", str(changed))
