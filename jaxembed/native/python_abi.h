@@ -14,16 +14,6 @@ struct PyObject {
   PyObject* ob_type;
 };
 
-struct Py_buffer {
-  void* buf;
-  PyObject* obj;
-  Py_ssize_t len, itemsize;
-  int readonly, ndim;
-  char* format;
-  Py_ssize_t *shape, *strides, *suboffsets;
-  void* internal;
-};
-
 struct PyMethodDef {
   const char* ml_name;
   // As ml_flags say: this is METH_FASTCALL; with METH_KEYWORDS the names of the last arguments follow, or null.
@@ -44,7 +34,6 @@ struct PyModuleDef {
 };
 
 constexpr int kFastCall = 0x80, kKeywords = 0x2;   // METH_FASTCALL, METH_KEYWORDS
-constexpr int kFormat = 0x4, kContiguous = 0x8;    // PyBUF_FORMAT, PyBUF_ND
 constexpr int kAbiVersion = 3;                     // PYTHON_ABI_VERSION
 
 PyObject* PyModule_Create2(PyModuleDef* def, int version);
@@ -63,8 +52,6 @@ PyObject* PyDict_New();
 int PyDict_SetItem(PyObject* dict, PyObject* key, PyObject* value);
 PyObject* PyList_GetItem(PyObject* list, Py_ssize_t at);  // borrowed
 Py_ssize_t PyList_Size(PyObject* list);
-int PyObject_GetBuffer(PyObject* object, Py_buffer* view, int flags);
-void PyBuffer_Release(Py_buffer* view);
 PyObject* PyBool_FromLong(long value);
 PyObject* PyLong_FromLongLong(long long value);
 long long PyLong_AsLongLong(PyObject* object);
@@ -99,37 +86,61 @@ inline PyObject* NdarrayType() {
   return type;
 }
 
-// A contiguous array of rank 1 of int32 or int64, for as long as this lives.
+// numpy.ndarray and its dtype up to the fields that are used here, as numpy 1 and 2 have them: macros of numpy's C API read
+// them in place, so they are the same for every extension. To ask for a buffer instead, by the stable ABI, takes 0.1
+// microseconds an array, as numpy writes a new description of its type each time.
+struct NumpyType {
+  PyObject ob_base;
+  PyObject* typeobj;
+  char kind, type, byteorder, flags;
+  int type_num;
+};
+
+struct NumpyArray {
+  PyObject ob_base;
+  void* data;
+  int nd;
+  Py_ssize_t *dimensions, *strides;
+  PyObject* base;
+  NumpyType* descr;
+  int flags;
+};
+
+constexpr int kContiguous = 0x1, kAligned = 0x100;  // NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_ALIGNED
+constexpr int kInt = 5, kLong = 7, kLongLong = 9;   // NPY_INT, NPY_LONG, NPY_LONGLONG
+
+// A contiguous array of rank 1 of int32 or int64, which is kept for as long as this lives.
 class IntArray {
  public:
   IntArray() = default;
-  IntArray(IntArray&& other) noexcept : view_(other.view_), held_(other.held_) { other.held_ = false; }
+  IntArray(IntArray&& other) noexcept : array_(other.array_), wide_(other.wide_) { other.array_ = nullptr; }
   IntArray(const IntArray&) = delete;
   ~IntArray() {
-    if (held_) PyBuffer_Release(&view_);
+    if (array_) Py_DecRef(&array_->ob_base);
   }
 
-  // False, with no error set, for anything else.
-  bool Take(PyObject* array) {
-    held_ = PyObject_GetBuffer(array, &view_, kFormat | kContiguous) == 0;
-    if (!held_) {
-      PyErr_Clear();
-      return false;
-    }
-    const char* format = view_.format;
-    const bool integer = format && (*format == 'i' || *format == 'l' || *format == 'q') && !format[1];
-    return integer && view_.ndim == 1 && (view_.itemsize == 4 || view_.itemsize == 8);
+  // object: a numpy.ndarray, of no subclass. False for any other kind of array.
+  bool Take(PyObject* object) {
+    auto* array = reinterpret_cast<NumpyArray*>(object);
+    const NumpyType* type = array->descr;
+    const bool integer = type->type_num == kInt || type->type_num == kLong || type->type_num == kLongLong;
+    constexpr int kFlags = kContiguous | kAligned;
+    if (!integer || type->byteorder != '=' || array->nd != 1 || (array->flags & kFlags) != kFlags) return false;
+    wide_ = type->type_num != kInt && (type->type_num != kLong || sizeof(long) == 8);
+    Py_IncRef(object);
+    array_ = array;
+    return true;
   }
-  bool wide() const { return view_.itemsize == 8; }
-  int64_t size() const { return view_.shape[0]; }
+  bool wide() const { return wide_; }
+  int64_t size() const { return array_->dimensions[0]; }
   template <typename Int>
   const Int* data() const {
-    return static_cast<const Int*>(view_.buf);
+    return static_cast<const Int*>(array_->data);
   }
 
  private:
-  Py_buffer view_{};
-  bool held_ = false;
+  NumpyArray* array_ = nullptr;
+  bool wide_ = false;
 };
 
 }  // namespace jaxembed

@@ -4,7 +4,7 @@
 
 namespace {
 
-PyObject *ndarray, *ndim, *values_name, *row_splits_name, *ragged, *in_python;
+PyObject *ndarray, *values_name, *row_splits_name, *ragged, *in_python;
 
 template <typename Int>
 bool Rise(const Int* splits, int64_t size, int64_t values) {
@@ -13,21 +13,14 @@ bool Rise(const Int* splits, int64_t size, int64_t values) {
   return !fall;
 }
 
-bool IsVector(PyObject* array) {
-  PyObject* rank = PyObject_GetAttr(array, ndim);
-  const bool one = rank && PyLong_AsLongLong(rank) == 1;
-  if (rank) Py_DecRef(rank);
-  if (PyErr_Occurred()) PyErr_Clear();
-  return one;
-}
-
 // Whether they are numpy arrays of rank 1, and row_splits contiguous int32 or int64 that rise from 0 to at most
 // len(values). Others may be right as well.
 bool Usual(PyObject* values, PyObject* row_splits) {
-  if (values->ob_type != ndarray || row_splits->ob_type != ndarray || !IsVector(values)) return false;
+  if (values->ob_type != ndarray || row_splits->ob_type != ndarray) return false;
+  const auto* array = reinterpret_cast<const jaxembed::NumpyArray*>(values);
   jaxembed::IntArray splits;
-  if (!splits.Take(row_splits) || splits.size() < 1) return false;
-  const int64_t size = PyObject_Size(values);
+  if (array->nd != 1 || !splits.Take(row_splits) || splits.size() < 1) return false;
+  const int64_t size = array->dimensions[0];
   return splits.wide() ? Rise(splits.data<int64_t>(), splits.size(), size)
                        : Rise(splits.data<int32_t>(), splits.size(), size);
 }
@@ -91,8 +84,7 @@ PyModuleDef module = jaxembed::ModuleOf("jaxembed_ragged", methods);
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit_jaxembed_ragged() {
   ndarray = jaxembed::NdarrayType();
-  ndim = PyUnicode_InternFromString("ndim");
   values_name = PyUnicode_InternFromString("values");
   row_splits_name = PyUnicode_InternFromString("row_splits");
-  return ndarray && ndim && values_name && row_splits_name ? PyModule_Create2(&module, kAbiVersion) : nullptr;
+  return ndarray && values_name && row_splits_name ? PyModule_Create2(&module, kAbiVersion) : nullptr;
 }

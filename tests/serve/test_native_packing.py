@@ -103,23 +103,33 @@ def test_other_arrays_are_left():
     on_device = RaggedTensor(jax.numpy.array([1]), np.array([0, 1, 1], np.int32))
     three = RaggedTensor(np.array([1], np.int32), np.array([0, 1, 1, 1], np.int32))
     floats = RaggedTensor(np.array([1], np.float32), np.array([0, 1, 1], np.int32))
+    records = np.zeros(4, np.dtype([("pad", np.int8), ("id", np.int32)], align=False))
+    unaligned = RaggedTensor(records.view(np.int8)[1:17].view(np.int32), np.array([0, 4, 4], np.int32))
+    swapped_splits = RaggedTensor(np.array([1], np.int32), np.array([0, 1, 1], ">i4"))
+    assert not unaligned.values.flags.aligned
     for leaf in (
         strided,
         swapped,
         on_device,
         three,
         floats,
+        unaligned,
+        swapped_splits,
         of_type(GOOD[0], np.uint32),
+        of_type(GOOD[0], np.int16),
+        of_type(GOOD[0], np.timedelta64),
     ):
         assert not written([of_type(GOOD[0]), leaf])[0]
         assert not written([leaf, of_type(GOOD[1])])[0]
     assert NativePacker(FEATURES).rows([[[1]], GOOD[1]]) is None
 
 
-def test_features_may_be_of_different_types():
-    good, buffers = written([of_type(GOOD[0], np.int64), of_type(GOOD[1], splits=np.int64)])
+@pytest.mark.parametrize("kind", [np.int64, np.intc, np.long, np.longlong])  # types of C, some of one size
+def test_features_may_be_of_different_types(kind):
+    good, buffers = written([of_type(GOOD[0], kind), of_type(GOOD[1], splits=kind)])
     assert good
     assert buffers.ids[:4].tolist() == [7, 999, 0, 2]
+    assert buffers.splits[1].tolist() == [3, 3, 4, 4, 4]
 
 
 def test_long_requests():

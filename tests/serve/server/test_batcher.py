@@ -80,7 +80,9 @@ def test_one_version_a_batch_and_large_requests_alone():
         await settle()
         one.gate.set()
         results = await asyncio.gather(*tasks)
-        assert (one.batches, other.batches) == ([[0], [1]], [[2, 3], [4], [5], [6]])
+        # The loop may run a quick batch by itself before the thread begins the one that it was given.
+        assert (one.batches, sorted(other.batches)) == ([[0], [1]], [[2, 3], [4], [5], [6]])
+        assert other.batches[0] == [2, 3]
         assert results[4][0].tolist() == [4.0] * 9
         await batcher.stop()
 
