@@ -1,6 +1,7 @@
 """The recorded answers of TensorFlow 2.21's `serving_embedding_lookup` (tests/data/README.md)."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -23,12 +24,25 @@ class Case(NamedTuple):
     expected: dict[str, np.ndarray]
 
 
-def load_cases() -> dict[str, Case]:
-    """All 250 cases by id."""
-    recorded = json.loads((DATA / "lookup_oracle.json").read_text())["cases"]
+def case_ids() -> list[str]:
+    """The ids of all 250 cases."""
+    return list(_recorded())
+
+
+def load_case(id: str) -> Case:
+    """The case of an id."""
+    return _case(_recorded()[id], _arrays())
+
+
+@functools.cache
+def _recorded() -> dict[str, Any]:
+    return {case["id"]: case for case in json.loads((DATA / "lookup_oracle.json").read_text())["cases"]}
+
+
+@functools.cache
+def _arrays() -> dict[str, np.ndarray]:
     with np.load(DATA / "lookup_oracle.npz") as arrays:
-        arrays = dict(arrays)
-    return {case["id"]: _case(case, arrays) for case in recorded}
+        return dict(arrays)
 
 
 def _case(case, arrays) -> Case:
@@ -37,7 +51,7 @@ def _case(case, arrays) -> Case:
         for t in case["tables"]
     ]
     tables = {
-        config: jnp.asarray(arrays[t["values"]]).astype(config.dtype)
+        config: jnp.asarray(arrays[t["values"]].astype(config.dtype))
         for config, t in zip(configs, case["tables"], strict=True)
     }
     result = Case({}, {}, tables, {}, {})

@@ -173,7 +173,7 @@ def test_refusals():
         je.serving_embedding_lookup({"a": ragged}, None, {TABLE: ROWS}, {"a": FEATURE, "b": other})
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(case=lookups())
 def test_native_equals_plain_jax_with_gradients(case):
     if not kernel.available():

@@ -7,13 +7,14 @@ import pytest
 import jaxembed as je
 from jaxembed import kernel
 from tests.generate import Generated, lookups
+from tests.lazy import lazily
 
 pytestmark = pytest.mark.parity
-tf = pytest.importorskip("tensorflow")
-embedding = tf.tpu.experimental.embedding
+tf = lazily("tensorflow")
 
 
 def with_tensorflow(case: Generated) -> np.ndarray:
+    embedding = tf.tpu.experimental.embedding
     feature, config = case.feature, case.feature.table
     table = embedding.TableConfig(config.vocabulary_size, config.dim, combiner=config.combiner, name="table")
     theirs = embedding.FeatureConfig(

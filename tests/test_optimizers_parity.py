@@ -9,8 +9,9 @@ import pytest
 
 from jaxembed import optimizers
 from jaxembed.optimizers import FTRL, Adagrad, AdagradMomentum, Adam, CustomOptimizer, sparse_update
+from tests.lazy import lazily
 
-tf = pytest.importorskip("tensorflow")
+tf = lazily("tensorflow")
 pytestmark = pytest.mark.parity
 
 V, D, R, STEPS = 11, 3, 24, 4

@@ -10,10 +10,11 @@ import pytest
 from jaxembed.checkpoint import read_checkpoint
 from jaxembed.cli import main
 from jaxembed.convert import convert
+from tests.lazy import lazily
 
 pytestmark = pytest.mark.parity
 h5py = pytest.importorskip("h5py")
-pytest.importorskip("keras_rs")
+lazily("keras_rs")
 
 PROGRAM = """
 import sys

@@ -15,10 +15,11 @@ from jaxembed.convert import convert
 from jaxembed.convert.saved_model import export_saved_model
 from jaxembed.id_mapping import HashBuckets, VocabularyFile
 from jaxembed.initializers import RandomUniform
+from tests.lazy import lazily
 
 pytestmark = pytest.mark.parity
-pytest.importorskip("tensorflow")
-pytest.importorskip("orbax.export")
+lazily("tensorflow")
+lazily("orbax.export")
 
 SHAPES = {"films/a.b": (20_000, 16), "users": (70, 8)}
 IDS = {

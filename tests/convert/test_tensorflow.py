@@ -13,9 +13,10 @@ from jaxembed.cli import main
 from jaxembed.convert import convert
 from jaxembed.convert import tensorflow as ours
 from jaxembed.train import Checkpointer, ShardedEmbedding
+from tests.lazy import lazily
 
 pytestmark = pytest.mark.parity
-tf = pytest.importorskip("tensorflow")
+tf = lazily("tensorflow")
 
 SHAPES = {"films/a.b": (400, 6), "users": (70, 8)}
 IDS = {"x": [[1, 2, 399], [], [7]], "y": [[3], [69, 69], [0]]}
@@ -192,46 +193,51 @@ def values_of(kinds, shapes=SHAPES):
     }
 
 
-class TPUEmbeddingV2(tf.__internal__.tracking.AutoTrackable):
-    """What that of TensorFlow is to a checkpoint; it cannot be built without SparseCores."""
+def tpu_embedding_v2(layouts):
+    from tensorflow.__internal__.tracking import AutoTrackable
 
-    def __init__(self, layouts):
-        self.embedding_layouts = {layout.table_name: layout for layout in layouts.tables}
+    class TPUEmbeddingV2(AutoTrackable):
+        """What that of TensorFlow is to a checkpoint; it cannot be built without SparseCores."""
 
-    def build(self, layouts, values):
-        """As there, a variable takes its value from a checkpoint that is to be restored, else from `values`."""
-        from tensorflow.python.tpu import tpu_embedding_v3_utils as utils
-        from tensorflow.python.trackable import base
+        def __init__(self, layouts):
+            self.embedding_layouts = {layout.table_name: layout for layout in layouts.tables}
 
-        stack, rows, width = stack_of(layouts)
+        def build(self, layouts, values):
+            """As there, a variable takes its value from a checkpoint that is to be restored, else from `values`."""
+            from tensorflow.python.tpu import tpu_embedding_v3_utils as utils
+            from tensorflow.python.trackable import base
 
-        def getter(name, shape, dtype, initializer):
-            whole = base.ShardInfo(shape=shape, offset=[0, 0])
-            return tf.Variable(lambda: initializer(shape, dtype=dtype, shard_info=whole), name=name)
+            stack, rows, width = stack_of(layouts)
 
-        self._variables = {stack: {}}
-        for kind, value in values.items():
-            self._variables[stack][kind] = self._add_variable_with_custom_getter(
-                name=stack if kind == "parameters" else f"{stack}/{kind}",
-                shape=[rows, width],
-                initializer=lambda shape, dtype, shard_info, value=value: value,
-                getter=getter,
+            def getter(name, shape, dtype, initializer):
+                whole = base.ShardInfo(shape=shape, offset=[0, 0])
+                return tf.Variable(lambda: initializer(shape, dtype=dtype, shard_info=whole), name=name)
+
+            self._variables = {stack: {}}
+            for kind, value in values.items():
+                self._variables[stack][kind] = self._add_variable_with_custom_getter(
+                    name=stack if kind == "parameters" else f"{stack}/{kind}",
+                    shape=[rows, width],
+                    initializer=lambda shape, dtype, shard_info, value=value: value,
+                    getter=getter,
+                )
+            self._track_trackable(
+                utils.SparseCoreLayoutsTrackable(tf.constant(layouts.SerializeToString())),
+                utils.SPARSECORE_LAYOUTS_CHECKPOINT_KEY,
             )
-        self._track_trackable(
-            utils.SparseCoreLayoutsTrackable(tf.constant(layouts.SerializeToString())),
-            utils.SPARSECORE_LAYOUTS_CHECKPOINT_KEY,
-        )
-        return self._variables[stack]
+            return self._variables[stack]
 
-    def _checkpoint_adapter(self, path):
-        from tensorflow.python.tpu import tpu_embedding_v3_checkpoint_adapter as adapter
+        def _checkpoint_adapter(self, path):
+            from tensorflow.python.tpu import tpu_embedding_v3_checkpoint_adapter as adapter
 
-        return adapter.TpuEmbeddingV3CheckpointAdapter.create_from_checkpoint(path)
+            return adapter.TpuEmbeddingV3CheckpointAdapter.create_from_checkpoint(path)
+
+    return TPUEmbeddingV2(layouts)
 
 
 def restored_by_v2(path, layouts, kinds):
     """The stacks that TPUEmbeddingV2 of these layouts restores."""
-    embedding = TPUEmbeddingV2(layouts)
+    embedding = tpu_embedding_v2(layouts)
     tf.train.Checkpoint(embedding=embedding).restore(str(path)).expect_partial()
     found = embedding.build(layouts, dict.fromkeys(kinds, tf.fill(stack_of(layouts)[1:], -1.0)))
     return {kind: variable.numpy() for kind, variable in found.items()}
@@ -244,7 +250,7 @@ def stacked_checkpoint(directory, shapes=SHAPES):
     layouts, values = stacked_layouts(shapes=shapes), values_of(KINDS, shapes)
     assert any(layout.sparse_core_shard_rotation for layout in layouts.tables)
     assert any(layout.sparse_core_shard_row_offset for layout in layouts.tables)
-    embedding = TPUEmbeddingV2(layouts)
+    embedding = tpu_embedding_v2(layouts)
     embedding.build(layouts, {kind: stacked(layouts, tables) for kind, tables in values.items()})
     return tf.train.Checkpoint(embedding=embedding).save(str(directory / "model")), values
 

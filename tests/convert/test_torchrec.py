@@ -1,6 +1,5 @@
 """TorchRec's state dicts, with TorchRec itself where it is installed and with modules of its names otherwise."""
 
-import importlib
 import pathlib
 import pickle
 import shutil
@@ -18,17 +17,18 @@ from jaxembed.checkpoint import read_checkpoint
 from jaxembed.cli import main
 from jaxembed.convert import convert, open_source
 from jaxembed.convert.interface import Options
+from tests.lazy import Lazy, lazily
 
-torch = pytest.importorskip("torch")
+torch = lazily("torch")
 pytestmark = pytest.mark.parity
 
-sharded_torch = importlib.import_module(".sharded_torch", __package__)
+sharded_torch = Lazy(f"{__package__}.sharded_torch")
 SHAPES = {"films": (1000, 16), "users": (300, 8)}
 
 
-def values(name, dtype=torch.float32):
+def values(name, dtype=None):
     rows, dim = SHAPES[name]
-    return torch.arange(rows * dim).reshape(rows, dim).to(dtype) / 64
+    return torch.arange(rows * dim).reshape(rows, dim).to(dtype or torch.float32) / 64
 
 
 def names_of_torchrec():

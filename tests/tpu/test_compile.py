@@ -8,8 +8,8 @@ import pytest
 
 from tests.tpu.processes import answer, needs_libtpu, start
 
-# One process runs all of them, for what the fixture compiles takes minutes.
-pytestmark = [pytest.mark.tpu, needs_libtpu, pytest.mark.xdist_group("compile")]
+# One process runs all of them (`--dist loadfile`), for what the fixture compiles takes minutes.
+pytestmark = [pytest.mark.tpu, needs_libtpu]
 #: Exchanges, and what reads and updates rows: by itself, kernels.
 STEPS_OF = (("all_gather", "xla"), ("all_to_all", "auto"))
 VOCABULARIES = (1_000_000, 10_000_000)

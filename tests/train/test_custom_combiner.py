@@ -86,7 +86,7 @@ def cotangents(seed, activations):
 
 
 @pytest.mark.parametrize("rows", [pytest.param(16, marks=pytest.mark.slow), 5])
-@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("exchange", [pytest.param("all_gather", marks=pytest.mark.slow), "all_to_all"])
 def test_lookup_equals_serving(exchange, rows):
     embedding = embedding_of(exchange)
     state = embedding.init(jax.random.key(0))

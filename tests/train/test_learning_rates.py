@@ -78,7 +78,12 @@ def check(embedding, rate, scale, update):
 
 @pytest.mark.parametrize(
     "options",
-    [{"devices": 1}, {"exchange": "all_gather"}, {"exchange": "all_to_all"}, {"engine": "sparsecore"}],
+    [
+        {"devices": 1},
+        pytest.param({"exchange": "all_gather"}, marks=pytest.mark.slow),
+        {"exchange": "all_to_all"},
+        {"engine": "sparsecore"},
+    ],
     ids=str,
 )
 def test_callables_are_called_at_each_update(options):

@@ -54,7 +54,17 @@ def train(own, rows=50, steps=3):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [*((name, "auto") for name in OPTIMIZERS), ("sgd", "xla"), ("adagrad", "xla")]
+    ("name", "backend"),
+    [
+        *(
+            (name, "auto")
+            if name in ("adagrad", "not lazy")
+            else pytest.param(name, "auto", marks=pytest.mark.slow)
+            for name in OPTIMIZERS
+        ),
+        pytest.param("sgd", "xla", marks=pytest.mark.slow),
+        ("adagrad", "xla"),
+    ],
 )
 def test_one_device_trains_as_eight(name, backend):
     optimizer = OPTIMIZERS[name]

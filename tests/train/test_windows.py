@@ -22,13 +22,13 @@ def embedding(rows, dim, mesh, **options):
     [
         (1000, 8, (8, 1), {}),  # whole rows on each device
         (1003, 8, (8, 1), {}),  # columns
-        (1002, 6, (8, 1), {}),  # rows and columns
+        pytest.param(1002, 6, (8, 1), {}, marks=pytest.mark.slow),  # rows and columns
         (1002, 5, (8, 1), {}),  # rows, and copies of them
-        (1001, 16, (4, 2), {"axis": "a"}),
+        pytest.param(1001, 16, (4, 2), {"axis": "a"}, marks=pytest.mark.slow),
         (1002, 16, (4, 2), {}),
         (1000, 8, (4, 2), {"axis": ("b", "a")}),  # the devices in another order
         (1000, 128, (8, 1), {"engine": "sparsecore"}),
-        (1002, 20, (8, 1), {"engine": "sparsecore"}),
+        pytest.param(1002, 20, (8, 1), {"engine": "sparsecore"}, marks=pytest.mark.slow),
     ],
 )
 def test_windows_give_the_same_bits(monkeypatch, rows, dim, mesh, options):
