@@ -4,10 +4,10 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class Rung:
+class Rung(NamedTuple):  # a key of every call, which a dataclass would hash in Python
     """One compiled shape.
 
     Attributes:

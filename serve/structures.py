@@ -1,6 +1,7 @@
 """Takes a request apart along the feature configuration, whose leaves may be lists themselves."""
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxembed.config import FeatureConfig
@@ -13,13 +14,19 @@ class Reader:
 
     def __init__(self, feature_config: Any):
         self._feature_config = feature_config
-        self._keys = None
+        self._take: Callable[[Any], Iterable[Any]] | None = None
+        self._count = 0
         features = list(flat_features(feature_config).items())
         self._preprocessed = [(i, *f) for i, f in enumerate(features) if f[1].preprocessing is not None]
         if isinstance(feature_config, Mapping) and all(
             isinstance(child, FeatureConfig) for child in feature_config.values()
         ):
-            self._keys = sorted(feature_config, key=str)
+            keys = sorted(feature_config, key=str)
+            # Of one key, an itemgetter gives the leaf by itself.
+            self._take = (
+                operator.itemgetter(*keys) if len(keys) > 1 else lambda tree: [tree[key] for key in keys]
+            )
+            self._count = len(keys)
 
     def inputs(self, tree: Any) -> list[Any]:
         """One leaf for every feature, its ids as rows of its table.
@@ -33,9 +40,9 @@ class Reader:
         return leaves
 
     def _leaves(self, tree: Any) -> list[Any]:
-        if self._keys is not None and isinstance(tree, dict) and len(tree) == len(self._keys):
+        if self._take is not None and isinstance(tree, dict) and len(tree) == self._count:
             try:
-                return [tree[key] for key in self._keys]
+                return list(self._take(tree))
             except KeyError:
                 pass  # reported below
         leaves: list[Any] = []

@@ -113,10 +113,13 @@ constexpr int kInt = 5, kLong = 7, kLongLong = 9;   // NPY_INT, NPY_LONG, NPY_LO
 class IntArray {
  public:
   IntArray() = default;
-  IntArray(IntArray&& other) noexcept : array_(other.array_), wide_(other.wide_) { other.array_ = nullptr; }
+  IntArray(IntArray&& other) noexcept
+      : array_(other.array_), data_(other.data_), size_(other.size_), wide_(other.wide_) {
+    other.array_ = nullptr;
+  }
   IntArray(const IntArray&) = delete;
   ~IntArray() {
-    if (array_) Py_DecRef(&array_->ob_base);
+    if (array_) Py_DecRef(array_);
   }
 
   // object: a numpy.ndarray, of no subclass. False for any other kind of array.
@@ -127,19 +130,24 @@ class IntArray {
     constexpr int kFlags = kContiguous | kAligned;
     if (!integer || type->byteorder != '=' || array->nd != 1 || (array->flags & kFlags) != kFlags) return false;
     wide_ = type->type_num != kInt && (type->type_num != kLong || sizeof(long) == 8);
+    data_ = array->data;
+    size_ = array->dimensions[0];
     Py_IncRef(object);
-    array_ = array;
+    array_ = object;
     return true;
   }
   bool wide() const { return wide_; }
-  int64_t size() const { return array_->dimensions[0]; }
+  int64_t size() const { return size_; }
   template <typename Int>
   const Int* data() const {
-    return static_cast<const Int*>(array_->data);
+    return static_cast<const Int*>(data_);
   }
 
  private:
-  NumpyArray* array_ = nullptr;
+  PyObject* array_ = nullptr;
+  // As they were: another thread of Python may give the array another type or shape.
+  const void* data_ = nullptr;
+  int64_t size_ = 0;
   bool wide_ = false;
 };
 

@@ -25,8 +25,9 @@ bool CopyIds(const Id* ids, int64_t count, uint32_t vocabulary, int32_t* out) {
   using Unsigned = std::make_unsigned_t<Id>;  // a negative id is a large one
   bool bad = false;
   for (int64_t i = 0; i < count; ++i) {
-    bad |= static_cast<Unsigned>(ids[i]) >= vocabulary;
-    out[i] = static_cast<int32_t>(ids[i]);
+    const Id id = ids[i];  // which another thread may be changing
+    bad |= static_cast<Unsigned>(id) >= vocabulary;
+    out[i] = static_cast<int32_t>(id);
   }
   return !bad;
 }
@@ -34,13 +35,17 @@ bool CopyIds(const Id* ids, int64_t count, uint32_t vocabulary, int32_t* out) {
 // The splits of one feature, behind `start` ids of others.
 template <typename Split>
 bool CopySplits(const Split* splits, int64_t rows, int64_t size, uint32_t max_ids, uint32_t start, int32_t* out) {
-  if (splits[0] != 0 || splits[rows] != size) return false;
-  using Unsigned = std::make_unsigned_t<Split>;  // a negative length is a large one
+  using Unsigned = std::make_unsigned_t<Split>;  // a negative split is a large one
   bool bad = false;
-  out[0] = static_cast<int32_t>(start);
+  for (int64_t r = 0; r <= rows; ++r) {
+    const Split split = splits[r];
+    bad |= static_cast<Unsigned>(split) > static_cast<Unsigned>(size);
+    out[r] = static_cast<int32_t>(start + static_cast<uint32_t>(split));
+  }
+  // What was written is looked at, and not what may be changing.
+  bad |= static_cast<uint32_t>(out[0]) != start || static_cast<uint32_t>(out[rows]) != start + static_cast<uint32_t>(size);
   for (int64_t r = 0; r < rows; ++r) {
-    bad |= static_cast<Unsigned>(splits[r + 1]) - static_cast<Unsigned>(splits[r]) > max_ids;
-    out[r + 1] = static_cast<int32_t>(start + static_cast<uint32_t>(splits[r + 1]));
+    bad |= static_cast<uint32_t>(out[r + 1]) - static_cast<uint32_t>(out[r]) > max_ids;
   }
   return !bad;
 }

@@ -1,6 +1,9 @@
 """NativePacker: takes the usual requests as Packer does, and leaves everything else to it."""
 
+import ctypes
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxembed import FeatureConfig, RaggedTensor, TableConfig
-from jaxembed.serve import EmbeddingForServing, ServingFunction
+from jaxembed.serve import EmbeddingForServing, ServingFunction, native_packing
 from jaxembed.serve.buffers import Buffers
 from jaxembed.serve.features import served_features
 from jaxembed.serve.ladder import Rung
@@ -140,6 +143,41 @@ def test_long_requests():
     assert NativePacker(wide).write(leaves, 1, buffers)
     np.testing.assert_array_equal(buffers.ids[:50_000], ids)
     assert buffers.splits.tolist() == [[0, 50_000], [50_000, 50_000]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of setting these attributes
+@pytest.mark.parametrize("change", ["type", "shape"])
+def test_arrays_that_change_while_they_are_packed(change):
+    """By another thread, while the interpreter is not needed: nothing is written where there is no room."""
+    first, second = 2_000_000, 1000
+    room = first + second
+    ids, splits = np.empty(room + second, np.int32), np.zeros((2, 2), np.int32)
+    limits = (ctypes.c_uint32 * 2)(2**31 - 1, 2**31 - 1)
+    long = RaggedTensor(np.zeros(first, np.int32), np.array([0, first], np.int32))
+    for _ in range(5):
+        leaf = RaggedTensor(np.ones(second, np.int64), np.array([0, second], np.int32))
+        begin = threading.Event()
+
+        def alter(leaf=leaf, begin=begin):
+            begin.wait()
+            time.sleep(0.0005)
+            if change == "type":
+                leaf.values.dtype = np.int32
+            else:
+                leaf.values.shape = (second // 2, 2)
+            leaf.row_splits[1] = leaf.values.shape[0]
+
+        thread = threading.Thread(target=alter)
+        thread.start()
+        ids[room:] = -7
+        begin.set()
+        addresses = [ctypes.addressof(limits)] * 2 + [1, 1, room, ids.ctypes.data, splits.ctypes.data]
+        total = native_packing._PACK([long, leaf], RaggedTensor, *addresses)
+        thread.join()
+        assert (ids[room:] == -7).all()
+        assert total in (-1, room)
+        if total == room:
+            assert splits[1].tolist() == [first, room]
 
 
 def test_nothing_is_kept():
