@@ -10,10 +10,14 @@ import pytest
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 TUTORIALS = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "sharding.md"]
+# What other tests do as well, with files of their own.
+SLOW = ("criteo", "tensorflow")
 NEEDS = {"torchrec": ["torch"], "tensorflow": ["tensorflow"]}
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW), id=p.stem) for p in TUTORIALS]
+)
 def test_tutorial_runs(page, tmp_path):
     for module in NEEDS.get(page.stem, ()):
         pytest.importorskip(module)

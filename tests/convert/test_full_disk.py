@@ -56,10 +56,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "form",
-    [pytest.param(f, marks=[pytest.mark.parity] * (package is not None)) for f, package in FORMATS.items()],
-)
+def marked(form, package):
+    few = form in ("jaxembed", "serving", "npz", "html", "torchrec", "tensorflow")
+    marks = [pytest.mark.parity] * (package is not None) + [pytest.mark.slow] * (not few)
+    return pytest.param(form, marks=marks)
+
+
+@pytest.mark.parametrize("form", [marked(*item) for item in FORMATS.items()])
 def test_full_disk(folder, tmp_path, form):
     if FORMATS[form] is not None:
         pytest.importorskip(FORMATS[form])

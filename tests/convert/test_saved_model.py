@@ -262,7 +262,8 @@ np.save(sys.argv[2], tf.cast(out["x"], tf.float32))
 """
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_types(tmp_path, dtype):
     """TensorFlow serves our outputs of a table in half precision, which lies on disk as it is."""
     rows = np.random.default_rng(0).normal(size=(20, 4000)).astype(np.float32)

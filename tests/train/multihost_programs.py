@@ -11,6 +11,9 @@ if __name__ == "__main__":
     if count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, count, index)
+    # The second trainer takes what the first one compiled.
+    jax.config.update("jax_compilation_cache_dir", f"{sys.argv[5]}-programs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 import grain
 import numpy as np

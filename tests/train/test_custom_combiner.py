@@ -126,6 +126,7 @@ def test_updates_equal_gradients_of_serving(exchange):
         np.testing.assert_allclose(new_tables[name], rows, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_gradients_of_weights_and_of_combiners():
     embedding = embedding_of()
     state = embedding.init(jax.random.key(0))

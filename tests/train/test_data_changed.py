@@ -126,6 +126,7 @@ def test_criteo(tmp_path):
     assert difference(before, other).startswith(f"{tmp_path}/two.columns/labels had bytes 31, ")
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_with_changed_data_only_where_it_is_told_to(tmp_path, capfd):
     data = write_data(tmp_path)
     options = {"data.evaluation": [], "logs.tensorboard": False, "training.batch_size": 8}

@@ -172,6 +172,7 @@ def test_sigterm_saves_and_the_next_start_ends_in_the_same_bits(whole, tmp_path)
     assert_same_bits(result.checkpoints, expected.checkpoints)
 
 
+@pytest.mark.slow
 def test_dropout_and_batch_norm_resume_to_the_same_bits(tmp_path):
     checkpoints = []
     for name, at in (("whole", None), ("stopped", 5)):

@@ -82,7 +82,7 @@ def check(embedding, rate, scale, update):
         {"devices": 1},
         pytest.param({"exchange": "all_gather"}, marks=pytest.mark.slow),
         {"exchange": "all_to_all"},
-        {"engine": "sparsecore"},
+        pytest.param({"engine": "sparsecore"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

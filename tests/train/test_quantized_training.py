@@ -46,7 +46,11 @@ def served(embedding, state, inputs, weights=None):
 
 @pytest.mark.parametrize(
     ("devices", "exchange"),
-    [pytest.param(1, "all_gather", marks=pytest.mark.slow), (8, "all_to_all"), (4, "all_gather")],
+    [
+        pytest.param(1, "all_gather", marks=pytest.mark.slow),
+        (8, "all_to_all"),
+        pytest.param(4, "all_gather", marks=pytest.mark.slow),
+    ],
 )
 def test_served_codes_equal_the_forward_bit_for_bit(devices, exchange):
     """Where the sums are made in the order of the bag: all but those of rows of several shards."""

@@ -216,7 +216,7 @@ def test_bad_ids_of_an_eager_lookup_are_refused(bad):
         assert not embedding.lookup(state, embedding.shard_batch({"t": batch})[0])["t"][1].any()
 
 
-@pytest.mark.parametrize("exchange", ["auto", *EXCHANGES])
+@pytest.mark.parametrize("exchange", [pytest.param("auto", marks=pytest.mark.slow), *EXCHANGES])
 def test_a_batch_without_rows(exchange):
     embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, Adagrad(1.0), mesh(), exchange=exchange)
     state = embedding.init(jax.random.key(0))
