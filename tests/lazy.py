@@ -21,6 +21,10 @@ class Lazy:
 
 def lazily(name: str) -> Any:
     """The module, or the tests of the file that calls this are skipped, as by `pytest.importorskip`."""
-    if importlib.util.find_spec(name) is None:
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # of the package that it would be in
+        found = None
+    if found is None:
         pytest.skip(f"could not import {name!r}", allow_module_level=True)
     return Lazy(name)
