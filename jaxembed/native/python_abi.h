@@ -52,7 +52,6 @@ PyObject* PyDict_New();
 int PyDict_SetItem(PyObject* dict, PyObject* key, PyObject* value);
 PyObject* PyList_GetItem(PyObject* list, Py_ssize_t at);  // borrowed
 Py_ssize_t PyList_Size(PyObject* list);
-PyObject* PyBool_FromLong(long value);
 PyObject* PyLong_FromLongLong(long long value);
 long long PyLong_AsLongLong(PyObject* object);
 void PyErr_Clear();
