@@ -13,6 +13,7 @@ from cells import Batch, Cell, Table, numpy_type
 
 from jaxembed import backend
 from jaxembed.bag import Bag, BagOperands, embedding_bags
+from jaxembed.splits import SplitsRow
 
 OURS, PLAIN, NUMPY = "jaxembed", "jaxembed, plain JAX", "numpy"
 
@@ -127,21 +128,19 @@ class Jax:
 
         @jax.jit
         def lookups(table, ids, splits, weights):
-            outputs, after = [], jnp.int32(0)
+            outputs = []
             count = ids.size // splits.shape[0]
-            for k, own in enumerate(splits):
-                part = slice(k * count, (k + 1) * count)
-                operands = BagOperands(
-                    table, ids[part], own + after, weights=weights[0][part] if weights else None
-                )
-                if path == "native":  # which reads its part in place
-                    operands = BagOperands(
-                        table, ids, own + (k * count + after), weights=weights[0] if weights else None
-                    )
+            for k in range(splits.shape[0]):
+                # All but the kernel, which reads its part in place, look at all ids that they are given.
+                part = slice(0, ids.size) if path == "native" else slice(k * count, (k + 1) * count)
+                own = SplitsRow(splits, k) if path == "native" else splits[k] - k * count
+                operands = BagOperands(table, ids[part], own, weights=weights[0][part] if weights else None)
                 (out,), _ = embedding_bags([bag], [operands], path)
-                # Always 0, but XLA cannot know: one lookup starts when the one before has ended.
-                after = (out[0, 0] > 1e30).astype(jnp.int32)
                 outputs.append(out)
+                # Adds 0, but XLA cannot know: one lookup starts when the one before has ended. To one number,
+                # in place: an addition to all splits costs as much as a small lookup.
+                if k + 1 < splits.shape[0]:
+                    splits = splits.at[k + 1, 0].add((out[0, 0] > 1e30).astype(jnp.int32))
             return outputs if every else outputs[-1:]
 
         return lookups
@@ -151,11 +150,11 @@ class Jax:
 
 
 def _flat(batches: list[Batch]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Ids [K N], splits [K, B + 1] and weights ([K N], or none): jax.jit takes time for every argument."""
+    """Ids [K N], splits of these [K, B + 1] and weights ([K N], or none): jax.jit takes time for every argument."""
     weights = [batch.weights for batch in batches if batch.weights is not None]
     return (
         np.concatenate([batch.ids for batch in batches]),
-        np.stack([batch.splits for batch in batches]),
+        np.stack([batch.splits + k * batch.ids.size for k, batch in enumerate(batches)]).astype(np.int32),
         [np.concatenate(weights)] if weights else [],
     )
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "bag.h"
+#include "sums.h"
 #include "vectors.h"
 
 namespace jaxembed::JAXEMBED_ISA {
@@ -128,59 +129,46 @@ inline bool AnyNan(FloatsOf<kN> a, FloatsOf<kN> b) {
 
 // Columns [0, NV kN) of a row, `step` (vector, its number) at a time.
 template <RowType T, int kN, int NV, typename Step>
-__attribute__((always_inline)) inline void EachVector(const Table& t, const uint8_t* row, Step step) {
+JAXEMBED_INLINE inline void EachVector(const Table& t, const uint8_t* row, Step step) {
   if constexpr (kPaired<T, NV>) {
     using Words = typename Vector<kN>::Words;
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; v += 2) {
+    Each<NV, 2>([&](auto v) JAXEMBED_INLINE {
       Words words;
-      std::memcpy(&words, row + 2 * kN * v, sizeof words);
+      std::memcpy(&words, row + 2 * kN * v.value, sizeof words);
       step((FloatsOf<kN>)(words << 16), v);
-      step((FloatsOf<kN>)(words & 0xffff0000u), v + 1);
-    }
+      step((FloatsOf<kN>)(words & 0xffff0000u), Number<v.value + 1>());
+    });
   } else {
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) step(Load<T, kN>(t, row, kN * v), v);
+    Each<NV>([&](auto v) JAXEMBED_INLINE { step(Load<T, kN>(t, row, kN * v.value), v); });
   }
 }
 
 // Writes what EachVector's vectors became, in the type of the output.
 template <RowType T, int kN, int NV>
-__attribute__((always_inline)) inline void StoreAll(void* out, int64_t at, const FloatsOf<kN> (&acc)[NV]) {
+JAXEMBED_INLINE inline void StoreAll(void* out, int64_t at, const FloatsOf<kN> (&sums)[NV]) {
   if constexpr (kPaired<T, NV>) {
     using Words = typename Vector<kN>::Words;
     uint16_t* to = static_cast<uint16_t*>(out) + at;
     bool any_nan = false;
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; v += 2) any_nan |= AnyNan<kN>(acc[v], acc[v + 1]);
+    Each<NV, 2>([&](auto v) JAXEMBED_INLINE { any_nan |= AnyNan<kN>(sums[v.value], sums[v.value + 1]); });
     if (__builtin_expect(any_nan, false)) {
-      FloatsOf<kN> copy[NV];  // only this one is indexed by a variable, so that acc stays in registers
-#pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) copy[v] = acc[v];
+      float copy[NV * kN];
+      SaveSums<kN>(sums, copy);
       for (int v = 0; v < NV; ++v) {
-        for (int i = 0; i < kN; ++i) to[kN * (v & ~1) + 2 * i + (v & 1)] = FloatToBfloat(copy[v][i]);
+        for (int i = 0; i < kN; ++i) to[kN * (v & ~1) + 2 * i + (v & 1)] = FloatToBfloat(copy[kN * v + i]);
       }
       return;
     }
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; v += 2) {
-      Words even = (Words)acc[v], odd = (Words)acc[v + 1];
+    Each<NV, 2>([&](auto v) JAXEMBED_INLINE {
+      Words even = (Words)sums[v.value], odd = (Words)sums[v.value + 1];
       even += 0x7fff + ((even >> 16) & 1);
       odd += 0x7fff + ((odd >> 16) & 1);
       even = (even >> 16) | (odd & 0xffff0000u);
-      std::memcpy(to + kN * v, &even, sizeof even);
-    }
+      std::memcpy(to + kN * v.value, &even, sizeof even);
+    });
   } else {
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) Store<T, kN>(out, at + kN * v, acc[v]);
+    Each<NV>([&](auto v) JAXEMBED_INLINE { Store<T, kN>(out, at + kN * v.value, sums[v.value]); });
   }
-}
-
-template <int kN>
-inline FloatsOf<kN> LoadFloats(const float* from) {
-  FloatsOf<kN> x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
 }
 
 }  // namespace

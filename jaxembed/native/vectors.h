@@ -26,14 +26,16 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 constexpr int kMostVectors = 8;  // summed in registers at a time; GCC keeps longer arrays in memory
-// Whole rows of a power of two are summed in wider vectors, and more of them, where there are.
+// Whole rows of a power of two are summed in wider vectors where there are, and in sixteen of them at most. Wider rows
+// are taken by blocks of as many as there are registers for.
 #if defined(__AVX512F__)
-constexpr int kWholeLanes = 16, kWholeVectors = 16;
+constexpr int kWholeLanes = 16, kBlockVectors = 16;
 #elif defined(__aarch64__)
-constexpr int kWholeLanes = kLanes, kWholeVectors = 16;
+constexpr int kWholeLanes = kLanes, kBlockVectors = 16;
 #else
-constexpr int kWholeLanes = kLanes, kWholeVectors = 8;
+constexpr int kWholeLanes = kLanes, kBlockVectors = 8;
 #endif
+constexpr int kWholeVectors = 16;
 
 template <int kN>
 struct Vector {

@@ -8,6 +8,7 @@
 #include "bag.h"
 #include "row_values.h"
 #include "rows.h"
+#include "sums.h"
 #include "vectors.h"
 
 namespace jaxembed::JAXEMBED_ISA {
@@ -15,29 +16,28 @@ namespace {
 
 // acc += w * the columns from `row` on of a row that ends at `end`.
 template <RowType T, int kN, int NV, bool kWeighted>
-__attribute__((always_inline)) inline void AddRow(const Table& t, const uint8_t* row, const uint8_t* end, float w,
+JAXEMBED_INLINE inline void AddRow(const Table& t, const uint8_t* row, const uint8_t* end, float w,
                                                   FloatsOf<kN> (&acc)[NV]) {
   float scale = 1.0f, bias = 0.0f;
   if constexpr (Affine(T)) {
     scale = AtEnd(end, 0);
     bias = AtEnd(end, 1);
   }
-  EachVector<T, kN, NV>(t, row, [&](FloatsOf<kN> x, int v) {
+  EachVector<T, kN, NV>(t, row, [&](FloatsOf<kN> x, auto v) JAXEMBED_INLINE {
     if constexpr (Affine(T)) x = scale * x + bias;  // not the biases apart: two large sums would cancel
     if constexpr (kWeighted) {
-      acc[v] += w * x;
+      acc[v.value] += w * x;
     } else {
-      acc[v] += x;
+      acc[v.value] += x;
     }
   });
 }
 
 template <int kN, int NV>
-__attribute__((always_inline)) inline void DivideAll(Combiner combiner, float divisor, FloatsOf<kN> (&acc)[NV]) {
+JAXEMBED_INLINE inline void DivideAll(Combiner combiner, float divisor, FloatsOf<kN> (&acc)[NV]) {
   if (combiner == Combiner::kSum) return;
   const float by = Inverse(combiner, divisor);
-#pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) acc[v] = by == 0.0f ? FloatsOf<kN>{} : acc[v] / by;
+  Each<NV>([&](auto v) JAXEMBED_INLINE { acc[v.value] = by == 0.0f ? FloatsOf<kN>{} : acc[v.value] / by; });
 }
 
 // The usual case: the entries of a bag follow each other and all count, and a row is NV vectors. With these known at
@@ -67,8 +67,7 @@ __attribute__((noinline)) int64_t RunWhole(const Bag& bag, const Placed& placed,
     end = placed.splits[b + 1];
     float divisor = 0;
     FloatsOf<kN> acc[NV];
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) acc[v] = FloatsOf<kN>{};
+    ClearSums<kN>(acc);
     for (int64_t i = begin; i < end; ++i) {
       if (i < fetch_end) {
         const Id id = ids[i + kAhead];
@@ -124,9 +123,10 @@ __attribute__((noinline)) int64_t RunBlocks(const Bag& bag, const Placed& placed
         // From the block to the end of its row.
         const int64_t to_end = row_bytes - block * kBytes;
         FloatsOf<kN> acc[NV];
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v) {
-          acc[v] = first == begin ? FloatsOf<kN>{} : LoadFloats<kN>(sums + block * kColumns + kN * v);
+        if (first == begin) {
+          ClearSums<kN>(acc);
+        } else {
+          LoadSums<kN>(sums + block * kColumns, acc);
         }
         for (int64_t i = first; i < last; ++i) {
           if (i < fetch_end) {
@@ -146,8 +146,7 @@ __attribute__((noinline)) int64_t RunBlocks(const Bag& bag, const Placed& placed
           AddRow<T, kN, NV, kWeighted>(t, row, row + to_end, w, acc);
         }
         if (last != end) {
-#pragma GCC unroll 16
-          for (int v = 0; v < NV; ++v) std::memcpy(sums + block * kColumns + kN * v, &acc[v], sizeof acc[v]);
+          SaveSums<kN>(acc, sums + block * kColumns);
           continue;
         }
         DivideAll<kN, NV>(combiner, kWeighted ? divisor : static_cast<float>(end - begin), acc);
@@ -165,16 +164,21 @@ int64_t TryWhole(const Bag& bag, const Placed& placed, const Task& task) {
   const int64_t dim = bag.table.dim;
 #define JAXEMBED_WHOLE(N, NV) \
   if (dim == N * NV) return RunWhole<T, N, NV, kWeighted, Id>(bag, placed, task);
+#define JAXEMBED_BLOCKS(NV)             \
+  if (dim % (kWholeLanes * NV) == 0) \
+    return RunBlocks<T, kWholeLanes, NV, kWeighted, Id>(bag, placed, task, dim / (kWholeLanes * NV));
   JAXEMBED_WHOLE(kLanes, 1)
   if constexpr (kWholeLanes > kLanes) JAXEMBED_WHOLE(kWholeLanes, 1)
   JAXEMBED_WHOLE(kWholeLanes, 2)
   JAXEMBED_WHOLE(kWholeLanes, 4)
-  if constexpr (kWholeVectors > 8) JAXEMBED_WHOLE(kWholeLanes, 8)
+  JAXEMBED_WHOLE(kWholeLanes, 8)
+  JAXEMBED_WHOLE(kWholeLanes, kWholeVectors)
+  // Of float32 each column is a load and an addition, and takes no other register.
+  if constexpr (kBlockVectors == kWholeVectors || T == RowType::kF32) JAXEMBED_BLOCKS(kWholeVectors)
+  JAXEMBED_BLOCKS(8)
+#undef JAXEMBED_BLOCKS
 #undef JAXEMBED_WHOLE
-  constexpr int64_t kMost = kWholeLanes * kWholeVectors;
-  if (dim % kMost) return task.first_bag;
-  if (dim == kMost) return RunWhole<T, kWholeLanes, kWholeVectors, kWeighted, Id>(bag, placed, task);
-  return RunBlocks<T, kWholeLanes, kWholeVectors, kWeighted, Id>(bag, placed, task, dim / kMost);
+  return task.first_bag;
 }
 
 }  // namespace
