@@ -4,6 +4,7 @@
 # make docs   the documentation's site, in build/site
 # make sanitize   the kernel with AddressSanitizer and UndefinedBehaviorSanitizer, by itself and behind XLA
 # make test-aarch64   the kernel's own tests on NEON: cross-compiled, run by an emulator
+# make test-avx512    the same on AVX-512: run by an emulator
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest
 # A process has the tests of a file for as long as may be, and with them what these have compiled.
 SPREAD := -n auto --dist worksteal
 
-.PHONY: demo test test-slow lint docs bench sanitize test-aarch64 clean
+.PHONY: demo test test-slow lint docs bench sanitize test-aarch64 test-avx512 clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/movielens.py
@@ -62,6 +63,10 @@ test-aarch64:
 	$(CROSS) -static tests/native/kernel_test.cc $(NATIVE)/select.cc $(NATIVE)/place.cc $(AARCH64)/run_task.o \
 	  -o $(AARCH64)/kernel_test
 	qemu-aarch64 $(AARCH64)/kernel_test
+
+# Needs what the script names: packages of Debian's, and root.
+test-avx512:
+	tests/native/run_avx512
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/lookup.py

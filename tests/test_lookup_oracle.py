@@ -14,10 +14,10 @@ IDS = oracle.case_ids()
 GROUPS = {f"{group[0]}..{group[-1]}": group for group in (IDS[i : i + 25] for i in range(0, len(IDS), 25))}
 
 
-def some(first):
-    """Every fifth group, and the others where there is time."""
+def some(first, every=5):
+    """Every so many groups, and the others where there is time."""
     return [
-        pytest.param(group, marks=pytest.mark.slow) if i % 5 != first else group
+        pytest.param(group, marks=pytest.mark.slow) if i % every != first else group
         for i, group in enumerate(GROUPS)
     ]
 
@@ -46,7 +46,7 @@ def test_jit(group):
     under_jit(group, "native")
 
 
-@pytest.mark.parametrize("group", some(first=2))
+@pytest.mark.parametrize("group", some(first=2, every=len(GROUPS)))
 def test_jit_plain_jax(group):
     under_jit(group, "xla")
 

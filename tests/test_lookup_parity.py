@@ -38,7 +38,7 @@ def _tensor(x):
     return tf.constant(x)
 
 
-@pytest.mark.parametrize("path", ["xla", "native"])
+@pytest.mark.parametrize("path", [pytest.param("xla", marks=pytest.mark.slow), "native"])
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(case=lookups())
 def test_equals_tensorflow(path, case):

@@ -98,6 +98,7 @@ def test_of_optimizers():
     check(update_unique, update_unique(optimizer, table, slots, unique, summed, rate, 0))
 
 
+@pytest.mark.slow
 def test_of_training_and_serving():
     mesh = jax.make_mesh((jax.device_count(),), ("devices",))
     features = dict(criteo_feature_config(10, 8))

@@ -329,7 +329,7 @@ void Sweep(Random& random, int64_t* cases) {
 
 // Rows of several blocks of columns in bags of many ids, which are summed a run of them at a time, up to a bad one.
 void LongBags(Random& random, int64_t* cases) {
-  for (int64_t dim : {8, 64, 128, 192, 256, 512, 1024}) {
+  for (int64_t dim : {8, 64, 96, 128, 192, 256, 384, 512, 1024}) {
     for (int type = 0; type <= static_cast<int>(RowType::kCodes4); ++type) {
       for (int combiner = 0; combiner <= 2; ++combiner) {
         Case c;

@@ -112,6 +112,7 @@ class Dropped(nnx.Module):
         return self.scale * (noise * 3.0 ** jnp.arange(D)).sum(1) + 0 * activations["b"].sum(1)
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_on_every_mesh_and_anew_in_every_step():
     draws = {}
     for devices in (1, 4, 8):

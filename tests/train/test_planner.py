@@ -73,6 +73,7 @@ def test_overrides_are_kept_and_stored_bytes_are_those_of_the_arrays(sharding):
     assert chosen.tables[0].bytes_per_device == held
 
 
+@pytest.mark.slow  # a planned job is trained in test_job.py
 def test_a_planned_embedding_trains_as_any_other():
     mesh = jax.make_mesh((8,), ("devices",))
     rng = np.random.default_rng(0)
