@@ -154,7 +154,7 @@ def _flat(batches: list[Batch]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray
     weights = [batch.weights for batch in batches if batch.weights is not None]
     return (
         np.concatenate([batch.ids for batch in batches]),
-        np.stack([batch.splits + k * batch.ids.size for k, batch in enumerate(batches)]).astype(np.int32),
+        np.stack([batch.splits + k * batch.ids.size for k, batch in enumerate(batches)]),
         [np.concatenate(weights)] if weights else [],
     )
 

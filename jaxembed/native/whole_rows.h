@@ -164,7 +164,7 @@ int64_t TryWhole(const Bag& bag, const Placed& placed, const Task& task) {
   const int64_t dim = bag.table.dim;
 #define JAXEMBED_WHOLE(N, NV) \
   if (dim == N * NV) return RunWhole<T, N, NV, kWeighted, Id>(bag, placed, task);
-#define JAXEMBED_BLOCKS(NV)             \
+#define JAXEMBED_BLOCKS(NV)          \
   if (dim % (kWholeLanes * NV) == 0) \
     return RunBlocks<T, kWholeLanes, NV, kWeighted, Id>(bag, placed, task, dim / (kWholeLanes * NV));
   JAXEMBED_WHOLE(kLanes, 1)
