@@ -68,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     if options.resume and path.with_suffix(".csv").exists():
         results.read_csv(path.with_suffix(".csv"))
+        if options.again is not None:
+            results.drop([cell for cell in results.cells if results.closest(cell) < options.again])
         results.facts["runs"] = "several, one after another; all contenders of a cell in the same one"
     run_cells(cells, results, options.cell_seconds, options.peers, path.with_suffix(".csv"), limit)
+    results.sort(cells)
     if not options.no_whole_call:
         print("Timing the whole call.", file=sys.stderr)
         spec = WholeCall() if not options.quick else WholeCall(seconds=2.0)
@@ -226,6 +229,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cell-seconds", type=float, default=0.5, help="time for each cell (default 0.5)")
     parser.add_argument(
         "--resume", action="store_true", help="keep the cells that the report in --out has; run the others"
+    )
+    parser.add_argument(
+        "--again",
+        type=float,
+        metavar="RATIO",
+        help="with --resume, runs those cells again in which torch or FBGEMM takes less than RATIO times as long",
     )
     parser.add_argument("--no-limit", action="store_true", help="leave out the memory limit")
     parser.add_argument(

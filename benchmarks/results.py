@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
@@ -57,6 +57,23 @@ class Results:
         """`ratio` in every cell that both ran."""
         found = {cell: self.ratio(cell, name) for cell in self.cells}
         return {cell: ratio for cell, ratio in found.items() if ratio is not None}
+
+    def closest(self, cell: Cell) -> float:
+        """The least ratio of torch and FBGEMM in a cell; infinite if it has neither."""
+        times = [
+            self.timings[cell, name].median for name in ("torch", "FBGEMM") if (cell, name) in self.timings
+        ]
+        return min(times, default=math.inf) / self.timings[cell, OURS].median
+
+    def drop(self, cells: Iterable[Cell]) -> None:
+        """Forgets the timings of some cells."""
+        dropped = set(cells)
+        self.timings = {key: timing for key, timing in self.timings.items() if key[0] not in dropped}
+
+    def sort(self, cells: Sequence[Cell]) -> None:
+        """Puts the timings in the order of `cells`, others last."""
+        order = {cell: place for place, cell in enumerate(cells)}
+        self.timings = dict(sorted(self.timings.items(), key=lambda item: order.get(item[0][0], len(order))))
 
     def rate(self, cell: Cell, name: str = OURS) -> float:
         """GB/s of table rows read."""

@@ -128,6 +128,8 @@ def _place(bag: "Bag", operands: "BagOperands", num_ids: Any) -> tuple[Any, Any,
 
 
 def _rows(table: Any, ids: jax.Array) -> jax.Array:
+    if not table.shape[0]:  # which nothing can be gathered from; no id is one of its rows
+        return jnp.zeros((ids.shape[0], table.shape[1]), jnp.float32)
     if isinstance(table, QuantizedTable):
         return table.rows(ids)
     return jnp.asarray(table).at[ids].get(mode="clip", wrap_negative_indices=False).astype(jnp.float32)

@@ -27,6 +27,16 @@ hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
+def _compiled_as_users_do(request):
+    """What is compared with TensorFlow is compiled at length, whatever `make test` says of others."""
+    hurries = jax.config.read("jax_disable_most_optimizations")
+    if request.node.get_closest_marker("parity"):
+        jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", hurries)
+
+
+@pytest.fixture(autouse=True)
 def _logs_as_before():
     """What `jaxembed serve` makes of its loggers in this process ends with the test."""
     loggers = [logging.getLogger(name) for name in ("jaxembed.server", "uvicorn.error")]

@@ -230,6 +230,18 @@ def test_bags_by_a_row_of_shared_splits(path):
     np.testing.assert_allclose(vmapped, np.full(2, total(TABLE, splits)[0]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("path", ["native", "xla"])
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_a_table_without_rows(kind, path):
+    table = jnp.zeros((0, 3)) if kind == "float32" else QuantizedTable("int8", 3, jnp.zeros((0, 11), jnp.uint8))
+    bags = [Bag("ragged", 2, "mean"), Bag("dense", 4, "sum"), Bag("ragged", 2, "sum", sequence_length=2)]
+    operands = [BagOperands(table, IDS, SPLITS), BagOperands(table, IDS), BagOperands(table, IDS, SPLITS)]
+    outputs, bad_ids = jax.jit(lambda: embedding_bags(bags, operands, path))()
+    for output, shape in zip(outputs, [(2, 3), (4, 3), (2, 2, 3)], strict=True):
+        np.testing.assert_array_equal(output, np.zeros(shape, np.float32))
+    assert bad_ids.tolist() == [4, 4, 3]
+
+
 @pytest.mark.parametrize("layout", ["ragged", "sparse"])
 def test_one_huge_bag_beside_empty_ones(layout):
     """More than two pieces of 1 MiB: several tasks share the bag, and the others stay zero."""

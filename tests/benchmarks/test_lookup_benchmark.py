@@ -102,6 +102,15 @@ def test_targets_name_the_cells_that_miss(load):
     assert (every.met, every.misses) == (False, [f"{slow}: 0.50x"])
     assert mean.measured.startswith("1.00x")
     assert fbgemm.met is None
+    # What is run again: cells that are close, in the place that they had.
+    results.timings[fast, "numpy"] = timing.Timing(0.1, 0.1, 0.1, 3)
+    assert [results.closest(cell) for cell in results.cells] == [2.0, 0.5]
+    results.drop([fast])
+    assert results.cells == [slow]
+    results.timings[fast, "jaxembed"] = timing.Timing(1.0, 1.0, 1.0, 3)
+    assert results.closest(fast) == float("inf")
+    results.sort([fast, slow])
+    assert results.cells == [fast, slow]
 
 
 def test_memory_limit_takes_its_turns_beyond_the_cache(load, tiny):

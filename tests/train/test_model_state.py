@@ -280,7 +280,7 @@ def test_a_list_of_more_than_ten_layers_is_saved_and_served(tmp_path):
         served(given.features, None, {"dense": given.dense}),
         trainer.predict(state, trainer.shard_batch(given)),
         rtol=1e-5,
-        atol=1e-6,
+        atol=1e-4,  # of sums that reach a hundred
     )
 
 
