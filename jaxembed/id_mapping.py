@@ -155,7 +155,7 @@ class VocabularyFile:
                     f"id {wrong!r:.80} is not in the vocabulary of {self.size} ids, which has no out-of-vocabulary "
                     "buckets; drop it, or set num_oov_buckets.",
                 )
-            others = ids[missing] if self.dtype == "int64" else [ids[at] for at in missing]
+            others = ids[missing] if isinstance(ids, np.ndarray) else [ids[at] for at in missing]
             rows[missing] = self.size + HashBuckets(self.num_oov_buckets, self.dtype).rows(others)
         return rows
 

@@ -51,7 +51,10 @@ def preprocess_leaf(path: str, feature: FeatureConfig, leaf: Any) -> Any:
     if isinstance(leaf, list | tuple):
         return _from_lists(path, feature, leaf)
     if not isinstance(leaf, RaggedTensor | SparseTensor | np.ndarray | jax.Array):
-        leaf = as_input(leaf)
+        try:
+            leaf = as_input(leaf)
+        except ValueError as e:
+            raise ValueError(f"Feature {path!r}: {e}") from None
     if not all(map(is_concrete, _arrays(leaf))):
         raise ValueError(
             f"Feature {path!r} has preprocessing, which runs on the host, but its ids are traced; call "
@@ -148,7 +151,7 @@ def _signed(ids: np.ndarray) -> np.ndarray:
 
 def _strings(ids: Any) -> list[str | bytes]:
     if isinstance(ids, np.ndarray):
-        if ids.dtype.kind not in "USO" and ids.size:
+        if ids.dtype.kind not in "USOT" and ids.size:
             raise BadIdError(0, f"the id must be a string, got {ids[0]!r:.80}; dtype='int64' takes integers.")
         ids = ids.tolist()
     for at, value in enumerate(ids):

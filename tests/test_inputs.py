@@ -63,6 +63,20 @@ def test_converted_dense_ids_saturate_before_a_jit_could_wrap_them():
     assert je.as_input([]).dtype == np.int32
 
 
+class _Foreign:
+    """An array of another library's, whose types are no types of numpy."""
+
+    shape, dtype = (2,), "foreign.int64"
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array([object(), object()])
+
+
+def test_lists_of_arrays_are_rows_whoever_made_them():
+    rows = [jax.numpy.array([1, 2]), jax.numpy.array([3, 4])]
+    assert je.as_input(rows).to_lists() == je.as_input([np.asarray(row) for row in rows]).to_lists()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -91,6 +105,18 @@ def test_converted_dense_ids_saturate_before_a_jit_could_wrap_them():
         (lambda: je.RaggedTensor.from_value_rowids([], [], nrows=-1), "nrows must be at least 0, got -1"),
         (lambda: je.SparseTensor([], [], None), "dense_shape must be ints, got None"),
         (lambda: je.RaggedTensor.from_value_rowids([1, 2], [1, 0]), "sort the values by row first"),
+        (
+            lambda: je.RaggedTensor.from_value_rowids(np.array([7, 8]), np.array([2, 0], np.uint32), nrows=3),
+            "sort the values by row first",
+        ),
+        (
+            lambda: je.RaggedTensor.from_lists([[1], [2**32 + 5]], np.int32),
+            "must hold int32 numbers, got int64 from 1 to 4294967301",
+        ),
+        (lambda: je.RaggedTensor.from_lists([[1.5]], np.int32), "must hold int32 numbers, got float64"),
+        (lambda: je.RaggedTensor.from_lists([["0.5"]], np.float32), "rows must hold numbers, got <U3"),
+        (lambda: je.RaggedTensor.from_lists([[True]], np.float32), "rows must hold numbers, got bool"),
+        (lambda: je.as_input(_Foreign()), "as_input cannot convert _Foreign"),
         (lambda: je.RaggedTensor.from_value_rowids([1, 2], [0]), "must be of one length, got 2 and 1"),
         (lambda: je.RaggedTensor.from_dense([1, 2]), r"must be \[B, L\]"),
         (lambda: je.SparseTensor([[0, 0]], [1], (2,)), "at least 2 ints of at least 0"),

@@ -64,6 +64,15 @@ def test_integers_of_any_type(path, dtype):
         np.testing.assert_array_equal(jnp.abs(out).sum(axis=(1, 2)).nonzero()[0], [0, 99])
 
 
+def test_padding_of_a_sparse_tensor_counts_nowhere_whatever_its_other_coordinates(path):
+    indices = np.array([[0, 0, 0], [2, -1, 0], [2, 0, 3], [2, -2, 3]])
+    sparse = je.SparseTensor(indices, np.array([1, 1, 4, 4]), (2, 3, 4))
+    for call in (lookup, jax.jit(lookup)):
+        out = call(sparse)
+        np.testing.assert_array_equal(out[0, 0], ROWS[1])
+        assert not np.any(np.asarray(out).reshape(6, -1)[1:])
+
+
 def test_uint32_ids_do_not_wrap(path):
     out, count = jax.jit(lookup, static_argnames="count_bad_ids")(
         jnp.array([2**32 - 1, 1], jnp.uint32), count_bad_ids=True

@@ -56,6 +56,23 @@ def test_ids_of_any_integer_type(ids_type):
     assert table[:, 0].tolist() == [-21.0, -1.0, 0.0, -2.0, *[0.0] * 7]
 
 
+@pytest.mark.parametrize(
+    ("id_", "ids_type"), [(2**32 + 5, np.int64), (2**32 - 1, np.uint32), (2**63 + 5, np.uint64)]
+)
+def test_wide_ids_are_padding_and_not_another_row(id_, ids_type):
+    ids = np.array([id_, 3], ids_type)
+    table, _ = sparse_update(SGD(1.0), jnp.zeros((11, 1)), {}, ids, jnp.ones((2, 1)), 0)
+    assert table[:, 0].tolist() == [0.0, 0.0, 0.0, -1.0, *[0.0] * 7]
+    assert dedupe(ids, jnp.ones((2, 1)), 11)[0].tolist() == [3, 11]
+
+
+@pytest.mark.parametrize("num_rows", [256, 300])
+def test_narrow_ids_of_a_table_that_they_cannot_count(num_rows):
+    ids = np.array([3, 255], np.uint8)
+    table, _ = sparse_update(SGD(1.0), jnp.zeros((num_rows, 1)), {}, ids, jnp.ones((2, 1)), 0)
+    assert np.flatnonzero(table[:, 0]).tolist() == [3, 255]
+
+
 @pytest.mark.parametrize("optimizer", [*LAZY, Adam(0.1, lazy_adam=False)], ids=lambda o: o.name)
 def test_a_batch_of_padding_or_of_nothing_leaves_lazy_tables_as_they_are(optimizer):
     table = jnp.arange(33.0).reshape(11, 3)

@@ -104,6 +104,8 @@ def test_vocabulary(words, tmp_path):
     numbers.write_bytes(b"5\r\n-9\n1099511627776")
     vocabulary = VocabularyFile(numbers, 0, "int64")
     assert vocabulary.rows(np.array([2**40, 5, -9, 5])).tolist() == [2, 0, 1, 0]
+    others = VocabularyFile(numbers, 7, "int64")
+    assert others.rows([5, 99, -9]).tolist() == others.rows(np.array([5, 99, -9])).tolist()
     moved = tmp_path / "moved.txt"
     moved.write_bytes(numbers.read_bytes())
     assert vocabulary == VocabularyFile(moved, 0, "int64")
@@ -187,7 +189,8 @@ def test_every_form_of_input(words):
         assert got.values.dtype == np.int32
     got = preprocess({"f": sparse}, feature)["f"]
     assert got.values.tolist() == [*expected[0], *expected[2], 0]
-    for leaf in (flat, np.array(flat), np.array([word.encode() for word in flat])):
+    as_bytes = np.array([word.encode() for word in flat])
+    for leaf in (flat, np.array(flat), as_bytes, np.array(flat, np.dtypes.StringDType())):
         assert preprocess({"f": leaf}, feature)["f"].tolist() == words.rows(flat).tolist()
     numbers = {"f": FeatureConfig(TABLE, preprocessing=HashBuckets(10))}
     ids = np.array([[1, -5], [2**40, 7]])
@@ -228,6 +231,20 @@ def test_out_of_vocabulary_without_buckets(words):
         ValueError, match=r"Feature 'f', row 1, position 0: id 'x' is not in the vocabulary of 3 ids"
     ):
         preprocess({"f": [["film"], ["x"]]}, {"f": FeatureConfig(TABLE, preprocessing=strict)})
+
+
+def test_columns_of_parquet_files(words):
+    pa = pytest.importorskip("pyarrow")
+    feature = {"f": FeatureConfig(TABLE, preprocessing=words)}
+    lists = [["film", "x"], [], ["映画"]]
+    expected = [words.rows(row).tolist() for row in lists]
+    for kind in (pa.string(), pa.large_string(), pa.binary()):
+        column = pa.array([[word.encode() for word in row] for row in lists], pa.list_(pa.binary()))
+        got = preprocess({"f": column.cast(pa.list_(kind))[:3]}, feature)["f"]
+        assert got.to_lists() == expected
+    for column in (pa.array([[True]]), pa.array([["a"], None]), pa.array(["a"])):
+        with pytest.raises(ValueError, match="Feature 'f': as_input: "):
+            preprocess({"f": column}, feature)
 
 
 def test_traced_ids_are_refused():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxembed.inputs.ids import narrow_ids
@@ -44,11 +45,13 @@ def as_input(x: Any) -> Any:
     if type(x).__name__ == "BCOO" and module == "jax":
         return _from_bcoo(x)
     if isinstance(x, list | tuple):
-        if any(isinstance(row, list | tuple | np.ndarray) for row in x):
+        if any(isinstance(row, list | tuple) or getattr(row, "ndim", 0) for row in x):
             return RaggedTensor.from_lists(x)
         x = np.asarray(x) if x else np.zeros(0, np.int32)
-    if hasattr(x, "shape") and hasattr(x, "dtype") and np.dtype(x.dtype).kind in "iufV":
-        return narrow_ids(x)
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        array = x if isinstance(x, jax.Array) else np.asarray(x)
+        if array.dtype.kind in "iufV":
+            return narrow_ids(array)
     raise ValueError(
         f"as_input cannot convert {type(x).__name__}; pass a list of lists, a numpy or jax array, a BCOO, a scipy "
         "sparse matrix, a pyarrow list array, or a TensorFlow tensor."
@@ -77,7 +80,14 @@ def _from_pyarrow(x: Any) -> RaggedTensor:
     values = x.values.slice(splits[0], splits[-1] - splits[0])
     if values.null_count:
         raise ValueError(f"as_input: {values.null_count} ids of the pyarrow array are null; drop or fill them.")
-    return RaggedTensor(values.to_numpy(zero_copy_only=True), splits - splits[0] if splits[0] else splits)
+    text = any(
+        check(values.type) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+    )
+    try:
+        array = values.to_numpy(zero_copy_only=not text)
+    except pa.ArrowInvalid as e:
+        raise ValueError(f"as_input: a pyarrow array must hold numbers, or strings, got {values.type}.") from e
+    return RaggedTensor(array, splits - splits[0] if splits[0] else splits)
 
 
 def _from_scipy(x: Any) -> SparseTensor:

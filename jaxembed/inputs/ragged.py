@@ -134,7 +134,7 @@ class RaggedTensor:
 
     @classmethod
     def from_lists(cls, rows: Iterable[Any], dtype: DTypeLike | None = None) -> "RaggedTensor":
-        """From a list of lists, one list a bag. `dtype` default: int32, int64 where needed, or float32."""
+        """From a list of lists, one list a bag. `dtype` default: that of numpy for ints, and float32."""
         if not isinstance(rows, Iterable):
             raise ValueError(f"RaggedTensor.from_lists: rows must be a list of lists, got {rows!r}.")
         rows = list(rows)
@@ -144,15 +144,15 @@ class RaggedTensor:
                 raise ValueError(f"RaggedTensor.from_lists: row {i} must be a flat list, got {rows[i]!r}.")
         full = [array for array in arrays if array.size]
         values = np.concatenate(full) if full else np.zeros(0, np.int32)
-        if dtype is not None:
-            values = values.astype(dtype)
-        elif values.dtype.kind == "f":
-            values = values.astype(np.float32)
-        elif values.dtype.kind not in "iu":
+        if values.dtype.kind not in "iufV":  # V: bfloat16
             raise ValueError(
                 f"RaggedTensor.from_lists: rows must hold numbers, got {values.dtype}; "
                 "look strings up in a vocabulary or hash them first."
             )
+        if dtype is not None:
+            values = _as_type(values, np.dtype(dtype))
+        elif values.dtype.kind == "f":
+            values = values.astype(np.float32)
         return cls.from_row_lengths(values, [array.size for array in arrays])
 
     @classmethod
@@ -184,7 +184,7 @@ class RaggedTensor:
             raise ValueError(f"from_value_rowids: nrows must be at least 0, got {nrows}.")
         if nrows is None:
             nrows = int(rowids[-1]) + 1 if rowids.size else 0
-        if rowids.size and (np.any(np.diff(rowids) < 0) or rowids[0] < 0 or rowids[-1] >= nrows):
+        if rowids.size and (np.any(rowids[1:] < rowids[:-1]) or rowids[0] < 0 or rowids[-1] >= nrows):
             raise ValueError(
                 f"from_value_rowids: value_rowids must not decrease and lie in [0, {nrows}), "
                 f"got {value_rowids!r}; sort the values by row first."
@@ -239,3 +239,16 @@ def check_row_splits(row_splits: np.ndarray, num_values: int, what: str = "Ragge
             f"at position {at + 1}."
         )
     raise ValueError(f"{what}: row_splits end at {last} but there are only {num_values} values.")
+
+
+def _as_type(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Refuses what an integer type cannot hold: an id that wraps is another one."""
+    if dtype.kind not in "iu" or not values.size:
+        return values.astype(dtype)
+    limits = np.iinfo(dtype)
+    if values.dtype.kind not in "iu" or values.min() < limits.min or values.max() > limits.max:
+        raise ValueError(
+            f"RaggedTensor.from_lists: rows must hold {dtype.name} numbers, got {values.dtype.name} from {values.min()} to "
+            f"{values.max()}; pass another dtype."
+        )
+    return values.astype(dtype)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxembed.inputs.ids import signed_ids
 from jaxembed.optimizers.base import Optimizer, Slots
 from jaxembed.shapes import Ids, Rows, Table
 
@@ -41,7 +42,7 @@ def sparse_update(
       The table and slots, updated.
     """
     num_rows = table.shape[0]
-    ids, gradients = jnp.asarray(ids), jnp.asarray(gradients)
+    ids, gradients = jnp.asarray(signed_ids(ids)), jnp.asarray(gradients)
     if learning_rate is None:
         optimizer = optimizer.with_called_at(step)
         learning_rate = optimizer.learning_rate_at(step)
@@ -161,7 +162,8 @@ def _update_one_by_one(
     return table, updated
 
 
-def _sort(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+def _sort(ids: Ids, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    ids = jnp.asarray(signed_ids(ids))
     ids = jnp.where((ids >= 0) & (ids < num_rows), ids, num_rows).astype(jnp.int32)
     return lax.sort_key_val(ids, jnp.arange(ids.shape[0], dtype=jnp.int32))
 
