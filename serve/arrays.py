@@ -164,8 +164,13 @@ def _integers(feature: ServedFeature, ids: np.ndarray) -> np.ndarray:
 def _weights(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray, np.ndarray]:
     checks.takes_weights(feature)
     if isinstance(weight, list | tuple) and all(isinstance(row, list | tuple | np.ndarray) for row in weight):
-        with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
-            weight = RaggedTensor.from_lists(weight, np.float32)
+        try:
+            with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
+                weight = RaggedTensor.from_lists(weight, np.float32)
+        except ValueError as e:
+            splits = np.cumsum([0, *map(len, weight)])[None]
+            wrong = checks.listed_weights([feature], [value for row in weight for value in row], splits)
+            raise wrong or ValueError(f"Weight for {feature.path!r}: {e}") from None
     if not isinstance(weight, RaggedTensor):
         raise checks.weight_kind(feature, weight, "a RaggedTensor or a list of lists")
     values, splits = _ragged(feature, weight)

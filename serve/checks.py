@@ -60,7 +60,11 @@ def cut_rows(feature: ServedFeature, rows: Sequence[Any], length: int) -> Sequen
 
 def row_counts(features: Sequence[ServedFeature], leaves: Sequence[Any]) -> ValueError:
     """For features that disagree on the number of rows."""
-    counts = [leaf.shape[0] if hasattr(leaf, "shape") else len(leaf) for leaf in leaves]
+    counts = []
+    for feature, leaf in zip(features, leaves, strict=True):
+        if not (leaf.shape if hasattr(leaf, "shape") else hasattr(leaf, "__len__")):
+            return ValueError(f"Feature {feature.path!r} must have a row for each example, got {leaf!r:.80}.")
+        counts.append(leaf.shape[0] if hasattr(leaf, "shape") else len(leaf))
     other = next(i for i, count in enumerate(counts) if count != counts[0])
     return ValueError(
         f"All features must have the same number of rows: {features[0].path!r} has {counts[0]}, "
@@ -176,7 +180,7 @@ def weight_lengths(feature: ServedFeature, ids: Sequence[int], weights: Sequence
 
 def id_dtype(feature: ServedFeature, dtype: Any) -> ValueError:
     """For arrays of ids that are not integers."""
-    hint = "; look strings up in a vocabulary or hash them first" if dtype.kind in "USO" else ""
+    hint = "; look strings up in a vocabulary or hash them first" if dtype.kind in "USOT" else ""
     return ValueError(f"Feature {feature.path!r} must hold integer ids, got {dtype}{hint}.")
 
 

@@ -258,7 +258,9 @@ class ServingFunction:
         Returns:
           Whether they are the same.
         """
-        mine, theirs = ((f._computation, f._ladder, _shapes_of(f._constants)) for f in (self, other))
+        mine, theirs = (
+            (f._computation, f._computation.order, f._ladder, _shapes_of(f._constants)) for f in (self, other)
+        )
         if mine != theirs:
             return False
         with self._lock:

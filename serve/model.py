@@ -144,12 +144,13 @@ class ServingModel:
     @property
     def ready(self) -> bool:
         """Whether every shape is compiled, and the model is not closed."""
-        return not self._is_closed and self._function.ready and self._lookup.ready
+        functions = self._functions()
+        return not self._is_closed and None not in functions and all(f.ready for f in functions)
 
     @property
     def compile_count(self) -> int:
         """Programs compiled so far; it does not change once `ready`."""
-        return sum(function.compile_count for function in self._functions())
+        return sum(self._open(function).compile_count for function in self._functions())
 
     @property
     def jit_function(self) -> Callable[..., Any]:

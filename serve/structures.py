@@ -86,16 +86,17 @@ def _walk(config: Any, tree: Any, path: tuple[str, ...], what: str, leaves: list
         return
     if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
         tree = tree._asdict()  # type: ignore[attr-defined]
-    names = [str(key) for key, _ in children]
+    names = [str(key) for key, _ in children]  # of keys that are numbers, what requests in JSON have
     if not isinstance(tree, Mapping):
         raise ValueError(f"{what}{where} must be a dict with {names}, got {type(tree).__name__}.")
     unknown = [key for key in tree if str(key) not in names]
     if unknown:
         raise ValueError(f"{what}{where} has no feature {str(unknown[0])!r}; features are {names}.")
     for key, child in children:
-        if key not in tree and not optional:
+        given = key if key in tree else str(key)
+        if given not in tree and not optional:
             raise ValueError(f"{what}{where} must have all of {names}, but {str(key)!r} is missing.")
-        _walk(child, tree.get(key), (*path, str(key)), what, leaves)
+        _walk(child, tree.get(given), (*path, str(key)), what, leaves)
 
 
 def _is_sequence(config: Any) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxembed import RaggedTensor, SparseTensor
+from jaxembed import FeatureConfig, HashBuckets, RaggedTensor, SparseTensor, TableConfig
 from jaxembed.serve import EmbeddingForServing, ServingFunction
 from tests.serve import requests
 
@@ -339,3 +339,41 @@ def test_garbage_for_weights_and_dense_inputs_is_refused(serve, leaf):
 def test_garbage_for_requests_is_refused(serve, garbage):
     with pytest.raises(ValueError):
         serve(garbage, dense={"dense": np.zeros((2, 2))})
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        ([["0.5"]], "Weight for 'raw', row 0, position 0 must be a finite float32, got '0.5'"),
+        ([[True]], "Weight for 'raw', row 0, position 0 must be a finite float32, got True"),
+        ([[[1.0]]], r"Weight for 'raw', row 0, position 0 must be a finite float32, got \[1.0\]"),
+    ],
+)
+def test_bad_weights_of_ids_that_are_hashed(weights, match):
+    table = TableConfig(5, 2, combiner="sum", name="t")
+    feature = FeatureConfig(table, preprocessing=HashBuckets(5, "string"))
+    serve = ServingFunction(
+        EmbeddingForServing({"raw": feature}, {"t": np.ones((5, 2), np.float32)}),
+        weighted=["raw"],
+        batch_sizes=(1,),
+    )
+    assert serve({"raw": [["ann"]]}, {"raw": [[2]]})["raw"].tolist() == [[2.0, 2.0]]
+    with pytest.raises(ValueError, match=match):
+        serve({"raw": [["ann"]]}, {"raw": weights})
+
+
+def test_keys_that_are_numbers_are_found_as_text():
+    table = TableConfig(5, 2, combiner="sum", name="t")
+    embedding = EmbeddingForServing({0: FeatureConfig(table)}, {"t": np.ones((5, 2), np.float32)})
+    serve = ServingFunction(embedding, weighted=["0"], batch_sizes=(1,))
+    for inputs, weights in (
+        ({0: [[1]]}, {0: [[3.0]]}),
+        ({"0": [[1]]}, {"0": [[3.0]]}),
+        ({0: [[1]]}, {"0": [[3.0]]}),
+    ):
+        assert serve(inputs, weights)[0].tolist() == [[3.0, 3.0]]
+
+
+@pytest.mark.parametrize("leaf", [np.array(5), 5])
+def test_a_single_number_beside_features_that_disagree(serve, leaf):
+    refused(serve, "must have", items__history=[[3]], text__1=leaf)

@@ -159,8 +159,9 @@ def test_without_a_model_gives_activations(checkpoint, tmp_path, compilations):
             ("items/recent", (3, 8)),
         ]
     assert not model.ready
-    with pytest.raises(ValueError, match=r"the ServingModel of .* is closed; open it again"):
-        model(inputs)
+    for use in (lambda: model(inputs), lambda: model.compile_count):
+        with pytest.raises(ValueError, match=r"the ServingModel of .* is closed; open it again"):
+            use()
 
 
 def test_model_of_fixed_batch_sizes(checkpoint, reference, tmp_path):

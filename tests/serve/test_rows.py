@@ -22,7 +22,7 @@ def make(seed=0, **options):
     return ServingFunction(
         embedding,
         model,
-        dense_inputs={"dense": 3},
+        dense_inputs=options.pop("dense_inputs", {"dense": 3}),
         weighted=requests.WEIGHTED,
         batch_sizes=(1, 4, 8),
         max_ids_per_row=requests.MAX_IDS,
@@ -77,6 +77,20 @@ def test_programs_are_shared_between_versions():
     other = make(0)  # another model
     assert not other.share_programs(first)
     assert not other.ready
+
+
+def test_programs_are_not_shared_where_dense_inputs_come_in_another_order():
+    def model(params, activations, dense):
+        return activations["user"][:, :1] + dense["a"] - 2 * dense["b"]
+
+    def function(names):
+        return make(0, model=model, dense_inputs=dict.fromkeys(names, 1))
+
+    first, second = function("ab").warm_up(), function("ba")
+    assert not second.share_programs(first)
+    dense = {"a": np.ones((3, 1), np.float32), "b": np.zeros((3, 1), np.float32)}
+    inputs = requests.random_inputs(1, 3)
+    np.testing.assert_array_equal(second(inputs, None, dense), first(inputs, None, dense))
 
 
 def test_padded_size():
