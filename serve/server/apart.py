@@ -62,6 +62,9 @@ class Apart:
             pickle.dump((changed, reader, arguments), self._stream, _PROTOCOL)
             self._stream.flush()
             outcome, value = pickle.load(self._stream)
+        except MemoryError:  # what is left of the answer would be taken for the next one
+            self.stop()
+            raise
         except (EOFError, OSError, pickle.UnpicklingError):
             self.stop()
             raise RequestError(

@@ -34,6 +34,7 @@ class _Failure:
     attempt: _Attempt
     again: float
     seen: _Files
+    tries: int
     changed: bool = False
 
 
@@ -66,14 +67,20 @@ class Failures:
           version: of the bundle.
           identity: which one of that number.
           reason: for people.
-          again: when it is tried again in any case.
+          again: from when on it is tried again where other workers serve it.
 
         Returns:
           Whether that is news.
         """
         before, attempt = self._known.get(version), self._attempt
-        self._known[version] = _Failure(identity, reason, attempt, again, attempt.files)
+        tries = self.tries(version, identity) + 1
+        self._known[version] = _Failure(identity, reason, attempt, again, attempt.files, tries)
         return before is None or (before.identity, before.reason) != (identity, reason)
+
+    def tries(self, version: int, identity: Any) -> int:
+        """How often in a row it failed."""
+        failure = self._known.get(version)
+        return 0 if failure is None or failure.identity != identity else failure.tries
 
     def forget(self, version: int) -> None:
         """It serves, or is to be tried in any case."""
@@ -94,7 +101,7 @@ class Failures:
                 self._known.pop(version, None)
 
     def stands(self, version: int, identity: Any, now: float) -> bool:
-        """Whether a version failed, and is not to be tried again yet."""
+        """Whether a version failed, and is not to be tried again at `now`, in the time of `add`'s `again`."""
         failure = self._known.get(version)
         return (
             failure is not None and failure.identity == identity and not failure.changed and now < failure.again

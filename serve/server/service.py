@@ -113,6 +113,7 @@ class Service:
     async def _flush(self) -> None:
         while True:
             await asyncio.sleep(_FLUSH_SECONDS)
+            self.metrics.queued(self.batcher.queued_rows)  # of each worker, whichever is asked
             self.metrics.flush()
 
     def room(self) -> Room:

@@ -60,10 +60,11 @@ class SharedMemory:
                     done += os.pwrite(descriptor, content[done : done + HUGE_PAGE], offset + done)
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-        except BaseException:
+            # Before Linux 6.7 a sealed file that was opened for writing cannot be mapped at all.
+            found = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
             os.close(descriptor)
-            raise
-        return cls(descriptor)
+        return cls(found)
 
     @classmethod
     def open(cls, pid: int, descriptor: int, inode: int, size: int) -> "SharedMemory | None":

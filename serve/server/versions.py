@@ -174,11 +174,13 @@ class Versions:
                 self._report("no version to serve yet", self._why_none(folder, pinned))
             else:
                 self._report("the folder of the versions is not in order", folder.troubles())
+            elsewhere = set() if self._peers is None else set(self._peers.others().values())
             for version in candidates:
                 identity = available[version]
                 if self._current is not None and (version, identity) == (self._current.version, self._identity):
                     return
-                if self._failures.stands(version, identity, asyncio.get_running_loop().time()):
+                now = asyncio.get_running_loop().time() if version in elsewhere else -math.inf
+                if self._failures.stands(version, identity, now):
                     continue
                 if await self._switch(version, identity):
                     return
@@ -214,7 +216,7 @@ class Versions:
             load = self._load_first if old is None else self._load_beside
             model = await loop.run_in_executor(self._thread, load, version, old)
         except Exception as e:
-            again = loop.time() + _RETRY_SECONDS if old is None and version == self._floor() else math.inf
+            again = loop.time() + _RETRY_SECONDS * 2 ** min(self._failures.tries(version, identity), 6)
             if self._failures.add(version, identity, f"{type(e).__name__}: {e}", again):
                 self._metrics.version_failed()
                 self._metrics.log.error(

@@ -25,6 +25,7 @@ from .state_folder import StateFolder, check_writable
 _BACKLOG = 1024
 _SLOWEST_RESTART = 30.0
 _HEALTHY_SECONDS = 10.0
+_RETRY_SECONDS = 1.0
 _STATE_BYTES = 1 << 16  # beside the metrics, and compiled programs, without which it does
 _HOPELESS = 5  # deaths in a row, of workers none of which ever lived long
 
@@ -102,19 +103,29 @@ class Supervisor:
             )
             while not self._stop.wait(0.05):
                 self._restart_dead()
-                if self._mistake is not None and not self._lived:
+                if self._mistake is not None and not self._any_serves:
                     self._end()
                     raise ValueError(self._mistake)
-                if self._failures >= _HOPELESS and not self._lived:
+                if self._failures >= _HOPELESS and not self._any_serves:
                     self._log.error("giving up: every worker dies when it starts; what it printed says why")
                     self._end()
                     return 1
             return self._end()
         finally:
-            self._listener.close()
+            self._end()  # those that are left, should something else have failed
             if self._grpc_holder is not None:
                 self._grpc_holder.close()
             self._state.close()
+
+    @property
+    def _any_serves(self) -> bool:
+        """Whether a worker ever lived long, or has a version to serve: one that does is not ended for another's sake."""
+        now = time.monotonic()
+        self._lived |= any(
+            process.poll() is None and now - started > _HEALTHY_SECONDS
+            for process, started in self._workers.values()
+        )
+        return self._lived or bool(self._peers.others())
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
@@ -153,8 +164,14 @@ class Supervisor:
                     "a worker died", extra={"worker": process.pid, "status": process.returncode, "delay": delay}
                 )
             if time.monotonic() >= self._due[slot]:
-                del self._due[slot]
-                self._start(slot)
+                try:
+                    self._start(slot)
+                    del self._due[slot]
+                except OSError as e:  # of processes, memory or files there are none left for the moment
+                    self._due[slot] = time.monotonic() + _RETRY_SECONDS
+                    self._log.error(
+                        "a worker cannot be started", extra={"reason": str(e), "delay": _RETRY_SECONDS}
+                    )
 
     def _forget(self, pid: int) -> None:
         from prometheus_client import multiprocess

@@ -110,7 +110,11 @@ def test_versions_are_copied_whole_in_rising_order(tmp_path):
             (bucket / name / "manifest.json").write_text("{}")
     (local / ".copy" / "of-one-that-ended").mkdir(parents=True)
     (script,) = copy["args"]
-    script = script.replace("/bucket", str(bucket)).replace("/bundles", str(local)).replace("sleep 30", "break")
+    script = (
+        script.replace("/bucket", str(bucket))
+        .replace("/bundles", str(local))
+        .replace("sleep 30 & wait $!", "break")
+    )
     traced = subprocess.run([*copy["command"], f"set -x\n{script}"], check=True, capture_output=True, text=True)
     assert sorted(path.name for path in local.iterdir()) == ["10", "9"]
     assert (local / "9" / "tables" / "rows").read_text() == "9"

@@ -192,6 +192,7 @@ def test_who_may_switch(folder):
             foreign += [
                 {"host": host} for host in ("evil.example", "localhost.evil.example:8000", "10.0.0.1", "[", "")
             ]
+            foreign += [{"x-forwarded-for": "10.0.0.1"}, {"forwarded": "for=10.0.0.1"}, {"via": "1.1 proxy"}]
             for headers in foreign:
                 answer = await client.post("/admin/versions/0:activate", headers=headers)
                 assert answer.status_code == 403, headers
@@ -206,6 +207,19 @@ def test_who_may_switch(folder):
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as other:
                 assert (await other.post("/admin/versions/0:activate")).status_code == 403
             assert service.versions.pinned is None
+            transport = httpx.ASGITransport(app, client=("::ffff:127.0.0.1", 1))  # over IPv4, where `--host ::`
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as other:
+                assert (await other.post("/admin/versions:latest")).status_code == 200
+
+    run(check())
+
+
+def test_rows_that_wait_are_counted_whichever_worker_is_asked_for_metrics(folder):
+    async def check():
+        async with client_of(folder) as (_, service):
+            seen = []
+            service.metrics.queued = seen.append
+            await until(lambda: asyncio.sleep(0.01, bool(seen)))
 
     run(check())
 
@@ -330,6 +344,41 @@ def test_a_worker_serves_no_version_below_those_of_others(tmp_path, monkeypatch)
         others.clear()
         await versions.look()
         assert versions.current.version == 1
+        await versions.stop()
+
+    run(check())
+
+
+def test_a_version_that_one_worker_failed_to_load_is_tried_again_where_others_serve_it(tmp_path, monkeypatch):
+    for version in ("1", "2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "manifest.json").write_text("{}")
+    others, attempts = {7: 1}, []
+    monkeypatch.setattr("jaxembed.serve.server.versions._RETRY_SECONDS", 0.2)
+
+    def load(config, version, previous):
+        attempts.append(version)
+        if version == 2 and attempts.count(2) < 3:
+            raise MemoryError("for the moment")
+        return types.SimpleNamespace(version=version)
+
+    async def check():
+        peers = types.SimpleNamespace(others=lambda: others, serve=lambda version: None)
+        versions = Versions(ServerConfig(str(tmp_path)), Metrics(), load, peers)
+        await versions.look()
+        assert (attempts, versions.current.version) == ([2, 1], 1)
+        await asyncio.sleep(0.3)
+        await versions.look()
+        assert attempts == [2, 1]  # nobody serves it
+        others[7] = 2
+        await versions.look()
+        assert attempts == [2, 1, 2]
+        await asyncio.sleep(0.3)
+        await versions.look()
+        assert attempts == [2, 1, 2]  # less and less often
+        await asyncio.sleep(0.3)
+        await versions.look()
+        assert versions.current.version == 2
         await versions.stop()
 
     run(check())

@@ -1,0 +1,68 @@
+"""What the supervisor does about workers that die, with processes that only seem to be some."""
+
+import errno
+import time
+
+import pytest
+
+from jaxembed.serve.server import workers
+from jaxembed.serve.server.config import ServerConfig
+
+
+class Process:
+    def __init__(self, *_, **__):
+        self.pid, self.returncode = 1 << 30, None
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        self.returncode = 0
+
+    def wait(self, timeout):
+        return self.returncode
+
+
+@pytest.fixture
+def supervisor(tmp_path):
+    found = workers.Supervisor(ServerConfig(str(tmp_path), http_port=0, grpc_port=None, workers=2))
+    yield found
+    found._end()
+    found._state.close()
+
+
+def test_workers_that_serve_are_not_ended_for_one_that_never_starts(supervisor):
+    young, old = time.monotonic(), time.monotonic() - 60
+    supervisor._workers = {0: (Process(), young), 1: (Process(), young)}
+    assert not supervisor._any_serves
+    (supervisor._state.path / "serving" / "123-7").touch()  # one that began to serve at once
+    assert supervisor._any_serves
+    (supervisor._state.path / "serving" / "123-7").unlink()
+    assert not supervisor._any_serves
+    supervisor._workers[0] = (Process(), old)
+    assert supervisor._any_serves
+
+
+def test_a_process_that_cannot_be_made_is_made_later(supervisor, monkeypatch):
+    dead = Process()
+    dead.returncode = -9
+    other = (Process(), time.monotonic())
+    supervisor._workers = {0: (dead, time.monotonic() - 60), 1: other}
+    lacks = [OSError(errno.EAGAIN, "no processes")]
+
+    def start(*arguments, **options):
+        if lacks:
+            raise lacks.pop()
+        return Process()
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    monkeypatch.setattr(workers, "_RETRY_SECONDS", 0.05)
+    supervisor._restart_dead()
+    assert supervisor._workers[0][0] is dead
+    supervisor._restart_dead()  # not at once
+    assert supervisor._workers[0][0] is dead
+    time.sleep(0.1)
+    supervisor._restart_dead()
+    assert supervisor._workers[0][0].poll() is None
+    assert supervisor._workers[1] is other
+    assert not supervisor._due
