@@ -41,11 +41,13 @@ from jaxembed.checkpoint.digests import digest_arrays, digest_bytes
 from jaxembed.checkpoint.files import absolute_path, sync_folder, write_file
 from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
 from jaxembed.checkpoint.safetensors_file import header_of
-from jaxembed.checkpoint.scratch import check_place, scratch_folder
+from jaxembed.checkpoint.scratch import check_place, publish, scratch_folder
 from jaxembed.checkpoint.stored import StoredArray, WatchedArray
 from jaxembed.checkpoint.table_form import QUANTIZATIONS, Form, forms_of
 from jaxembed.checkpoint.vocabularies import copy_vocabularies, read_vocabularies
 from jaxembed.features import feature_tables
+
+_TAKEN = "{} exists, and may be in use; pass another version or remove it."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +115,7 @@ def convert_to_bundle(
         write_file(scratch / MANIFEST_FILE, [json.dumps(layout.seal(manifest)).encode()])
         sync_folder(scratch / "tables")
         sync_folder(scratch)
-        os.rename(scratch, target)
-        sync_folder(target.parent)
+        publish(scratch, target, ValueError(_TAKEN.format(target)))
     return BundleReport(target, tuple(reports))
 
 
@@ -145,7 +146,7 @@ def check_version(
         raise ValueError(f"delta_from must be a version below {number}, got {delta_from!r}.")
     target = absolute_path(out) / str(number)
     if os.path.lexists(target):
-        raise ValueError(f"{target} exists, and may be in use; pass another version or remove it.")
+        raise ValueError(_TAKEN.format(target))
     check_place(target)
     base = None if delta_from is None else open_bundle(target.parent, delta_from)
     if base is not None and base.deltas >= MAX_DELTAS:

@@ -156,7 +156,7 @@ def open_bundle(path: str | pathlib.Path, version: int | None = None) -> Bundle:
       FileNotFoundError: if there is no such version.
       CheckpointError: if it is damaged or not a bundle.
     """
-    directory = _directory(absolute_path(path), version)
+    directory = _followed(_directory(absolute_path(path), version))
     (directory, manifest), *deltas = reversed(_chain(directory))
     bundle = read_bundle(directory, manifest, None)
     for directory, manifest in deltas:
@@ -268,6 +268,16 @@ def _directory(path: pathlib.Path, version: int | None) -> pathlib.Path:
         wanted = "bundle" if version is None else f"version {version} of a bundle"
         raise FileNotFoundError(f"no {wanted} at {path}; versions there are {versions}.")
     return path / str(version)
+
+
+def _followed(directory: pathlib.Path) -> pathlib.Path:
+    """The folder itself, where links such as "current" lead to it; deltas find what they build on beside it.
+
+    A link that is named by a version stays: it is beside the others.
+    """
+    while directory.is_symlink() and not is_number(directory.name):
+        directory = absolute_path(directory.parent / os.readlink(directory))
+    return directory
 
 
 def _versions(path: pathlib.Path) -> list[int]:

@@ -4,6 +4,7 @@ A block is a number of rows that depends on the width of a row alone, so the sam
 digests whatever mesh it was saved from. Only where two processes share a block it is cut in two.
 """
 
+import bisect
 import concurrent.futures
 import dataclasses
 import itertools
@@ -78,22 +79,24 @@ class Digests:
             raise CheckpointError(f"{what}: not the digests of an array: {type(e).__name__}: {e}.") from e
         return cls(shape, dtype, borders, blocks)
 
-    def spans(self, max_bytes: int = 16 << 20) -> list[tuple[int, int]]:
-        """The rows in runs of whole blocks, each of at most `max_bytes` or one block."""
+    def spans(
+        self, max_bytes: int = 16 << 20, start: int = 0, stop: int | None = None
+    ) -> list[tuple[int, int]]:
+        """The rows [start, stop), with the rest of their blocks, in runs of whole blocks.
+
+        Args:
+          max_bytes: of a run, unless one block is of more.
+          start: first row.
+          stop: one past the last row; default: all from `start` on.
+        """
         row_bytes = max(_row_bytes(self.shape, self.dtype), 1)
         spans: list[tuple[int, int]] = []
-        for start, stop in zip(self.borders[:-1], self.borders[1:], strict=True):
-            if spans and (stop - spans[-1][0]) * row_bytes <= max_bytes:
-                spans[-1] = (spans[-1][0], stop)
+        for low, high in itertools.pairwise(self._borders_around(start, stop)):
+            if spans and (high - spans[-1][0]) * row_bytes <= max_bytes:
+                spans[-1] = (spans[-1][0], high)
             else:
-                spans.append((start, stop))
+                spans.append((low, high))
         return spans
-
-    def around(self, start: int, stop: int) -> tuple[int, int]:
-        """The smallest run of whole blocks that holds the rows [start, stop)."""
-        borders = np.asarray(self.borders)
-        first = borders[np.searchsorted(borders, start, "right") - 1]
-        return int(first), int(borders[np.searchsorted(borders, stop, "left")])
 
     def check(self, rows: np.ndarray, what: str, start: int = 0, threads: int | None = None) -> None:
         """Checks rows that begin at row `start`; only blocks that lie in them as a whole are looked at.
@@ -105,12 +108,10 @@ class Digests:
           CheckpointError: naming `what` and the rows that are not those that were saved.
         """
         stop = start + (rows.shape[0] if rows.ndim else 1)
-        indices = [
-            i for i in range(len(self.blocks)) if start <= self.borders[i] and self.borders[i + 1] <= stop
-        ]
-        pieces = [(start, rows)]
-        spans = [(self.borders[i], self.borders[i + 1]) for i in indices]
-        found = _hash_spans(pieces, spans, threads)
+        first, last = bisect.bisect_left(self.borders, start), bisect.bisect_right(self.borders, stop)
+        indices = range(first, last - 1)
+        spans = list(itertools.pairwise(self.borders[first:last]))
+        found = _hash_spans([(start, rows)], spans, threads)
         bad = [i for i, digest in zip(indices, found, strict=True) if digest != self.blocks[i]]
         if bad:
             runs = _runs([(self.borders[i], self.borders[i + 1]) for i in bad])
@@ -118,6 +119,12 @@ class Digests:
                 f"{what} is damaged: rows {runs} of {num_rows(self.shape)} do not have the digest they were "
                 "saved with; restore another step, or pass verify=False to read it all the same."
             )
+
+    def _borders_around(self, start: int, stop: int | None) -> Sequence[int]:
+        """Those of the blocks that hold the rows [start, stop)."""
+        first = max(bisect.bisect_right(self.borders, start) - 1, 0)
+        last = len(self.borders) if stop is None else bisect.bisect_left(self.borders, stop) + 1
+        return self.borders[first:last]
 
 
 class BlockDigester:
@@ -160,6 +167,8 @@ class BlockDigester:
 def digest_arrays(arrays: Sequence[Any]) -> list[Digests]:
     """The digests of numpy or (possibly multi-process) jax arrays; all processes get all of them.
 
+    Processes wait for each other only where one of the arrays is spread over them.
+
     The host copies that are hashed stay with the arrays, so that saving these does not copy them again.
     """
     owned = [_owned_ranges(array) for array in arrays]
@@ -170,11 +179,14 @@ def digest_arrays(arrays: Sequence[Any]) -> list[Digests]:
     found = []
     for array, ranges, edges in zip(arrays, owned, borders, strict=True):
         spans = list(itertools.pairwise(edges))
-        mine = [any(a <= start < b and p == me for a, b, p in ranges) for start, _ in spans]
+        held = [(first, stop) for first, stop, process in ranges if process == me]
+        mine = [any(first <= start < stop for first, stop in held) for start, _ in spans]
         digests = iter(_hash_spans(_pieces(array), [s for s, own in zip(spans, mine, strict=True) if own]))
         found.append([next(digests) if own else "0" * 32 for own in mine])
-    if jax.process_count() > 1:
-        found = _exchange(found)
+    spread = [i for i, array in enumerate(arrays) if _is_spread(array)]
+    if spread:
+        for i, blocks in zip(spread, _exchange([found[i] for i in spread]), strict=True):
+            found[i] = blocks
     return [
         Digests(tuple(np.shape(array)), np.dtype(array.dtype).name, tuple(edges), tuple(blocks))
         for array, edges, blocks in zip(arrays, borders, found, strict=True)
@@ -214,9 +226,7 @@ def _borders(shape: Sequence[int], dtype: Any, ranges: Iterable[tuple[int, int, 
 def _owned_ranges(array: Any) -> list[tuple[int, int, int]]:
     """(first row, end, process) of the rows, each row once."""
     rows = num_rows(np.shape(array))
-    if not isinstance(array, jax.Array) or array.is_fully_addressable or not array.ndim:
-        return [(0, rows, jax.process_index())]
-    if array.is_fully_replicated or not _is_row_sharded(array):
+    if not _is_spread(array):
         return [(0, rows, jax.process_index())]
     owners: dict[tuple[int, int], int] = {}
     for device, index in array.sharding.devices_indices_map(array.shape).items():
@@ -242,6 +252,13 @@ def _pieces(array: Any) -> list[tuple[int, np.ndarray]]:
     for data in starts.values():
         data.copy_to_host_async()
     return [(start, np.asarray(starts[start])) for start in sorted(starts)]
+
+
+def _is_spread(array: Any) -> bool:
+    """Whether processes have rows of it that others lack; all of them say the same."""
+    if not isinstance(array, jax.Array) or not array.ndim or array.is_fully_addressable:
+        return False
+    return not array.is_fully_replicated and _is_row_sharded(array)
 
 
 def _is_row_sharded(array: jax.Array) -> bool:

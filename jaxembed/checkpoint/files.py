@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import secrets
 import stat
 from collections.abc import Iterable
 from typing import Any
@@ -103,7 +104,7 @@ def replace_file(file: pathlib.Path, content: bytes) -> None:
         file.write_bytes(content)
         return
     file = file.resolve()  # a link stays one
-    scratch = file.parent / f".writing-{digest_bytes(os.fsencode(file.name))}-{os.getpid()}"
+    scratch = file.parent / f".writing-{digest_bytes(os.fsencode(file.name))}-{secrets.token_hex(8)}"
     try:
         write_file(scratch, [content])
         os.replace(scratch, file)

@@ -12,7 +12,10 @@ DIRECTORY/
   .writer       which process saves here, and its lock
 """
 
+import collections
+import contextlib
 import json
+import math
 import pathlib
 import stat
 from collections.abc import Mapping
@@ -68,10 +71,17 @@ def readable_digest(content: Any, what: str) -> str:
     """`digest` of what is to be written.
 
     Raises:
-      ValueError: naming `what`, if it is more than readers take.
+      ValueError: naming `what`, if it is more than readers take, or holds what JSON has not: NaN or infinity, or keys
+        that are equal as text.
     """
-    # Keys that are numbers come back as text, which sorts otherwise.
-    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()
+    try:
+        # Keys that are numbers come back as text, which sorts otherwise.
+        text = json.dumps(strict_json(json.dumps(content, allow_nan=False)), sort_keys=True).encode()
+    except (ValueError, RecursionError) as e:
+        flaw = None
+        with contextlib.suppress(RecursionError, TypeError):
+            flaw = _flaw(content)
+        raise ValueError(f"{what} could not be read back: {flaw or str(e).rstrip('.')}.") from e
     values = _num_values(text)
     if len(text) > MAX_JSON - _SEAL or values > MAX_VALUES - _SEAL:
         raise ValueError(
@@ -79,6 +89,24 @@ def readable_digest(content: Any, what: str) -> str:
             "back. Keep what is large in the model."
         )
     return digest_bytes(text)
+
+
+def _flaw(content: Any, where: str = "") -> str | None:
+    """What JSON has not in what is to be written, and what to do about it; None if nothing is found."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return f"{where} is {float(content)}, which is no number of JSON; pass None or text in its place"
+    if isinstance(content, dict):
+        keys = [next(iter(json.loads(json.dumps({key: None})))) for key in content]
+        key, count = collections.Counter(keys).most_common(1)[0] if keys else ("", 0)
+        if count > 1:
+            return f"{where or 'it'} has {count} keys that are {key!r:.80} as text; rename all but one"
+        children = zip(keys, content.values(), strict=True)
+    elif isinstance(content, list | tuple):
+        children = enumerate(content)
+    else:
+        return None
+    found = (_flaw(child, f"{where}.{key}" if where else str(key)) for key, child in children)
+    return next((flaw for flaw in found if flaw is not None), None)
 
 
 def read_manifest(

@@ -1,15 +1,17 @@
-"""Folders that are written beside their place and renamed, so that what has a name is whole."""
+"""Files and folders that are written beside their place and renamed, so that what has a name is whole."""
 
 import contextlib
 import errno
 import fcntl
 import os
 import pathlib
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
 
 from jaxembed.checkpoint.digests import digest_bytes
+from jaxembed.checkpoint.files import sync_folder
 
 PREFIX = ".writing-"
 #: Of what comes after the prefix, in bytes.
@@ -18,6 +20,8 @@ MAX_NAME = 200
 ROOM = 600
 #: A folder that is being made is not locked yet.
 GRACE_SECONDS = 60
+#: What file systems without hard links say.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @contextlib.contextmanager
@@ -32,7 +36,8 @@ def scratch_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
       OSError: if it cannot be made.
     """
     made = [path for path in (parent, *parent.parents) if not path.exists()]
-    folder, lock = parent / f"{PREFIX}{_short(name)}-{os.getpid()}", None
+    # Not the process's number, which in a container is that of the process killed there before.
+    folder, lock = parent / f"{PREFIX}{_short(name)}-{secrets.token_hex(8)}", None
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for other in parent.glob(f"{PREFIX}*"):
@@ -49,6 +54,32 @@ def scratch_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()
+
+
+def publish(scratch: pathlib.Path, place: pathlib.Path, taken: Exception) -> None:
+    """Gives what is whole its name, on the disk, and replaces nothing that has it.
+
+    Args:
+      scratch: the file or folder, in the file system of `place`.
+      place: its name, which was free when the caller looked.
+      taken: what to raise if it is not any more.
+
+    Raises:
+      OSError: if it cannot be renamed.
+    """
+    try:
+        if os.path.lexists(place):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+        if scratch.is_dir():
+            # Of what may come in between it replaces an empty folder alone.
+            os.rename(scratch, place)
+        else:
+            _rename_file(scratch, place)
+    except OSError as e:
+        if os.path.lexists(place):
+            raise taken from e
+        raise
+    sync_folder(place.parent)
 
 
 def check_place(place: pathlib.Path) -> None:
@@ -78,6 +109,18 @@ def check_place(place: pathlib.Path) -> None:
         is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
         reason = errno.EROFS if is_read_only else errno.EACCES
         raise OSError(reason, os.strerror(reason), str(folder))
+
+
+def _rename_file(scratch: pathlib.Path, place: pathlib.Path) -> None:
+    try:
+        os.link(scratch, place)  # replaces nothing, where os.rename would
+    except OSError as e:
+        if e.errno not in _NO_LINKS or os.path.lexists(place):
+            raise
+        os.rename(scratch, place)
+    else:
+        with contextlib.suppress(OSError):  # the file has its name
+            scratch.unlink()
 
 
 def _short(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxembed.checkpoint.digests import CheckpointError, Digests, num_rows
+from jaxembed.checkpoint.digests import CheckpointError, Digests, block_rows, num_rows
 from jaxembed.memory import aligned_empty
 
 READ_AHEAD = 3
@@ -64,12 +64,9 @@ class StoredArray:
           CheckpointError: if the rows cannot be read, or are not those that were saved.
         """
         stop = num_rows(self.shape) if stop is None else stop
-        digests = self.digests or _undigested(self.shape, self.dtype)
-        spans = [span for span in digests.spans(max_bytes) if span[0] < stop and start < span[1]]
         pending: collections.deque[tuple[int, Any]] = collections.deque()
-        ahead = iter(spans)
-        for start, stop in ahead:
-            pending.append((start, self._start(start, stop)))
+        for first, last in self._spans(start, stop, max_bytes):
+            pending.append((first, self._start(first, last)))
             if len(pending) > READ_AHEAD:
                 yield self._finish(*pending.popleft())
         while pending:
@@ -95,16 +92,16 @@ class StoredArray:
         Raises:
           CheckpointError: as `blocks`.
         """
-        digests = self.digests or _undigested(self.shape, self.dtype)
         out = aligned_empty((stop - start, *self.shape[1:]), self.dtype)
-        low, high = digests.around(start, stop) if stop > start else (start, stop)
-        for first, last in digests.spans():
-            first, last = max(first, low), min(last, high)
-            if first < last:
-                _, rows = self._finish(first, self._start(first, last))
-                a, b = max(first, start), min(last, stop)
-                out[a - start : b - start] = rows[a - first : b - first]
+        for first, last in self._spans(start, stop) if stop > start else []:
+            _, rows = self._finish(first, self._start(first, last))
+            a, b = max(first, start), min(last, stop)
+            out[a - start : b - start] = rows[a - first : b - first]
         return out
+
+    def _spans(self, start: int, stop: int, max_bytes: int = 16 << 20) -> list[tuple[int, int]]:
+        digests = self.digests or _undigested(self.shape, self.dtype, start, stop)
+        return digests.spans(max_bytes, start, stop)
 
     def _start(self, start: int, stop: int) -> Any:
         part = self.source[start:stop] if self.shape else self.source
@@ -176,9 +173,8 @@ def shared_cache() -> Any:
     return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
-def _undigested(shape: tuple[int, ...], dtype: np.dtype) -> Digests:
-    from jaxembed.checkpoint.digests import block_rows
-
-    rows = num_rows(shape)
-    borders = (*range(0, rows, block_rows(shape, dtype)), rows)
-    return Digests(shape, dtype.name, borders, ("",) * (len(borders) - 1))
+def _undigested(shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int) -> Digests:
+    """The blocks that hold the rows [start, stop), without digests."""
+    step = block_rows(shape, dtype)
+    first, last = start // step * step, min(-(-stop // step) * step, num_rows(shape))
+    return Digests(shape, dtype.name, (*range(first, last, step), last), ())

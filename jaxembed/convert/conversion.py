@@ -1,18 +1,16 @@
 """Converts tables and slots from one format into another, by blocks of rows."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxembed.checkpoint.scratch import check_place
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert import formats
 from jaxembed.convert.configuration import combiner_weights_of, fit
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, path_of
 from jaxembed.convert.progress import progress_bar
-from jaxembed.convert.publishing import published
+from jaxembed.convert.publishing import check_new, published
 from jaxembed.convert.reporting import ConversionReport
 from jaxembed.features import feature_tables
 
@@ -201,9 +199,7 @@ def _new_place(target: pathlib.Path, target_format: str, step: int) -> pathlib.P
       OSError: if nothing can be.
     """
     place = target / str(step) if target_format == "jaxembed" else target
-    if os.path.lexists(place):
-        raise ValueError(f"{place} exists; pass another path or remove it.")
-    check_place(place)
+    check_new(place)
     return place
 
 

@@ -25,6 +25,7 @@ from jaxembed.convert.interface import Contents, Options, Place, Source, Stream,
 from jaxembed.convert.keys import place_arrays
 from jaxembed.convert.mapped import new_mapped
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
+from jaxembed.convert.stacks import common_slots, new_stack
 from jaxembed.serialization import strict_json
 from jaxembed.sparsecore_layout import StackedTable, from_jax_tpu_embedding
 
@@ -83,13 +84,13 @@ def check(out: pathlib.Path, contents: Contents) -> None:
 
 
 def write(out: pathlib.Path, contents: Contents) -> list[str]:
-    """Writes stacks as the layout says; padding is zeros. They are put together in a file, not in memory."""
+    """Writes stacks as the layout says, put together in files, not in memory; their padding is that of `new_stack`."""
     placed = _placed(contents)
     wholes: dict[tuple[str, ...], Any] = {}
     for stream, member, path in placed:
         if path not in wholes:
             file = out.parent / f"stack-{len(wholes)}"
-            wholes[path] = new_mapped(file, np.float32, member.stack_shape)
+            wholes[path] = new_stack(file, member.stack_shape, stream, contents)
         for start, rows in stream.blocks():
             member.write_rows(wholes[path], start, rows)
     out.mkdir()
@@ -103,7 +104,8 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
 
 def _placed(contents: Contents) -> list[tuple[Stream, StackedTable, tuple[str, ...]]]:
     """Each array with its place in a stack, and the path of that one among the variables."""
-    members = {member.name: member for stack in _stacks(None, contents.options).values() for member in stack}
+    stacks = _stacks(None, contents.options)
+    members = {member.name: member for stack in stacks.values() for member in stack}
     theirs = {ours: name for name, ours in SLOTS_OF_TENSORFLOW.items()}
     placed = []
     for stream in contents.streams:
@@ -123,6 +125,11 @@ def _placed(contents: Contents) -> list[tuple[Stream, StackedTable, tuple[str, .
     missing = members.keys() - {stream.table for stream in contents.tables}
     if missing:
         raise ValueError(f"the layout has the tables {sorted(missing)}, which are not to be written.")
+    slots: dict[str, list[str]] = {name: [] for name in members}
+    for stream in contents.slots:
+        slots[stream.table].append(str(stream.slot))
+    for stack, tables in stacks.items():
+        common_slots(stack, {table.name: slots[table.name] for table in tables})
     return placed
 
 

@@ -21,7 +21,6 @@ References:
   `orbax.export.ExportManager`, `orbax.export.JaxModule`; `tf.saved_model.save`.
 """
 
-import os
 import pathlib
 import re
 import warnings
@@ -35,14 +34,13 @@ from jaxembed import structure
 from jaxembed.backends import use_backend
 from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import read_regular, write_file
-from jaxembed.checkpoint.scratch import check_place
 from jaxembed.config import TableConfig
 from jaxembed.convert.arrays import bits, refuse_types
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Source, path_of
 from jaxembed.convert.keys import SHOWN, is_table, own_key, own_place, place_arrays
 from jaxembed.convert.mapped import mapped_rows
-from jaxembed.convert.publishing import published
+from jaxembed.convert.publishing import check_new, published
 from jaxembed.convert.saved_model_inputs import SPLITS, Inputs, feature_names, kinds_of, plain
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, make_sidecar, read_sidecar
 from jaxembed.convert.tensorflow_tensors import Tensors
@@ -157,9 +155,7 @@ def export_saved_model(
       ValueError: if `out` is there, a table does not fit, or a feature or name has no place in a SavedModel.
     """
     place, dense = path_of(out), dict(dense or {})
-    if os.path.lexists(place):
-        raise ValueError(f"{place} exists; pass another path or remove it.")
-    check_place(place)
+    check_new(place)
     taken = {name for kind in kinds_of(feature_config) for name in Inputs(feature_config, kind, {}).names}
     for name in dense:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in taken:

@@ -19,7 +19,7 @@ from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import read_regular
 from jaxembed.checkpoint.stored import BLOCK_BYTES, StoredArray
 from jaxembed.convert.interface import Contents, Stream, stored
-from jaxembed.convert.mapped import new_mapped
+from jaxembed.convert.stacks import common_slots, new_stack
 from jaxembed.sparsecore_layout import StackedTable, check_stack, from_tensorflow
 
 #: The name under which an embedding object tracks its layouts.
@@ -94,24 +94,26 @@ class Variable:
       shape: of the whole.
       streams: the arrays it is made of: one, or those of a stack's tables.
       members: where in the stack those are; empty where the variable is the array itself.
+      contents: that it is of.
     """
 
     owner: str
     slot: str | None
     shape: tuple[int, ...]
     streams: tuple[Stream, ...]
-    members: tuple[StackedTable, ...] = ()
+    members: tuple[StackedTable, ...]
+    contents: Contents
 
     def blocks(self, scratch: pathlib.Path) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) in order.
 
         Args:
-          scratch: a new file, in which a stack is put together: it needs no memory. Padding is zeros.
+          scratch: a new file, in which a stack is put together: it needs no memory. Its padding is that of `new_stack`.
         """
         if not self.members:
             yield from self.streams[0].blocks()
             return
-        whole = new_mapped(scratch, self.streams[0].dtype, self.shape)
+        whole = new_stack(scratch, self.shape, self.streams[0], self.contents)
         for stream, member in zip(self.streams, self.members, strict=True):
             for start, rows in stream.blocks():
                 member.write_rows(whole, start, rows)
@@ -128,7 +130,7 @@ def variables_of(contents: Contents, layouts: Layouts | None) -> list[Variable]:
       ValueError: if layouts and tables do not fit.
     """
     if layouts is None:
-        return [Variable(s.table, s.slot, s.shape, (s,)) for s in contents.streams]
+        return [Variable(s.table, s.slot, s.shape, (s,), (), contents) for s in contents.streams]
     members = {member.name: member for tables in layouts.values() for member in tables}
     tables = {stream.table: stream for stream in contents.tables}
     if members.keys() != tables.keys():
@@ -144,26 +146,23 @@ def variables_of(contents: Contents, layouts: Layouts | None) -> list[Variable]:
     slots: dict[str, dict[str, Stream]] = {name: {} for name in members}
     for stream in contents.slots:
         slots[stream.table][str(stream.slot)] = stream
-    return [variable for stack in layouts.values() for variable in _of_stack(stack, tables, slots)]
+    return [variable for stack in layouts.values() for variable in _of_stack(stack, tables, slots, contents)]
 
 
 def _of_stack(
-    members: list[StackedTable], tables: Mapping[str, Stream], slots: Mapping[str, Mapping[str, Stream]]
+    members: list[StackedTable],
+    tables: Mapping[str, Stream],
+    slots: Mapping[str, Mapping[str, Stream]],
+    contents: Contents,
 ) -> Iterator[Variable]:
     stack = members[0].stack
-    names = sorted(slots[members[0].name])
-    for member in members[1:]:
-        if sorted(slots[member.name]) != names:
-            raise ValueError(
-                f"the tables of stack {stack!r} must have one optimizer: {members[0].name!r} has the slots {names}, "
-                f"{member.name!r} {sorted(slots[member.name])}."
-            )
+    names = common_slots(stack, {member.name: slots[member.name] for member in members})
     for slot in (None, *names):
         streams = tuple(tables[m.name] if slot is None else slots[m.name][slot] for m in members)
         ranks = {len(stream.shape) for stream in streams}
         if len(ranks) > 1:
             raise ValueError(f"slot {slot!r} of stack {stack!r} has one value a row in some tables only.")
-        yield Variable(stack, slot, members[0].stack_shape[: ranks.pop()], streams, tuple(members))
+        yield Variable(stack, slot, members[0].stack_shape[: ranks.pop()], streams, tuple(members), contents)
 
 
 class _Whole:

@@ -10,7 +10,7 @@ from jaxembed.convert.interface import Place
 from jaxembed.convert.progress import progress_bar
 from jaxembed.features import flat_features
 from jaxembed.inspection.opening import Inspected, open_any
-from jaxembed.inspection.statistics import TableStats, array_digest, table_stats
+from jaxembed.inspection.statistics import NOT_QUANTIZABLE, TableStats, array_digest, table_stats
 
 
 def describe(
@@ -122,5 +122,8 @@ def _stats_lines(found: TableStats) -> Iterator[str]:
         f"{found.num_dead:,}, NaN or infinite {found.num_bad:,}, duplicates {found.num_duplicates:,}"
     )
     if found.quantization:
-        errors = "; ".join(f"{how} {e.max:.3g} / {e.mean:.3g}" for how, e in found.quantization.items())
+        errors = "; ".join(
+            f"{how} {f'{e.max:.3g} / {e.mean:.3g}' if e else NOT_QUANTIZABLE}"
+            for how, e in found.quantization.items()
+        )
         yield f"error to expect (largest / mean): {errors}"

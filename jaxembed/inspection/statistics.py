@@ -1,5 +1,6 @@
 """Figures of a table, summed up block by block: what they take does not grow with the vocabulary."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,21 @@ from jaxembed.checkpoint.digests import BlockDigester
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.config import QuantizationConfig
 from jaxembed.inspection.neighbours import NearestRows, Neighbour, sample_rows
-from jaxembed.quantization import ROW_WISE, QuantizationError, row_codec, simulate_on_host
+from jaxembed.quantization import (
+    ROW_WISE,
+    QuantizationError,
+    UnquantizableError,
+    row_codec,
+    simulate_on_host,
+)
 from jaxembed.quantized_table import QuantizedTable
 
 #: Norms fall into bins by the first bits of their float32, half a percent wide each.
 _SHIFT = 15
 #: Rows whose digests are kept; of larger tables a share of the digests, chosen by value.
 MAX_DIGESTS = 1 << 24
+#: Shown of a form that cannot hold some of the rows.
+NOT_QUANTIZABLE = "not quantizable"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +40,8 @@ class TableStats:
       num_bad: rows that hold NaN or infinity.
       num_duplicates: rows, not dead, that equal an earlier one; estimated of tables above 16 million rows.
       quantization: errors to expect of rows stored as "bfloat16", "int8" or "int4", and of the codes of the
-        table's own QuantizationConfig, "as trained". Absent where the rows are stored so already.
+        table's own QuantizationConfig, "as trained". Absent where the rows are stored so already, None
+        where they cannot be.
       norm_counts: (lower edges, upper edges, number of rows) of the bins of a histogram of norms.
       neighbours: of some rows, the most similar others.
       digest: of the rows as they were read, by `layout.table_digest`; None of codes.
@@ -41,7 +51,7 @@ class TableStats:
     num_dead: int
     num_bad: int
     num_duplicates: int
-    quantization: dict[str, QuantizationError]
+    quantization: dict[str, QuantizationError | None]
     norm_counts: tuple[np.ndarray, np.ndarray, np.ndarray]
     neighbours: dict[int, list[Neighbour]]
     digest: str | None
@@ -141,8 +151,9 @@ class _Norms:
 
 
 def _edge(index: Any) -> Any:
-    """The least float32 of a bin of norms."""
-    return (np.asarray(index, np.uint32) << _SHIFT).view(np.float32).astype(np.float64)
+    """The least float32 of a bin of norms; past the last bin, the greatest that is finite."""
+    edges = (np.asarray(index, np.uint32) << _SHIFT).view(np.float32)
+    return np.minimum(edges, np.finfo(np.float32).max).astype(np.float64)
 
 
 class _Duplicates:
@@ -186,17 +197,31 @@ class _Duplicates:
 class _Error:
     def __init__(self, change: Callable[[np.ndarray], np.ndarray]):
         self._change, self._largest, self._total, self._count = change, 0.0, 0.0, 0
+        self._is_possible = True
 
     def add(self, values: np.ndarray) -> None:
-        if not values.size:
+        changed = self._changed(values) if values.size else None
+        if changed is None:
             return
-        gap = np.abs(values - self._change(values))
+        gap = np.abs(values - changed)
         self._largest = max(self._largest, float(gap.max()))
         self._total += float(gap.sum(dtype=np.float64))
         self._count += gap.size
 
-    def result(self) -> QuantizationError:
+    def result(self) -> QuantizationError | None:
+        if not self._is_possible:
+            return None
         return QuantizationError(self._largest, self._total / max(self._count, 1))
+
+    def _changed(self, values: np.ndarray) -> np.ndarray | None:
+        """None once some values have no place in this form."""
+        if self._is_possible:
+            with contextlib.suppress(UnquantizableError), np.errstate(over="ignore"):
+                changed = self._change(values)
+                if np.isfinite(changed).all():
+                    return changed
+            self._is_possible = False
+        return None
 
 
 def _errors(array: StoredArray, config: QuantizationConfig | None) -> dict[str, _Error]:

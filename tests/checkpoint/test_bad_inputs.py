@@ -21,6 +21,7 @@ from jaxembed.checkpoint import (
     layout,
     open_bundle,
     read_checkpoint,
+    whole_steps,
 )
 from jaxembed.checkpoint.reading import open_checkpoint
 from jaxembed.cli import main
@@ -268,3 +269,50 @@ def test_pipe_for_a_vocabulary(tmp_path):
     pipe(file)
     with pytest.raises(ValueError, match=r"words\.txt must be a regular file"):
         vocabulary.read()
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("argument", ["metadata", "data"])
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (
+            {"eval": {"loss": NAN}},
+            r"{}\.eval\.loss is nan, which is no number of JSON; pass None or text in its place\.",
+        ),
+        ({"seen": [1.0, (2, -INFINITY)]}, r"{}\.seen\.1\.1 is -inf, "),
+        (
+            {"by_id": {1: "a", 2: "b", "1": "c"}},
+            r"{}\.by_id has 2 keys that are '1' as text; rename all but one\.",
+        ),
+        ({"by": {None: 0, "null": 1}}, r"{}\.by has 2 keys that are 'null' as text"),
+        ({NAN: 0}, "not JSON compliant"),
+    ],
+    ids=["nan", "infinity", "keys", "None", "key nan"],
+)
+def test_what_could_not_be_read_back_is_not_saved(tmp_path, argument, value, told):
+    """The step would count as whole, and max_to_keep delete those before it."""
+    own = ShardedEmbedding(CONFIG, SGD(0.1), jax.make_mesh((1,), ("d",)))
+    tables, slots, _ = own.to_canonical(own.init(jax.random.key(0)))
+    fine = {"loss": None, "by_id": {"1": [True, 2.5, "NaN"]}}
+    with Checkpointer(tmp_path, own, max_to_keep=1) as checkpointer:
+        checkpointer.save(own.from_canonical(tables, slots, 1), **{argument: fine})
+        checkpointer.wait()
+        where = "metadata" if argument == "metadata" else "state"
+        with pytest.raises(ValueError, match=rf"{argument},? could not be read back: .*{told.format(where)}"):
+            checkpointer.save(own.from_canonical(tables, slots, 2), **{argument: value})
+        assert whole_steps(tmp_path) == [1]
+        assert not list(tmp_path.glob("2*"))
+        assert getattr(checkpointer.restore(), argument) == fine
+
+
+def test_what_is_nested_without_end_could_not_be_read_back():
+    deep, loop = [], []
+    loop.append(loop)
+    for _ in range(5000):
+        deep = [deep]
+    for value, told in ((deep, "recursion"), (loop, "Circular reference")):
+        with pytest.raises(ValueError, match=rf"data could not be read back: .*{told}"):
+            layout.readable_digest({"state": value}, "data")

@@ -361,6 +361,25 @@ def test_command(checkpoint, bundles, tmp_path, capsys):
     assert "the dense model has no part 'q'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("theirs", ["empty folder", "folder", "file"])
+def test_a_version_that_comes_meanwhile_stays(checkpoint, tmp_path, theirs):
+    """Of another process that converts to the same version."""
+
+    def export(bundle):
+        if theirs == "file":
+            (tmp_path / "7").write_text("theirs")
+        else:
+            (tmp_path / "7").mkdir()
+            if theirs == "folder":
+                (tmp_path / "7" / "file").write_text("theirs")
+        return b"model"
+
+    with pytest.raises(ValueError, match=r"/7 exists, and may be in use; pass another version or remove it"):
+        convert_to_bundle(checkpoint, tmp_path, version=7, exported=export)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == (["7", "7/file"] if theirs == "folder" else ["7"])
+
+
 def test_progress_is_of_all_bytes(checkpoint, tmp_path):
     done = []
     convert_to_bundle(checkpoint, tmp_path, step=0, quantize="int8", advance=done.append)

@@ -103,6 +103,32 @@ def test_damage_in_the_chain_is_found(checkpoint, chain, tmp_path):
         open_bundle(out)
 
 
+def test_a_delta_is_opened_through_links(chain, tmp_path):
+    """As deployments switch versions; what it builds on is beside the folder itself."""
+    out, _ = chain
+    (out / "current").symlink_to("2")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "prod").symlink_to("../out/current")
+    (tmp_path / "folder").symlink_to("out")
+    expected = open_bundle(out)
+    for path in (out / "current", tmp_path / "links" / "prod", tmp_path / "folder" / "current"):
+        opened = open_bundle(path)
+        opened.verify()
+        assert opened.digest == expected.digest
+        assert opened.directory.samefile(out / "2")
+        assert opened.directory.name == "2"
+    text = describe(out / "current")
+    assert "note: a delta of version 1" in text
+    # The number of a link is that of its version, wherever the files are.
+    (out / "2").rename(tmp_path / "stored")
+    (out / "2").symlink_to(tmp_path / "stored")
+    assert open_bundle(out / "current").directory == out / "2"
+    assert open_bundle(out).digest == expected.digest
+    shutil.rmtree(out / "1")
+    with pytest.raises(FileNotFoundError, match="out/2 is a delta of version 1, which is gone"):
+        open_bundle(out / "current")
+
+
 @pytest.mark.parametrize("name", ["a", "still"])
 def test_damage_below_is_said_of_the_folder_that_has_it(chain, name):
     """Not of the version that was opened, whose files are as they should be."""

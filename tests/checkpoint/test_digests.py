@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import xxhash
 from hypothesis import strategies as st
+from jax.experimental import multihost_utils
 
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import digest_arrays
-from jaxembed.checkpoint.digests import BlockDigester
+from jaxembed.checkpoint.digests import BlockDigester, CheckpointError, Digests
+from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.cli import main
 from jaxembed.optimizers import Adagrad
 from jaxembed.train import Checkpointer, ShardedEmbedding
@@ -85,3 +87,86 @@ def test_digests_of_rows_that_come_in_any_blocks(rows, cuts, dtype):
         digester.update(array[start:stop])
         assert (digester.digests() is None) == (stop < rows)
     assert digester.digests() == digest_arrays([array])[0]
+
+
+@hypothesis.given(
+    cuts=st.sets(st.integers(1, 63)),
+    start=st.integers(0, 64),
+    length=st.integers(0, 64),
+    damaged=st.integers(0, 63),
+    max_bytes=st.sampled_from([1, 16, 64, 1 << 20]),
+)
+def test_spans_and_checks_are_of_the_blocks_in_question_alone(cuts, start, length, damaged, max_bytes):
+    rows = np.arange(64 * 2, dtype=np.float32).reshape(64, 2)
+    borders = (0, *sorted(cuts), 64)
+    blocks = list(itertools.pairwise(borders))
+    digests = Digests(
+        rows.shape,
+        "float32",
+        borders,
+        tuple(xxhash.xxh3_128_hexdigest(rows[a:b].tobytes()) for a, b in blocks),
+    )
+    stop = min(start + length, 64)
+    spans = digests.spans(max_bytes, start, stop)
+    if start < stop:
+        touched = [(a, b) for a, b in blocks if a < stop and start < b]
+        assert (spans[0][0], spans[-1][1]) == (touched[0][0], touched[-1][1])
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+        assert all((b - a) * 8 <= max_bytes or (a, b) in blocks for a, b in spans)
+        assert all(a in borders and b in borders for a, b in spans)
+        for of in (digests, None):
+            np.testing.assert_array_equal(StoredArray("t", rows, of).read_rows(start, stop), rows[start:stop])
+            for first, block in StoredArray("t", rows, of).blocks(max_bytes, start, stop):
+                np.testing.assert_array_equal(block, rows[first : first + block.shape[0]])
+    changed = rows.copy()
+    changed[damaged] += 1
+    ((low, high),) = [(a, b) for a, b in blocks if a <= damaged < b]
+    if start <= low and high <= stop:
+        with pytest.raises(CheckpointError, match=f"t is damaged: rows {low} to {high - 1} of 64"):
+            digests.check(changed[start:stop], "t", start)
+    else:
+        digests.check(changed[start:stop], "t", start)
+
+
+class Counted(tuple):
+    """Counts the borders that are looked at."""
+
+    count = 0
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        Counted.count += len(found) if isinstance(index, slice) else 1
+        return found
+
+    def __iter__(self):
+        Counted.count += len(self)
+        return super().__iter__()
+
+
+def test_a_few_rows_take_no_look_at_all_blocks():
+    """Otherwise reading a terabyte would take the square of a million blocks."""
+    row = np.ones((1, 1 << 18), np.float32)
+    rows = np.broadcast_to(row, (200_000, 1 << 18))
+    blocks = (xxhash.xxh3_128_hexdigest(row.tobytes()),) * 200_000
+    array = StoredArray("t", rows, Digests(rows.shape, "float32", Counted(range(200_001)), blocks))
+    Counted.count = 0
+    assert (array.read_rows(123_456, 123_459) == 1).all()
+    assert [start for start, _ in array.blocks(1 << 20, 150_000, 150_002)] == [150_000, 150_001]
+    assert 0 < Counted.count < 500
+
+
+def test_a_process_with_arrays_of_its_own_waits_for_no_other(monkeypatch):
+    """A conversion runs on one process of a job alone."""
+    arrays = [
+        np.arange(12.0).reshape(4, 3),
+        jnp.ones(()),
+        jax.device_put(jnp.ones((8, 2)), jax.NamedSharding(jax.make_mesh((8,), ("d",)), jax.P("d"))),
+    ]
+    expected = digest_arrays(arrays)
+
+    def hang(*args, **kwargs):
+        raise AssertionError("another process would have to take part")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", hang)
+    assert digest_arrays(arrays) == expected

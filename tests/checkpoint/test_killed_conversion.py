@@ -13,6 +13,8 @@ import pytest
 
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import convert_to_bundle, open_bundle, scratch
+from jaxembed.checkpoint.digests import digest_bytes
+from jaxembed.checkpoint.files import replace_file
 from jaxembed.optimizers import SGD
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
@@ -85,3 +87,23 @@ def test_a_young_folder_stays(tmp_path):
     os.utime(tmp_path / ".writing-1-1")
     with scratch.scratch_folder(tmp_path, "2"):
         assert pathlib.Path(tmp_path / ".writing-1-1").is_dir()
+
+
+def test_what_a_process_of_this_number_left_is_not_in_the_way(tmp_path):
+    """In a container every process that converts has the number 1, also the one that was killed a second ago."""
+    left = scratch.scratch_folder(tmp_path, "1")
+    folder = left.__enter__()
+    with scratch.scratch_folder(tmp_path, "1") as again:
+        assert again != folder
+        assert folder.is_dir()
+    left.__exit__(None, None, None)
+    umask = os.umask(0o027)
+    try:
+        with scratch.scratch_folder(tmp_path, "x" * 400) as folder:
+            assert folder.stat().st_mode & 0o777 == 0o750
+            assert len(os.fsencode(folder.name)) < 255
+        (tmp_path / f".writing-{digest_bytes(b'page')}-{os.getpid()}").write_bytes(b"left")
+        replace_file(tmp_path / "page", b"content")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "page").read_bytes() == b"content"

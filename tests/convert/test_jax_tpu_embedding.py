@@ -5,7 +5,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jaxembed import FeatureConfig, TableConfig, optimizers
 from jaxembed.checkpoint import read_checkpoint
+from jaxembed.checkpoint.stored import open_array
 from jaxembed.cli import main
 from jaxembed.convert import convert
 
@@ -137,3 +139,56 @@ def test_what_does_not_fit_is_refused(library, tmp_path):
     refused("the layout has no table 'd'", tmp_path / "more.npz")
     refused(r"table 'a' must be \[37, 6\] by the layout", tmp_path / "other.npz")
     refused(r"the layout has the tables \['b', 'c'\], which are not to be written", tmp_path / "less.npz")
+
+
+def arrays_with(slots):
+    """As jaxembed names them in a .npz file; slots by table and name."""
+    tables = {f"tables/{name}": table for name, table in values().items()}
+    return {**tables, **{f"slots/{table}/{slot}": values(0.5)[table] for table, slot in slots}}
+
+
+def test_slots_in_some_tables_of_a_stack_are_refused(library, tmp_path):
+    """The others would have zeros there, which Adagrad divides by."""
+    some = [("a", "accumulators"), ("b", "accumulators")]
+    mixed = [*some, ("c", "velocities")]
+    for name, slots, found in (("some", some, r"\[\]"), ("mixed", mixed, r"\['velocities'\]")):
+        np.savez(tmp_path / f"{name}.npz", **arrays_with(slots))
+        told = (
+            r"tables of stack '.*' must have one optimizer: 'a' has the slots \['accumulators'\], 'c' " + found
+        )
+        with pytest.raises(ValueError, match=told):
+            convert(
+                tmp_path / f"{name}.npz",
+                tmp_path / "out",
+                target_format="jax-tpu-embedding",
+                layout=library[2] / "spec.pb",
+            )
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("initial", [None, 0.25])
+def test_accumulators_of_padding_start_as_others_do(library, tmp_path, initial):
+    """From what the optimizer says if it is known, as in variables that the library makes: zeros would be divided by."""
+    specs, _, directory = library
+    np.savez(tmp_path / "a.npz", **arrays_with([(name, "accumulators") for name in SHAPES]))
+    optimizer = optimizers.Adagrad(0.1, initial_accumulator_value=initial or 0.1)
+    config = {
+        name: FeatureConfig(TableConfig(*shape, name=name, optimizer=optimizer))
+        for name, shape in SHAPES.items()
+    }
+    report = convert(
+        tmp_path / "a.npz",
+        tmp_path / "out",
+        target_format="jax-tpu-embedding",
+        layout=directory / "spec.pb",
+        feature_config=None if initial is None else config,
+    )
+    for slot, padding in ((("table",), 0.0), (("slot", "accumulator"), initial or 0.1)):
+        expected = table_stacking.stack_and_shard_tables(
+            specs, values(0.5 if padding else 0.0), num_shards=NUM_SHARDS, pad_value=padding
+        )
+        for stack, shards in expected.items():
+            key = ".".join((stack, *slot))
+            found = open_array(report.path / "variables", key, key).read()
+            np.testing.assert_array_equal(found, np.asarray(shards).reshape(found.shape))
+            assert (found == np.float32(padding)).any()

@@ -85,6 +85,22 @@ def test_stats(checkpoint):
     assert re.search(r"as trained 0\.\d+ / 0\.\d+; bfloat16 .*; int8 .*; int4 ", text)
 
 
+@pytest.mark.parametrize("others", [1.0, 3e38])
+def test_values_at_the_end_of_float32(tmp_path, others, capsys):
+    """Finite, but not to be quantized."""
+    rows = np.full((4, 2), others, np.float32)
+    rows[1] = [3.4e38, -3.4e38]
+    np.savez(tmp_path / "a.npz", items=rows)
+    assert main(["inspect", str(tmp_path / "a.npz"), "--stats"]) == 0
+    text = capsys.readouterr().out
+    assert "bfloat16 not quantizable; int8 not quantizable; int4 not quantizable" in text
+    assert main(["inspect", str(tmp_path / "a.npz"), "--html", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    Page(text)
+    assert "<td>not quantizable</td>" in text
+    assert "inf" not in text.partition("<svg")[2].partition("</svg>")[0]
+
+
 class Page(html.parser.HTMLParser):
     """Checks that elements nest, and collects what they refer to."""
 

@@ -81,7 +81,7 @@ def test_nearest_rows_are_those_of_the_whole_table(table):
         assert row not in [n.row for n in neighbours]
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30, 3.4e38])
 def test_extreme_tables(scale):
     rows = np.full((3, 4), scale, np.float32)
     found = table_stats(stored(rows), num_samples=2)
@@ -96,3 +96,23 @@ def test_damage_is_an_error(table):
     changed[100_000, 0] += 1
     with pytest.raises(CheckpointError, match="table is damaged: rows"):
         table_stats(StoredArray("table", changed, array.digests))
+
+
+def test_values_at_the_end_of_float32_have_figures():
+    """Some forms cannot hold them, and the norms are beyond float32."""
+    greatest = np.finfo(np.float32).max
+    rows = np.ones((5, 4), np.float32)
+    rows[1], rows[2, 0], rows[2, 1] = greatest, greatest, -greatest
+    found = table_stats(stored(rows), quantization_config=QuantizationConfig(16, -1, 1), num_samples=2)
+    assert found.num_bad == 0
+    assert found.norms == pytest.approx((2, 2, 2 * float(greatest)), rel=0.006)
+    assert {how: error is None for how, error in found.quantization.items()} == {
+        "as trained": False,
+        "bfloat16": True,
+        "int8": True,
+        "int4": True,
+    }
+    lower, upper, counts = found.norm_counts
+    assert (lower < upper).all()
+    assert np.isfinite(upper).all()
+    assert counts.tolist() == [3, 2]
