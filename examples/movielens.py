@@ -20,7 +20,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 import jaxembed
-from jaxembed.checkpoint import convert_to_bundle
+from jaxembed.checkpoint import convert_to_bundle, whole_steps
 from jaxembed.serve import ServingModel, export_model
 from jaxembed.train import Checkpointer, TrainState
 from jaxembed.train.data import batches
@@ -43,7 +43,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     out = pathlib.Path(options.out)
 
-    overrides = [f"out={json.dumps(str(out))}", f"training.epochs={options.epochs}"]
+    # The best checkpoint may be any of them.
+    overrides = [f"out={json.dumps(str(out))}", f"training.epochs={options.epochs}", "checkpoints.keep=none"]
     overrides += [f"data.path={json.dumps(options.data)}"] if options.data else []
     config = load_config(CONFIG, overrides)
     sources = open_sources(config.data, config.model.dim)
@@ -73,7 +74,9 @@ def run(config, sources):
     print(
         f"trained to step {result.step:,} on {jax.device_count()} devices in {time.perf_counter() - since:.1f} s"
     )
-    best = max(result.history, key=lambda entry: entry["evaluation"]["auc"])
+    kept = set(whole_steps(result.checkpoints))  # an earlier run in the same folder may have kept fewer
+    evaluated = [entry for entry in result.history if entry["step"] in kept]
+    best = max(evaluated, key=lambda entry: entry["evaluation"]["auc"])
     return result, result.checkpoints / str(best["step"])
 
 

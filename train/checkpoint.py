@@ -153,7 +153,7 @@ class Checkpointer:
           Whether the step was one to save.
 
         Raises:
-          ValueError: if `model` has no arrays, or two of one name, or if `metadata` or `data` is too large to be read
+          ValueError: if a later step is there, or if `model` has no arrays, or two of one name, or if `metadata` or `data` is too large to be read
             back, or if another process writes here.
           OSError: if the disk fails, now or in the save before.
         """
@@ -161,6 +161,7 @@ class Checkpointer:
         self.claim()
         if not self._is_swept:
             self._sweep()
+        self._refuse_before_later(step)
         if not force and not self._manager.should_save(step):
             return False
         tables, slots, _ = self._embedding.canonical_on_host(state)
@@ -198,6 +199,19 @@ class Checkpointer:
             self._removals.submit(steps.remove_deleted, self.directory)
         with self._afresh_after_errors():
             return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
+
+    def _refuse_before_later(self, step: int) -> None:
+        """Of steps that are saved the latest counts: one before it would not be gone on from, and be the first to go."""
+        if (self._manager.latest_step() or 0) <= step:
+            return
+        self._manager.reload()  # it may have been moved away
+        latest = self._manager.latest_step() or 0
+        if latest > step:
+            raise ValueError(
+                f"{self.directory} has step {latest}, later than step {step}, and the latest is what is gone on from. To go "
+                f"back to an earlier step, move the later ones away (mv {self.directory / str(latest)} somewhere), or save "
+                "to another folder."
+            )
 
     def latest_step(self) -> int | None:
         """The last whole step, or None."""

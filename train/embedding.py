@@ -116,7 +116,7 @@ class ShardedEmbedding(ShardedInputs):
         axes = mesh_axes(mesh, axis)
         mesh = Mesh(mesh.devices, mesh.axis_names)
         num_shards = math.prod(mesh.shape[axis] for axis in axes)
-        cores = sparse_cores(engine, mesh.devices.flat[0])
+        cores = sparse_cores(engine, mesh.devices.flat[0], num_shards)
         self.tables: dict[str, TableConfig] = feature_tables(feature_config)
         plan = chosen_plan(plan, feature_config, optimizer, mesh, num_shards, example_batch, overrides)
         self.plan: ShardingPlan | None = plan if isinstance(plan, ShardingPlan) else None

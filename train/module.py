@@ -75,10 +75,18 @@ class Embedding(nnx.Module):
         batch: ShardedBatch | Inputs,
         activation_gradients: ActivationTree,
         weights: ShardedWeights | Weights = None,
+        *,
+        called_values: dict[str, Any] | None = None,
     ) -> None:
         """Updates tables and slots in place, as `ShardedEmbedding.apply_gradients`."""
-        state = self.sharded.apply_gradients(self.state.get_value(), batch, activation_gradients, weights)
+        state = self.sharded.apply_gradients(
+            self.state.get_value(), batch, activation_gradients, weights, called_values=called_values
+        )
         self.state.set_value(state)
+
+    def called_values(self) -> dict[str, Any]:
+        """What learning rates that are callables return now, as `ShardedEmbedding.called_values`."""
+        return self.sharded.called_values()
 
     @property
     def embedding_tables(self) -> dict[TableConfig, Table]:

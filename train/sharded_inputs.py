@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import threading
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -33,6 +34,9 @@ class ShardedInputs:
       mesh: of the devices.
       axes: of the mesh, over which a batch is sharded.
       capacity: entries that a shard has room for in each stack; None takes what the batches need.
+
+    Raises:
+      ValueError: if `capacity` is not of this form, or several hosts share a shard or have unequally many.
     """
 
     def __init__(
@@ -47,12 +51,15 @@ class ShardedInputs:
             not isinstance(capacity, int | np.integer) or isinstance(capacity, bool) or capacity < 1
         ):
             raise ValueError(f"capacity must be None or an int of at least 1, got {capacity!r}.")
+        if (num_hosts := jax.process_count()) > 1:
+            check_hosts(hosts_of_shards(mesh, axes), num_hosts, axes, mesh.axis_names)
         self.feature_config: Any = feature_config
         self.stacks: dict[str, Stack] = dict(stacks)
         self.mesh: Mesh = mesh
         self.axes: tuple[str, ...] = axes
         self.num_shards: int = math.prod(mesh.shape[axis] for axis in axes)
         self._sparsecore = SparseCorePacking()
+        self._capacity_lock = threading.Lock()
         self._capacity = dict.fromkeys(self.stacks, int(capacity or 0))
         self._is_capacity_fixed = capacity is not None
         self._largest = jax.jit(partial(jnp.max, axis=0), out_shardings=self.replicated)
@@ -141,8 +148,10 @@ class ShardedInputs:
 
     def reserve(self, capacities: Mapping[str, int]) -> None:
         """Makes room for at least these, so that a resumed run compiles the programs that it was in."""
-        for stack in self._capacity:
-            if not self._is_capacity_fixed:
+        if self._is_capacity_fixed:
+            return
+        with self._capacity_lock:
+            for stack in self._capacity:
                 self._capacity[stack] = max(self._capacity[stack], int(capacities.get(stack, 0)))
 
     def abstract_batch(
@@ -213,15 +222,50 @@ class ShardedInputs:
 
     def _room(self, stack: str, num_entries: int) -> int:
         """How many entries a shard has room for in a stack; few different numbers, so few compilations."""
-        if self._is_capacity_fixed:
-            if num_entries > self._capacity[stack]:
-                raise ValueError(
-                    f"a shard has {num_entries} ids to look up in stack {stack!r}, more than the capacity of "
-                    f"{self._capacity[stack]}; pass a larger capacity to ShardedEmbedding."
-                )
-        elif num_entries > self._capacity[stack]:
-            self._capacity[stack] = _next_capacity(num_entries)
-        return max(self._capacity[stack], 8)
+        with self._capacity_lock:  # batches are packed on several threads
+            if not self._is_capacity_fixed and num_entries > self._capacity[stack]:
+                self._capacity[stack] = _next_capacity(num_entries)
+            room = self._capacity[stack]
+        if num_entries > room:
+            raise ValueError(
+                f"a shard has {num_entries} ids to look up in stack {stack!r}, more than the capacity of {room}; pass a "
+                "larger capacity to ShardedEmbedding."
+            )
+        return max(room, 8)
+
+
+def hosts_of_shards(mesh: Mesh, axes: tuple[str, ...]) -> np.ndarray:
+    """The process of each device: int [n, copies], in the order of the shards over `axes`."""
+    hosts = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    own = [mesh.axis_names.index(axis) for axis in axes]
+    hosts = np.moveaxis(hosts, own, range(len(own)))
+    return hosts.reshape(math.prod(hosts.shape[: len(own)]), -1)
+
+
+def check_hosts(hosts: np.ndarray, num_hosts: int, axes: tuple[str, ...], all_axes: tuple[str, ...]) -> None:
+    """Refuses shards that are not a host's own, as many on each: hosts pass equal parts of a batch, one a shard.
+
+    Args:
+      hosts: int [n, copies], the process of each device of each shard.
+      num_hosts: processes of the job.
+      axes: of the mesh, over which a batch is sharded.
+      all_axes: of the mesh.
+
+    Raises:
+      ValueError: if a shard is on several, or some have more than others.
+    """
+    shared = np.flatnonzero((hosts != hosts[:, :1]).any(axis=1))
+    counts = np.bincount(hosts[:, 0], minlength=num_hosts)
+    if shared.size:
+        found = f"shard {shared[0]} on hosts {sorted(set(hosts[shared[0]].tolist()))}"
+    elif (counts != counts[0]).any():
+        found = f"{counts.tolist()} shards by host"
+    else:
+        return
+    raise ValueError(
+        f"axis must span all hosts, each with as many shards of its own, got {axes} of a mesh of {all_axes}, which gives "
+        f"{found}; name all axes, or those that lead from host to host, and take a mesh of all devices."
+    )
 
 
 def _next_capacity(num_entries: int) -> int:

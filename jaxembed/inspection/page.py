@@ -15,7 +15,7 @@ from jaxembed.convert.progress import progress_bar
 from jaxembed.inspection.describing import feature_facts, headline
 from jaxembed.inspection.opening import Inspected, open_any
 from jaxembed.inspection.plots import norm_histogram, rank_curve
-from jaxembed.inspection.statistics import TableStats, table_stats
+from jaxembed.inspection.statistics import NOT_QUANTIZABLE, TableStats, table_stats
 
 #: Rows of each table whose most similar rows are shown.
 NUM_SAMPLES = 6
@@ -137,7 +137,10 @@ def _card(
     ]
     sections.append(_neighbours(found))
     if found.quantization:
-        rows = [[escape(how), f"{e.max:.4g}", f"{e.mean:.4g}"] for how, e in found.quantization.items()]
+        rows = [
+            [escape(how), *([f"{e.max:.4g}", f"{e.mean:.4g}"] if e else [NOT_QUANTIZABLE, ""])]
+            for how, e in found.quantization.items()
+        ]
         sections.append("<h4>Error to expect if quantized</h4>" + _table(["as", "largest", "mean"], rows))
     if slots:
         rows = [
@@ -189,6 +192,11 @@ def _frequency(frequency: Any) -> tuple[str, str]:
         for key, text in (("lookups", "lookups"), ("distinct", "different ids"), ("num_examples", "examples"))
         if isinstance(frequency.get(key), int)
     ]
+    since, hosts = frequency.get("since_step"), frequency.get("num_hosts")
+    if isinstance(since, int) and since:
+        notes.append(f"since step {since:,}, where the job went on")
+    if isinstance(hosts, int) and hosts > 1:
+        notes.append(f"those of one of {hosts} hosts")
     return rank_curve(list(ranks), counts), ", ".join(notes)
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -27,9 +27,16 @@ def number(value: Any, what: str) -> float:
 
 
 def number_or_callable(value: Any, what: str) -> LearningRate:
-    """`value` as a float, or itself if it is a callable whose arguments are clear."""
+    """`value` as a float, or itself if it is a callable whose arguments are clear, and that can be a key."""
     if not callable(value):
         return number(value, f"{what}, if not a callable,")
+    try:
+        hash(value)
+    except TypeError:
+        raise ValueError(
+            f"{what} must be hashable, as tables of equal optimizers are updated together, got {value!r}; make a "
+            "dataclass frozen, or write `lambda step: ...` around it."
+        ) from None
     _takes_step(value, what)
     return value
 
@@ -48,10 +55,9 @@ def call_each_once(functions: Iterable[Callable[[], Any]]) -> list[Any]:
     """What callables without arguments return now; equal ones are called once, as in TensorFlow."""
     values, results = {}, []
     for function in functions:
-        key = function if isinstance(function, Hashable) else id(function)
-        if key not in values:
-            values[key] = function()
-        results.append(values[key])
+        if function not in values:
+            values[function] = function()
+        results.append(values[function])
     return results
 
 

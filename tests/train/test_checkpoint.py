@@ -128,6 +128,23 @@ def test_interval_force_and_old_steps(tmp_path):
             checkpointer.restore(10)
 
 
+def test_to_go_back_means_to_move_what_came_later_away(tmp_path):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own, max_to_keep=None) as checkpointer:
+        for step in (100, 300):
+            checkpointer.save(at_step(own, step))
+        assert checkpointer.restore(100).step == 100
+        for force in (False, True):
+            with pytest.raises(
+                ValueError, match=r"has step 300, later than step 150, .* move the later ones away"
+            ):
+                checkpointer.save(at_step(own, 150), force=force)
+        assert not checkpointer.save(at_step(own, 300))  # is there
+        (tmp_path / "300").rename(tmp_path / "diverged")
+        assert checkpointer.save(at_step(own, 150))
+    assert whole_steps(tmp_path) == [100, 150]
+
+
 def test_deleted_steps_leave_the_disk(tmp_path):
     own = embedding(1)
     with Checkpointer(tmp_path, own, max_to_keep=2) as checkpointer:

@@ -184,3 +184,13 @@ def test_refusals():
         ValueError, match=r"'ragged' must have the shape of its activation, \[8, 8\], got \[3, 8\]"
     ):
         embedding.apply_gradients(state, inputs, activations)
+
+
+def test_a_batch_without_rows():
+    ours = ShardedEmbedding({"deep": FeatureConfig(LAST)}, Adagrad(0.1), jax.make_mesh((8,), ("d",)))
+    state = ours.init(jax.random.key(0))
+    empty = {"deep": RaggedTensor(np.zeros(0, np.int32), np.zeros(1, np.int32))}
+    activations = ours.lookup(state, empty)["deep"]
+    assert activations.shape == (0, 8)
+    new = ours.apply_gradients(state, empty, {"deep": activations})
+    jax.tree.map(np.testing.assert_array_equal, ours.to_canonical(new)[:2], ours.to_canonical(state)[:2])

@@ -91,6 +91,17 @@ def test_converted_files_load_as_one(tmp_path, chunk_bytes):
         convert_criteo(paths, directory, SIZES)
 
 
+def test_columns_have_the_mode_of_the_umask(tmp_path):
+    (tmp_path / "train.txt").write_text("\n".join(random_lines(3)[0]))
+    before = os.umask(0o027)
+    try:
+        directory = convert_criteo([tmp_path / "train.txt"], tmp_path / "columns", 10)
+    finally:
+        os.umask(before)
+    assert directory.stat().st_mode & 0o777 == 0o750
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["columns", "train.txt"]
+
+
 def test_lines_may_end_with_carriage_returns():
     lines, *_ = random_lines(20)
     for end in ("", "\r\n"):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -15,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxembed.checkpoint import CheckpointError, read_checkpoint, whole_steps
-from jaxembed.train import data
+from jaxembed.train import Trainer, data
 from jaxembed.train.engines.auto_plan import ids_and_bags
-from jaxembed.train.job import TrainingDiverged, load_config, open_sources, train
+from jaxembed.train.job import TrainingDiverged, load_config, loop, open_sources, train
 from jaxembed.train.job.evaluation import evaluate
 from jaxembed.train.job.feeding import feed
 from jaxembed.train.metrics import auc, log_loss
@@ -75,6 +76,7 @@ def test_id_frequency_is_in_the_checkpoint(whole):
     # Batches made ahead are counted too: of 9 steps at most two.
     assert 9 * BATCH <= found["id"]["lookups"] <= 12 * BATCH
     assert found["id"]["counters"] == 50
+    assert (found["id"]["since_step"], found["id"]["num_hosts"]) == (0, 1)
     for table in found.values():
         assert table["counts"] == sorted(table["counts"], reverse=True)
         assert table["ranks"][-1] == table["distinct"]
@@ -168,6 +170,7 @@ def test_sigterm_saves_and_the_next_start_ends_in_the_same_bits(whole, tmp_path)
     assert whole_steps(result.checkpoints)[-1] == 5
     result = train(load_config(path))
     assert (result.preempted, result.step) == (False, 9)
+    assert read_checkpoint(result.checkpoints).metadata["id_frequency"]["id"]["since_step"] == 5
     # The batches of the data differ in `train`'s path alone, which the bits do not.
     assert_same_bits(result.checkpoints, expected.checkpoints)
 
@@ -217,6 +220,12 @@ def test_a_finished_job_does_nothing(whole):
     jax.tree.map(np.testing.assert_array_equal, again.state.params, result.state.params)
     canonical = [r.trainer.embedding.to_canonical(r.state.embedding) for r in (again, result)]
     jax.tree.map(np.testing.assert_array_equal, *canonical)
+
+
+def test_going_on_makes_no_tables_beside_those_that_are_restored(whole, monkeypatch):
+    config, _ = whole
+    monkeypatch.setattr(Trainer, "init", lambda *_: pytest.fail("tables would be there twice"))
+    assert train(config).step == 9
 
 
 def test_a_damaged_latest_step_says_how_to_go_on(whole, tmp_path):
@@ -292,6 +301,37 @@ def test_data_without_examples_are_named(tmp_path, part):
     pq.write_table(pq.read_table(path).slice(0, 0), empty)
     with pytest.raises(ValueError, match=rf"data\.{part} must hold examples to (train|evaluate) on, got none"):
         open_sources(job(tmp_path, path, **{f"data.{part}": [str(empty)]}).data, 4)
+
+
+def test_patterns_reach_all_folders_and_take_a_file_once(tmp_path):
+    path = write_data(tmp_path)
+    (tmp_path / "2026" / "11").mkdir(parents=True)
+    deep = shutil.copy(path, tmp_path / "2026" / "11" / "a.parquet")
+    odd = shutil.copy(path, tmp_path / "day[1].parquet")
+    shutil.copy(path, tmp_path / "day1.parquet")
+
+    def files(*patterns):
+        train = [f"{tmp_path}/{pattern}" for pattern in patterns]
+        return list(open_sources(job(tmp_path, path, **{"data.train": train}).data, 4).train.counts)
+
+    assert files("2026/**/*.parquet") == files("2026/11/a.parquet") == [str(deep)]
+    assert len(files("**/*.parquet")) == 4
+    assert files("day[1].parquet") == [str(odd)]
+    assert files("data.parquet", "./2026/11/../../data.parquet", "d*a.parquet") == [str(path)]
+    with pytest.raises(FileNotFoundError, match=r"no Parquet file is at '.*/2025/\*\*/\*\.parquet'"):
+        files("data.parquet", "2025/**/*.parquet")
+
+
+def test_batches_of_several_hosts_must_divide_over_the_sparsecores(tmp_path, monkeypatch):
+    config = job(tmp_path, **{"training.batch_size": 48})
+    sources = open_sources(config.data, config.model.dim)
+    stacks = {"a": types.SimpleNamespace(cores=4), "b": types.SimpleNamespace(cores=0)}
+    embedding = types.SimpleNamespace(stacks=stacks, num_shards=8)
+    monkeypatch.setattr(loop, "build_trainer", lambda *_: types.SimpleNamespace(embedding=embedding))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    message = "training.batch_size must be a multiple of the 32 SparseCores of 2 hosts, got 48"
+    with pytest.raises(ValueError, match=message):
+        loop.Job(config, sources)
 
 
 def test_batches_must_divide_over_the_devices(tmp_path):

@@ -1,5 +1,6 @@
 """Learning rates that are callables or schedules of optax, on every engine and exchange, eagerly and in jitted steps."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -165,3 +166,15 @@ def test_the_trainer_calls_them_at_each_step():
     moved = [not np.array_equal(a, b) for a, b in itertools.pairwise(tables)]
     assert moved == [False, True, False]
     assert rate.calls == 3
+
+
+def test_a_schedule_that_cannot_be_a_key_says_what_to_do():
+    @dataclasses.dataclass
+    class Warmup:
+        peak: float
+
+        def __call__(self, step):
+            return self.peak * step
+
+    with pytest.raises(ValueError, match=r"learning_rate must be hashable, .* make a dataclass frozen"):
+        SGD(Warmup(0.1))

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import jaxembed as je
-from jaxembed.optimizers import Adagrad
+from jaxembed.optimizers import SGD, Adagrad
 from jaxembed.train import Embedding, ShardedEmbedding, Trainer
 from jaxembed.train.data import Batch
 
@@ -74,6 +74,24 @@ def test_first_update_is_that_of_the_functional_form(mesh, features):
     module.apply_gradients(features, gradients)
     state = embedding.apply_gradients(state, features, gradients)
     np.testing.assert_array_equal(module.embedding_tables[TABLE], embedding.embedding_tables(state)[TABLE])
+
+
+def test_a_learning_rate_that_is_called_trains_in_a_jitted_step(mesh, features):
+    rates = iter([1.0, 0.25])
+    module = Embedding(CONFIG, SGD(lambda: next(rates)), mesh, rngs=nnx.Rngs(0))
+    batch, _ = module.sharded.shard_batch({"a": np.arange(8, dtype=np.int32), "b": features["b"] + 8})
+    gradients = jax.tree.map(jnp.ones_like, module(batch))
+
+    @nnx.jit
+    def step(module, called):
+        module.apply_gradients(batch, gradients, called_values=called)
+
+    for rate in (1.0, 0.25):
+        before = np.asarray(module.embedding_tables[TABLE])
+        step(module, module.called_values())
+        moved = before - np.asarray(module.embedding_tables[TABLE])
+        np.testing.assert_allclose(moved[:16], rate, rtol=1e-5)
+        np.testing.assert_array_equal(moved[16:], 0)
 
 
 class Head(nnx.Module):

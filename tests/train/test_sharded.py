@@ -1,6 +1,7 @@
 """ShardedEmbedding on 8 devices against one device: lookups, updates, and what meshes must not change."""
 
 import re
+import types
 from collections import Counter
 
 import jax
@@ -13,6 +14,7 @@ from jaxembed.initializers import RandomUniform
 from jaxembed.optimizers import SGD, Adagrad
 from jaxembed.train import Checkpointer
 from jaxembed.train.embedding import ShardedEmbedding
+from jaxembed.train.sharded_inputs import check_hosts, hosts_of_shards
 
 EXCHANGES = ("all_gather", "all_to_all")
 #: Where one of them is enough for most runs.
@@ -246,6 +248,26 @@ def test_dense_ids_may_be_traced_and_others_say_what_to_do():
         lookup(state, RaggedTensor.from_lists([[1]]))
 
 
+@pytest.mark.parametrize(("dtype", "vocabulary"), [(np.uint8, 256), (np.int8, 300), (np.uint16, 1 << 16)])
+def test_traced_ids_of_a_type_that_cannot_count_the_vocabulary(dtype, vocabulary):
+    embedding = ShardedEmbedding({"t": FeatureConfig(TableConfig(vocabulary, 4, name="t"))}, SGD(1.0), mesh())
+    state, ids = embedding.init(jax.random.key(0)), np.array([0, 1, 127, np.iinfo(dtype).max] * 2, dtype)
+    lookup = jax.jit(lambda state, ids: embedding.lookup(state, {"t": ids}, count_bad_ids=True))
+    activations, counts = lookup(state, ids)
+    np.testing.assert_array_equal(activations["t"], np.asarray(embedding.to_canonical(state)[0]["t"])[ids])
+    assert int(counts["t"]) == 0
+
+
+def test_row_splits_of_any_integer_type():
+    embedding = ShardedEmbedding({"t": FeatureConfig(USER, max_sequence_length=2)}, SGD(1.0), mesh())
+    state = embedding.init(jax.random.key(0))
+    values, splits = np.array([1, 2, 3]), np.array([0, 2, 3])
+    expected = embedding.lookup(state, {"t": RaggedTensor(values, splits)})["t"]
+    for dtype in (np.uint64, np.uint8):
+        found = embedding.lookup(state, {"t": RaggedTensor(values, splits.astype(dtype))})["t"]
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("exchange", ONE_EXCHANGE)
 def test_a_batch_that_looks_up_one_shard_only_is_exact(exchange):
     """All ids on one shard and far more than a round takes: nothing is dropped."""
@@ -346,6 +368,39 @@ def test_gradients_of_tables(exchange):
         return total(embedding.lookup(embedding.from_canonical(tables, slots, step), batch, sharded))
 
     assert_close(jax.tree.map(np.asarray, gradient(tables)), jax.tree.map(np.asarray, expected), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "found"),
+    [
+        (("data", "model"), None),
+        (("model", "data"), None),
+        (("data",), None),
+        (("model",), r"shard 0 on hosts \[0, 1\]"),
+    ],
+    ids=str,
+)
+def test_shards_must_be_a_hosts_own(axes, found):
+    """Two hosts of four devices, as rows of the mesh."""
+    devices = np.array([types.SimpleNamespace(process_index=i // 4) for i in range(8)]).reshape(2, 4)
+    grid = types.SimpleNamespace(devices=devices, axis_names=("data", "model"))
+    hosts = hosts_of_shards(grid, axes)
+    assert hosts.shape == {1: (2, 4) if axes == ("data",) else (4, 2), 2: (8, 1)}[len(axes)]
+    if found is None:
+        check_hosts(hosts, 2, axes, grid.axis_names)
+        return
+    with pytest.raises(
+        ValueError, match=rf"axis must span all hosts, .* got \('model',\) .* gives {found}; name all"
+    ):
+        check_hosts(hosts, 2, axes, grid.axis_names)
+
+
+def test_hosts_must_have_as_many_shards(monkeypatch):
+    with pytest.raises(ValueError, match=r"gives \[1, 1, 2\] shards by host; name all axes"):
+        check_hosts(np.array([[0], [2], [1], [2]]), 3, ("d",), ("d",))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"gives \[8, 0\] shards by host; .* take a mesh of all devices"):
+        ShardedEmbedding(CONFIG, SGD(), mesh())
 
 
 def test_refusals():

@@ -373,6 +373,33 @@ def test_tables_that_sparsecores_cannot_hold_are_named_once(caplog):
     assert {p.table.name for stack in ours.stacks.values() for p in stack.placements} == set(tables)
 
 
+def test_a_number_of_sparsecores_that_is_no_power_of_two_leaves_all_tables_to_xla(monkeypatch, caplog):
+    """jax-tpu-embedding would end the process as soon as a batch is laid out."""
+    # As engine="auto" finds them on three chips of v5p.
+    monkeypatch.setattr("jaxembed.train.embedding.sparse_cores", lambda *_: 4)
+    ours = embedding(engine="auto", devices=3)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "'item', 'tag', 'user': there are 12 SparseCores, which must be a power of two" in message
+    assert not any(stack.cores for stack in ours.stacks.values())
+    state = ours.init(jax.random.key(0))
+    inputs, _ = random_batch(0)
+    tables = jax.tree.map(np.asarray, ours.embedding_tables(state))
+    assert_close(ours.lookup(state, inputs), serving_embedding_lookup(inputs, None, tables, CONFIG))
+
+
+def test_a_number_of_sparsecores_that_is_no_power_of_two_is_an_error_where_they_are_asked_for():
+    cores = sparsecore_stacks.sparse_cores
+    assert cores("auto", device("TPU v5"), 3) == 4
+    assert cores("sparsecore", device("TPU v6 lite"), 8) == 2
+    for kind, platform in (("TPU v5", "tpu"), ("cpu", "cpu")):
+        with pytest.raises(
+            ValueError, match=r"needs a power of two of SparseCores, got 12, 4 on each of 3 devices"
+        ):
+            cores("sparsecore", device(kind, platform), 3)
+    with pytest.raises(ValueError, match="needs a power of two of SparseCores, got 12"):
+        embedding(devices=3)
+
+
 def largest(valency, vectors):
     valid = jnp.arange(vectors.shape[0]) < valency
     return jnp.max(jnp.where(valid[:, None], vectors, -9), axis=0)

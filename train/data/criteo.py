@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,8 +65,10 @@ def convert_criteo(
             )
     texts = describe_texts(paths)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as parent:
+        # Made anew in it: that one is for nobody else to read.
+        temporary = Path(parent) / "columns"
+        temporary.mkdir()
         count = 0
         with (
             open(temporary / "ids", "wb") as ids,
@@ -87,9 +88,6 @@ def convert_criteo(
         meta = {"examples": count, "vocabulary_sizes": sizes, "texts": texts, "version": 1}
         (temporary / _META).write_text(json.dumps(meta))
         os.rename(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
     return directory
 
 

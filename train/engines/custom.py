@@ -42,7 +42,11 @@ def as_sequence(lookup: Lookup) -> Lookup:
     if not all(is_concrete(x) for x in jax.tree.leaves((operands.ids, operands.bags, operands.weights))):
         return Lookup(sequence, operands, shape)  # such a batch is refused where it is laid out
     ids = np.asarray(operands.ids)
-    rows = _ragged_rows(np.asarray(operands.bags), ids.size) if bag.layout == "ragged" else operands.bags
+    rows = (
+        _ragged_rows(np.asarray(operands.bags).astype(np.int64), ids.size)
+        if bag.layout == "ragged"
+        else operands.bags
+    )
     rows = np.asarray(rows).astype(np.int64)
     live = (rows >= 0) & (rows < bag.num_bags)
     if bag.prune_ids:

@@ -55,7 +55,7 @@ def _segments(feature: FeatureLayout, lookup: Lookup, num_ids: int) -> tuple[np.
     bag, operands = lookup.bag, lookup.operands
     if bag.layout == "dense":
         return np.arange(num_ids), np.arange(num_ids)
-    bags = np.asarray(operands.bags)
+    bags = np.asarray(operands.bags).astype(np.int64)
     length = bag.sequence_length
     if bag.layout == "ragged":
         source = np.arange(bags[0], bags[-1])
@@ -66,7 +66,7 @@ def _segments(feature: FeatureLayout, lookup: Lookup, num_ids: int) -> tuple[np.
         live = column < length
         return source[live], (row * length + column)[live]
     live = (bags >= 0) & (bags < bag.num_bags)
-    segments = bags.astype(np.int64)
+    segments = bags
     if length:
         column = np.asarray(operands.columns)
         live &= (column >= 0) & (column < length)

@@ -54,8 +54,8 @@ def plan_batch(
             lookup = as_sequence(lookup)
         num_shards, shape = stack.num_shards // num_hosts, lookup.output_shape
         cores = max(stack.cores, 1)
-        # A batch without rows keeps one place a shard: collectives of nothing do not compile.
-        size = max(-(-num_rows // (num_shards * cores)) * inner, 1) * cores
+        # A batch without rows keeps one of padding a shard: collectives of nothing do not compile.
+        size = max(max(-(-num_rows // (num_shards * cores)), 1) * inner, 1) * cores
         if num_hosts > 1:
             if num_rows % (num_shards * cores):
                 what = f"{num_shards * cores} {'SparseCores' if stack.cores else 'shards'}"

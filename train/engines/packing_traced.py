@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from jaxembed.inputs.ids import signed_ids
+
 from .batch import ShardedBatch
 from .entries import placement_of
 from .matching import Plan
@@ -28,7 +30,7 @@ def pack_in_trace(plan: Plan, stacks: Mapping[str, Stack], num_shards: int) -> S
                 "inside of a trace; call ShardedEmbedding.shard_batch on the batch before jit."
             )
         stack, size = stacks[feature.stack], num_shards * feature.num_segments
-        ids = jnp.asarray(lookup.operands.ids)
+        ids = signed_ids(jnp.asarray(lookup.operands.ids))  # V may be more than their own type counts
         ids = jnp.pad(ids, (0, size - ids.shape[0])).reshape(num_shards, -1)
         real = (np.arange(size) < math.prod(feature.output_shape[:-1])).reshape(num_shards, -1)
         keep = (ids >= 0) & (ids < feature.feature.table.vocabulary_size)

@@ -1,6 +1,7 @@
 """Host preprocessing for SparseCores: jax-tpu-embedding sorts a batch's ids by the SparseCores that hold them."""
 
 import itertools
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ class SparseCorePacking:
 
     def __init__(self):
         self._limits: dict[str, Limits] = {}
+        self._lock = threading.Lock()
 
     def pack(self, stack: Stack, parts: list[Part], num_shards: int) -> SparseCoreIds:
         """The ids of one stack, as numpy arrays [num_shards, ...].
@@ -67,8 +69,10 @@ class SparseCorePacking:
         out, needed = _preprocess(stack, counts, positions, gains, num_shards, tried)
         needed = agree(needed)._replace(max_ids=most)
         if any(a > b for a, b in zip(needed, limits, strict=True)):
-            limits = Limits(*(max(_room(a), b) if a > b else b for a, b in zip(needed, limits, strict=True)))
-            self._limits[stack.name] = limits
+            with self._lock:  # another thread's batch may have needed more meanwhile
+                known = self._limits.get(stack.name, Limits())
+                limits = Limits(*(max(_room(a), b) if a > b else b for a, b in zip(needed, known, strict=True)))
+                self._limits[stack.name] = limits
             out, _ = _preprocess(stack, counts, positions, gains, num_shards, limits)
         pointers, ids, samples, gains = (np.asarray(x).reshape(num_shards, -1) for x in out)
         return SparseCoreIds(pointers, ids, samples, gains, None, None, limits.max_ids, limits.max_unique_ids)

@@ -20,7 +20,7 @@ _EMULATED_CORES = 4
 _LOG = logging.getLogger("jaxembed")
 
 
-def sparse_cores(engine: str, device: Any) -> int:
+def sparse_cores(engine: str, device: Any, num_devices: int = 1) -> int:
     """SparseCores a device that the engine uses: 0 is the `xla` engine.
 
     Args:
@@ -28,9 +28,11 @@ def sparse_cores(engine: str, device: Any) -> int:
         "sparsecore" on a device without a TPU runs the same layout and host preprocessing, and looks up as
         the `xla` engine does.
       device: of the mesh.
+      num_devices: over which tables are sharded.
 
     Raises:
-      ValueError: if `engine` is none of `ENGINES`, or "sparsecore" and the library or the cores are missing.
+      ValueError: if `engine` is none of `ENGINES`, or "sparsecore" and the library or the cores are missing, or those
+        of all devices are no power of two.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}.")
@@ -40,6 +42,16 @@ def sparse_cores(engine: str, device: Any) -> int:
         if engine == "auto":
             return 0
         raise ValueError("engine='sparsecore' needs jax-tpu-embedding: pip install 'jaxembed[sparsecore]'.")
+    cores = _cores_of(engine, device)
+    if engine == "sparsecore" and not _is_power_of_two(num_devices * cores):
+        raise ValueError(
+            f"engine='sparsecore' needs a power of two of SparseCores, got {num_devices * cores}, {cores} on each of "
+            f"{num_devices} devices; take a mesh of 1, 2, 4, 8, ... devices, or engine='xla'."
+        )
+    return cores
+
+
+def _cores_of(engine: str, device: Any) -> int:
     if device.platform != "tpu":
         return _EMULATED_CORES
     from jax_tpu_embedding.sparsecore.utils import utils
@@ -72,7 +84,10 @@ def refused_tables(
         if reason:
             refused[name] = reason
     if refused:
-        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
+        names: dict[str, list[str]] = {}
+        for name, reason in refused.items():
+            names.setdefault(reason, []).append(repr(name))
+        reasons = "; ".join(f"{', '.join(those)}: {reason}" for reason, those in names.items())
         _LOG.warning("Tables that the sparsecore engine leaves to the xla engine: %s.", reasons)
     return refused
 
@@ -146,6 +161,9 @@ def _most_rows(blocks: int, width: int) -> int:
 
 
 def _why_not(table: TableConfig, optimizer: Optimizer, sharding: str, blocks: int) -> str:
+    if not _is_power_of_two(blocks):
+        # jax-tpu-embedding would end the process.
+        return f"there are {blocks} SparseCores, which must be a power of two"
     if sharding != "mod":
         return f"its plan is {sharding!r}, SparseCores shard by 'mod'"
     if table.dtype != np.float32:
@@ -159,6 +177,10 @@ def _why_not(table: TableConfig, optimizer: Optimizer, sharding: str, blocks: in
     if _rows(table, blocks) > _most_rows(blocks, _round_up(table.dim, 8)):
         return f"its vocabulary_size {table.vocabulary_size} leaves no room for padding below 2**31"
     return ""
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value & (value - 1) == 0
 
 
 def _round_up(value: int, multiple: int) -> int:

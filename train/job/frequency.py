@@ -44,17 +44,23 @@ class IdFrequency:
                 counts = self._counts[table.name]
                 np.add.at(counts, ids % counts.size, 1)
 
-    def summary(self) -> dict[str, dict[str, Any]]:
+    def summary(self, since_step: int = 0, num_hosts: int = 1) -> dict[str, dict[str, Any]]:
         """JSON-able, by table.
 
+        Args:
+          since_step: of the job, when counting began.
+          num_hosts: among which the rows of a batch are divided; those of this one are counted.
+
         Returns:
+          What was passed;
           `lookups`, how many ids; `distinct`, how many different ones; `ranks` 1, 2, 4, ... and the last;
           `counts`, how often the id of that rank was looked up; `shares`, what share of all lookups the ids
           up to that rank have; `counters`, how many there are, fewer than V where ids share them.
         """
         with self._lock:
             copies = {name: counts.copy() for name, counts in self._counts.items()}
-        return {name: _summary(counts) for name, counts in copies.items()}
+        origin = {"since_step": since_step, "num_hosts": num_hosts}
+        return {name: origin | _summary(counts) for name, counts in copies.items()}
 
 
 def _summary(counts: np.ndarray) -> dict[str, Any]:

@@ -91,7 +91,9 @@ class Job:
         self._per_epoch = -(-len(sources.train) // training.batch_size)
         self._total = training.steps or training.epochs * self._per_epoch
         self.trainer: Trainer = build_trainer(config, sources)
+        self._check_batch_size()
         self._frequency = IdFrequency(sources.feature_config)
+        self._first = 0
         self._checkpointer = Checkpointer(
             self._out / "checkpoints", self.trainer.embedding, max_to_keep=config.checkpoints.keep
         )
@@ -113,7 +115,7 @@ class Job:
         self._checkpointer.claim()
         check_hosts(self._sources.origin)
         state, place = self._start()
-        step = first = int(state.embedding.step)
+        step = first = self._first = int(state.embedding.step)
         self._report = report = Report(
             config.logs, self._out, config.training.batch_size, step, max(self._total, step)
         )
@@ -152,12 +154,12 @@ class Job:
 
     def _start(self) -> tuple[TrainState, Any]:
         """The state to go on from, and the place in the input."""
-        fresh = self.trainer.init(jax.random.key(self._config.training.seed))
         latest = self._checkpointer.latest_step()
         if latest is None:
-            return fresh, None
+            return self.trainer.init(jax.random.key(self._config.training.seed)), None
         try:
-            restored = self._checkpointer.restore(latest, model=fresh.model)
+            # Into shapes alone: tables that were made first would be on the devices a second time.
+            restored = self._checkpointer.restore(latest, model=self.trainer.abstract_state().model)
         except CheckpointError as e:
             folder = self._checkpointer.directory / str(latest)
             raise CheckpointError(
@@ -168,6 +170,17 @@ class Job:
         self._watch.last_good = restored.step
         self._history = list(restored.metadata.get("history", []))
         return TrainState(restored.state, **restored.model), restored.data
+
+    def _check_batch_size(self) -> None:
+        """One host pads its batches where they do not divide; several need the same shapes."""
+        stacks, size = self.trainer.embedding.stacks.values(), self._config.training.batch_size
+        cores = max((stack.cores for stack in stacks), default=0)
+        count = self.trainer.embedding.num_shards * cores
+        if jax.process_count() > 1 and cores and size % count:
+            raise ValueError(
+                f"training.batch_size must be a multiple of the {count} SparseCores of {jax.process_count()} hosts, got "
+                f"{size}; change it, or take tables.engine='xla', which needs a multiple of the devices."
+            )
 
     def _check_batches(self, restored: Restored) -> None:
         saved, own = restored.metadata.get("batches"), _json(self._config.batches_key())
@@ -239,7 +252,7 @@ class Job:
                 "capacities": self.trainer.embedding.capacities,
                 "evaluation": self._evaluation,
                 "history": self._history,
-                "id_frequency": self._frequency.summary(),
+                "id_frequency": self._frequency.summary(self._first, jax.process_count()),
             },
             force=True,
         )

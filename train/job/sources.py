@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,13 +172,16 @@ def _parquet_features(data: ParquetData, dim: int) -> dict[str, FeatureConfig]:
 
 
 def _paths(patterns: tuple[str, ...]) -> list[str]:
-    found = []
+    """The files of all patterns in their order, each once, by the first of its names."""
+    found: dict[str, str] = {}
     for pattern in patterns:
-        paths = sorted(glob.glob(pattern))
+        # A file that is there is meant itself: a name may hold "[".
+        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not paths:
             raise FileNotFoundError(f"no Parquet file is at {pattern!r}.")
-        found += paths
-    return found
+        for path in paths:
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
 def _some(examples: Examples, rows: np.ndarray) -> Examples | None:
