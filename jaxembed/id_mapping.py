@@ -45,7 +45,7 @@ class HashBuckets:
       [756, 710, 756]
 
     References:
-      `tf.keras.layers.Hashing`.
+      `tf.keras.layers.Hashing`, whose hashes are others: rows differ.
     """
 
     num_buckets: int

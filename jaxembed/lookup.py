@@ -269,13 +269,11 @@ def _plan_sparse(feature: Any, ids: SparseTensor, weights: Any, table: Any) -> L
     for axis, size in enumerate(leading[1:], start=1):
         rows = rows * size + indices[:, axis]
     if len(leading) > 1:
-        # A coordinate beyond its axis would count in another row: of padding, or unseen in a trace.
-        xp = np if is_host(indices) else jnp
-        rows = xp.where(
-            xp.all((indices[:, :-1] >= 0) & (indices[:, :-1] < np.array(leading, indices.dtype)), axis=1),
-            rows,
-            num_bags,
-        )
+        # A coordinate beyond its axis would count in another row: of padding, or unseen in a trace. Sizes may be symbolic.
+        inside: Any = True
+        for axis, size in enumerate(leading):
+            inside &= (indices[:, axis] >= 0) & (indices[:, axis] < size)
+        rows = (np if is_host(indices) else jnp).where(inside, rows, num_bags)
     prune = feature.validate_weights_and_indices or len(leading) > 1
     bag = Bag("sparse", num_bags, combiner, prune_ids=prune, prune_weights=prune and combiner != "sum")
     values = None if weights is None else weights.values

@@ -168,8 +168,10 @@ def _weights(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray
             with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
                 weight = RaggedTensor.from_lists(weight, np.float32)
         except ValueError as e:
-            splits = np.cumsum([0, *map(len, weight)])[None]
-            wrong = checks.listed_weights([feature], [value for row in weight for value in row], splits)
+            wrong = None
+            if all(np.ndim(row) or isinstance(row, list | tuple) for row in weight):
+                splits = np.cumsum([0, *map(len, weight)])[None]
+                wrong = checks.listed_weights([feature], [value for row in weight for value in row], splits)
             raise wrong or ValueError(f"Weight for {feature.path!r}: {e}") from None
     if not isinstance(weight, RaggedTensor):
         raise checks.weight_kind(feature, weight, "a RaggedTensor or a list of lists")

@@ -22,6 +22,8 @@ atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", _PROGRAMS)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+_HURRIES = jax.config.read("jax_disable_most_optimizations")
+
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
 hypothesis.settings.load_profile("default")
 
@@ -29,11 +31,10 @@ hypothesis.settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _compiled_as_users_do(request):
     """What is compared with TensorFlow is compiled at length, whatever `make test` says of others."""
-    hurries = jax.config.read("jax_disable_most_optimizations")
-    if request.node.get_closest_marker("parity"):
-        jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", hurries)
+    hurries = _HURRIES and not request.node.get_closest_marker("parity")
+    if hurries != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # which do not tell programs apart by this
+        jax.config.update("jax_disable_most_optimizations", hurries)
 
 
 @pytest.fixture(autouse=True)

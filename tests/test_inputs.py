@@ -72,6 +72,14 @@ class _Foreign:
         return np.array([object(), object()])
 
 
+def test_columns_of_tables_are_rows():
+    """Numbers beside missing ones come as floats, those of columns of lists as objects."""
+    assert je.RaggedTensor.from_lists([[1.0, 2.0], []], np.int32).values.tolist() == [1, 2]
+    for dtype, row in ((np.int64, [1, 2]), (np.float32, [0.5, 1])):
+        ragged = je.RaggedTensor.from_lists([np.array(row, object), []], dtype)
+        assert (ragged.to_lists(), ragged.dtype) == ([row, []], dtype)
+
+
 def test_lists_of_arrays_are_rows_whoever_made_them():
     rows = [jax.numpy.array([1, 2]), jax.numpy.array([3, 4])]
     assert je.as_input(rows).to_lists() == je.as_input([np.asarray(row) for row in rows]).to_lists()
@@ -114,6 +122,7 @@ def test_lists_of_arrays_are_rows_whoever_made_them():
             "must hold int32 numbers, got int64 from 1 to 4294967301",
         ),
         (lambda: je.RaggedTensor.from_lists([[1.5]], np.int32), "must hold int32 numbers, got float64"),
+        (lambda: je.RaggedTensor.from_lists([[np.nan]], np.int32), "must hold int32 numbers, got float64"),
         (lambda: je.RaggedTensor.from_lists([["0.5"]], np.float32), "rows must hold numbers, got <U3"),
         (lambda: je.RaggedTensor.from_lists([[True]], np.float32), "rows must hold numbers, got bool"),
         (lambda: je.as_input(_Foreign()), "as_input cannot convert _Foreign"),

@@ -73,6 +73,21 @@ def test_padding_of_a_sparse_tensor_counts_nowhere_whatever_its_other_coordinate
         assert not np.any(np.asarray(out).reshape(6, -1)[1:])
 
 
+def test_sparse_inputs_of_symbolic_sizes():
+    n, b = jax.export.symbolic_shape("n, b")
+    sizes = jax.ShapeDtypeStruct((b,), jnp.int32)
+    shapes = jax.ShapeDtypeStruct((n, 3), jnp.int32), jax.ShapeDtypeStruct((n,), jnp.int32), sizes
+    with je.use_backend("xla"):
+        exported = jax.export.export(
+            jax.jit(lambda i, v, rows: lookup(je.SparseTensor(i, v, (rows.shape[0], 3, 4))))
+        )(*shapes)
+    indices = np.array([[0, 1, 0], [1, 2, 3], [2, -1, 0]], np.int32)
+    out = exported.call(indices, np.array([1, 4, 4], np.int32), np.zeros(2, np.int32))
+    np.testing.assert_array_equal(out[0, 1], ROWS[1])
+    np.testing.assert_array_equal(out[1, 2], ROWS[4])
+    assert np.count_nonzero(np.abs(out).sum(-1)) == 2
+
+
 def test_uint32_ids_do_not_wrap(path):
     out, count = jax.jit(lookup, static_argnames="count_bad_ids")(
         jnp.array([2**32 - 1, 1], jnp.uint32), count_bad_ids=True

@@ -64,6 +64,8 @@ def test_wide_ids_are_padding_and_not_another_row(id_, ids_type):
     table, _ = sparse_update(SGD(1.0), jnp.zeros((11, 1)), {}, ids, jnp.ones((2, 1)), 0)
     assert table[:, 0].tolist() == [0.0, 0.0, 0.0, -1.0, *[0.0] * 7]
     assert dedupe(ids, jnp.ones((2, 1)), 11)[0].tolist() == [3, 11]
+    table, _ = sparse_update(SGD(1.0), jnp.zeros((4, 1)), {}, [1, 3], jnp.ones((2, 1)), 0)
+    assert table[:, 0].tolist() == [0.0, -1.0, 0.0, -1.0]
 
 
 @pytest.mark.parametrize("num_rows", [256, 300])

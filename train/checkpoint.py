@@ -204,7 +204,8 @@ class Checkpointer:
         """Of steps that are saved the latest counts: one before it would not be gone on from, and be the first to go."""
         if (self._manager.latest_step() or 0) <= step:
             return
-        self._manager.reload()  # it may have been moved away
+        self.wait()  # what is being saved is not on the disk yet
+        self._manager.reload()  # what is known may have been moved away
         latest = self._manager.latest_step() or 0
         if latest > step:
             raise ValueError(

@@ -20,8 +20,11 @@ MAX_NAME = 200
 ROOM = 600
 #: A folder that is being made is not locked yet.
 GRACE_SECONDS = 60
-#: What file systems without hard links say.
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+#: What file systems say that have no hard links, or none from folder to folder.
+_NO_LINKS = (
+    *(errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS),
+    *(errno.EMLINK, errno.EXDEV),
+)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="no bar, even on a terminal")
     foreign = parser.add_argument_group("between frameworks")
     foreign.add_argument(
-        "--feature-config", metavar="FILE", help="JSON that jaxembed serialized, for the tables"
+        "--feature-config", metavar="FILE", help="JSON of jaxembed.serialization.feature_config_to_json"
     )
     foreign.add_argument(
         "--keys", metavar="FILE", help='JSON {"name in the file": "table" or ["table", "slot"]}; else guessed'

@@ -144,6 +144,8 @@ class RaggedTensor:
                 raise ValueError(f"RaggedTensor.from_lists: row {i} must be a flat list, got {rows[i]!r}.")
         full = [array for array in arrays if array.size]
         values = np.concatenate(full) if full else np.zeros(0, np.int32)
+        if values.dtype.kind == "O":
+            values = np.array(values.tolist())
         if values.dtype.kind not in "iufV":  # V: bfloat16
             raise ValueError(
                 f"RaggedTensor.from_lists: rows must hold numbers, got {values.dtype}; "
@@ -246,7 +248,8 @@ def _as_type(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype.kind not in "iu" or not values.size:
         return values.astype(dtype)
     limits = np.iinfo(dtype)
-    if values.dtype.kind not in "iu" or values.min() < limits.min or values.max() > limits.max:
+    whole = values.dtype.kind in "iu" or bool((values == np.trunc(values)).all())
+    if not whole or values.min() < limits.min or values.max() > limits.max:
         raise ValueError(
             f"RaggedTensor.from_lists: rows must hold {dtype.name} numbers, got {values.dtype.name} from {values.min()} to "
             f"{values.max()}; pass another dtype."

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxembed.inputs.ids import signed_ids
@@ -42,7 +43,7 @@ def sparse_update(
       The table and slots, updated.
     """
     num_rows = table.shape[0]
-    ids, gradients = jnp.asarray(signed_ids(ids)), jnp.asarray(gradients)
+    ids, gradients = _integers(ids), jnp.asarray(gradients)
     if learning_rate is None:
         optimizer = optimizer.with_called_at(step)
         learning_rate = optimizer.learning_rate_at(step)
@@ -162,8 +163,12 @@ def _update_one_by_one(
     return table, updated
 
 
+def _integers(ids: Ids) -> jax.Array:
+    return jnp.asarray(signed_ids(ids if hasattr(ids, "dtype") else np.asarray(ids)))
+
+
 def _sort(ids: Ids, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    ids = jnp.asarray(signed_ids(ids))
+    ids = _integers(ids)
     ids = jnp.where((ids >= 0) & (ids < num_rows), ids, num_rows).astype(jnp.int32)
     return lax.sort_key_val(ids, jnp.arange(ids.shape[0], dtype=jnp.int32))
 

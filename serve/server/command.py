@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from jaxembed.serve.table_memory import TABLES
 
 from . import logs
-from .config import ServerConfig
+from .config import MEGABYTE, ServerConfig
 from .workers import Supervisor
 
 # Only workers import these; they would die of one that is missing, and be started again for ever.
@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout", type=float, default=30.0, help="seconds that a request may take; it may name fewer"
+    )
+    parser.add_argument(
+        "--max-body-bytes", type=int, default=64 * MEGABYTE, help="of a request, also after it is decompressed"
     )
     parser.add_argument("--body-timeout", type=float, default=10.0)
     parser.add_argument("--idle-timeout", type=float, default=30.0)
@@ -121,6 +124,7 @@ def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         max_queue_requests=options.max_queue_requests,
         max_queue_rows=options.max_queue_rows,
         default_timeout=options.timeout,
+        max_body_bytes=options.max_body_bytes,
         body_timeout=options.body_timeout,
         idle_timeout=options.idle_timeout,
         drain_grace=options.drain_grace,

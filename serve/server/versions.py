@@ -216,7 +216,9 @@ class Versions:
             load = self._load_first if old is None else self._load_beside
             model = await loop.run_in_executor(self._thread, load, version, old)
         except Exception as e:
-            again = loop.time() + _RETRY_SECONDS * 2 ** min(self._failures.tries(version, identity), 6)
+            # Less and less often where a version serves, which loading disturbs.
+            tries = 0 if old is None else min(self._failures.tries(version, identity), 6)
+            again = loop.time() + _RETRY_SECONDS * 2**tries
             if self._failures.add(version, identity, f"{type(e).__name__}: {e}", again):
                 self._metrics.version_failed()
                 self._metrics.log.error(

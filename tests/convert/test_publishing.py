@@ -87,9 +87,10 @@ def test_a_folder_that_comes_at_the_last_moment_stays(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "file").read_text() == "theirs"
 
 
-def test_without_hard_links_files_are_renamed(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV])
+def test_without_hard_links_files_are_renamed(source, tmp_path, monkeypatch, code):
     def no_links(scratch, place):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", no_links)
     convert(source, tmp_path / "b.npz")

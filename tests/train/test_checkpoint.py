@@ -140,6 +140,10 @@ def test_to_go_back_means_to_move_what_came_later_away(tmp_path):
             ):
                 checkpointer.save(at_step(own, 150), force=force)
         assert not checkpointer.save(at_step(own, 300))  # is there
+        assert checkpointer.save(at_step(own, 400))
+        with pytest.raises(ValueError, match="has step 400, later than step 350"):  # though it is not whole yet
+            checkpointer.save(at_step(own, 350))
+        (tmp_path / "400").rename(tmp_path / "diverged too")
         (tmp_path / "300").rename(tmp_path / "diverged")
         assert checkpointer.save(at_step(own, 150))
     assert whole_steps(tmp_path) == [100, 150]

@@ -258,6 +258,16 @@ def test_traced_ids_of_a_type_that_cannot_count_the_vocabulary(dtype, vocabulary
     assert int(counts["t"]) == 0
 
 
+def test_wide_ids_of_the_host_beside_traced_ones():
+    features = {name: FeatureConfig(TableConfig(16, 4, name=name)) for name in "ab"}
+    embedding = ShardedEmbedding(features, SGD(1.0), mesh())
+    state, wide = embedding.init(jax.random.key(0)), np.array([2**32 + 5, 5] * 4)
+    lookup = jax.jit(lambda state, ids: embedding.lookup(state, {"a": ids, "b": wide}, count_bad_ids=True))
+    activations, counts = lookup(state, np.arange(8, dtype=np.int32))
+    assert (int(counts["a"]), int(counts["b"])) == (0, 4)
+    assert not np.asarray(activations["b"])[::2].any()
+
+
 def test_row_splits_of_any_integer_type():
     embedding = ShardedEmbedding({"t": FeatureConfig(USER, max_sequence_length=2)}, SGD(1.0), mesh())
     state = embedding.init(jax.random.key(0))

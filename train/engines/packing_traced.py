@@ -30,7 +30,8 @@ def pack_in_trace(plan: Plan, stacks: Mapping[str, Stack], num_shards: int) -> S
                 "inside of a trace; call ShardedEmbedding.shard_batch on the batch before jit."
             )
         stack, size = stacks[feature.stack], num_shards * feature.num_segments
-        ids = signed_ids(jnp.asarray(lookup.operands.ids))  # V may be more than their own type counts
+        # V may be more than their own type counts; those of the host may be too wide for a program.
+        ids = jnp.asarray(signed_ids(lookup.operands.ids))
         ids = jnp.pad(ids, (0, size - ids.shape[0])).reshape(num_shards, -1)
         real = (np.arange(size) < math.prod(feature.output_shape[:-1])).reshape(num_shards, -1)
         keep = (ids >= 0) & (ids < feature.feature.table.vocabulary_size)
