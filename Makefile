@@ -18,8 +18,8 @@ SPREAD := -n auto --dist worksteal
 demo: $(VENV)/.demo
 	$(BIN)/python examples/movielens.py
 
-# Programs of the tests are compiled in a hurry, but for those that TensorFlow's results are compared with: a third of
-# the time is LLVM's. Slow tests, and all of another Python, are compiled as usual. A test that hangs ends its process and fails.
+# Programs of the tests are compiled in a hurry, but for those that TensorFlow's results are compared with: a quarter
+# of the time is LLVM's. Slow tests, and all of another Python, are compiled as usual. A test that hangs ends its process and fails.
 test: $(VENV)/.test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) $(SPREAD) -m "not slow and not tpu" --timeout 900 --timeout-method thread
 

@@ -153,8 +153,8 @@ class Checkpointer:
           Whether the step was one to save.
 
         Raises:
-          ValueError: if a later step is there, or if `model` has no arrays, or two of one name, or if `metadata` or `data` is too large to be read
-            back, or if another process writes here.
+          ValueError: if a later step is there, if `model` has no arrays, or two of one name, if `metadata` or `data`
+            could not be read back, or if another process writes here.
           OSError: if the disk fails, now or in the save before.
         """
         step = int(state.step)

@@ -115,7 +115,7 @@ def dedupe_ids(ids: Ids, num_rows: int) -> tuple[Ids, Ids, Ids]:
       segment: [N] int32 ascending, where in `unique_ids` each of the sorted ids is; N for those to drop.
     """
     size = ids.shape[0]
-    ids, order = _sort(ids, num_rows)
+    ids, order = _sort(_integers(ids), num_rows)
     first = _is_first(ids)
     segment = jnp.where(ids < num_rows, jnp.cumsum(first, dtype=jnp.int32) - 1, size)
     # The firsts are ascending already: a second sort moves them to the front, cheaper than a scatter on TPU.
@@ -167,8 +167,7 @@ def _integers(ids: Ids) -> jax.Array:
     return jnp.asarray(signed_ids(ids if hasattr(ids, "dtype") else np.asarray(ids)))
 
 
-def _sort(ids: Ids, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    ids = _integers(ids)
+def _sort(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     ids = jnp.where((ids >= 0) & (ids < num_rows), ids, num_rows).astype(jnp.int32)
     return lax.sort_key_val(ids, jnp.arange(ids.shape[0], dtype=jnp.int32))
 

@@ -100,12 +100,19 @@ class Failures:
             elif not folder.problems:
                 self._known.pop(version, None)
 
-    def stands(self, version: int, identity: Any, now: float) -> bool:
-        """Whether a version failed, and is not to be tried again at `now`, in the time of `add`'s `again`."""
+    def stands(self, version: int, identity: Any, now: float, served: bool) -> bool:
+        """Whether a version failed, and is not to be tried again.
+
+        Args:
+          version: of the bundle.
+          identity: which one of that number.
+          now: in the time of `add`'s `again`.
+          served: by other workers.
+        """
         failure = self._known.get(version)
-        return (
-            failure is not None and failure.identity == identity and not failure.changed and now < failure.again
-        )
+        if failure is None or failure.identity != identity or failure.changed:
+            return False
+        return not served or now < failure.again
 
     def _files(self, versions: tuple[int, ...]) -> _Files:
         found = set[tuple[str, int, int, int]]()

@@ -9,7 +9,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
-import math
 import os
 import pathlib
 import shutil
@@ -179,8 +178,8 @@ class Versions:
                 identity = available[version]
                 if self._current is not None and (version, identity) == (self._current.version, self._identity):
                     return
-                now = asyncio.get_running_loop().time() if version in elsewhere else -math.inf
-                if self._failures.stands(version, identity, now):
+                now = asyncio.get_running_loop().time()
+                if self._failures.stands(version, identity, now, version in elsewhere):
                     continue
                 if await self._switch(version, identity):
                     return

@@ -14,7 +14,7 @@ from jaxembed.initializers import RandomUniform
 from jaxembed.optimizers import SGD, Adagrad
 from jaxembed.train import Checkpointer
 from jaxembed.train.embedding import ShardedEmbedding
-from jaxembed.train.sharded_inputs import check_hosts, hosts_of_shards
+from jaxembed.train.engines.host_shards import check_host_shards, hosts_of_shards
 
 EXCHANGES = ("all_gather", "all_to_all")
 #: Where one of them is enough for most runs.
@@ -397,17 +397,17 @@ def test_shards_must_be_a_hosts_own(axes, found):
     hosts = hosts_of_shards(grid, axes)
     assert hosts.shape == {1: (2, 4) if axes == ("data",) else (4, 2), 2: (8, 1)}[len(axes)]
     if found is None:
-        check_hosts(hosts, 2, axes, grid.axis_names)
+        check_host_shards(hosts, 2, axes, grid.axis_names)
         return
     with pytest.raises(
         ValueError, match=rf"axis must span all hosts, .* got \('model',\) .* gives {found}; name all"
     ):
-        check_hosts(hosts, 2, axes, grid.axis_names)
+        check_host_shards(hosts, 2, axes, grid.axis_names)
 
 
 def test_hosts_must_have_as_many_shards(monkeypatch):
     with pytest.raises(ValueError, match=r"gives \[1, 1, 2\] shards by host; name all axes"):
-        check_hosts(np.array([[0], [2], [1], [2]]), 3, ("d",), ("d",))
+        check_host_shards(np.array([[0], [2], [1], [2]]), 3, ("d",), ("d",))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"gives \[8, 0\] shards by host; .* take a mesh of all devices"):
         ShardedEmbedding(CONFIG, SGD(), mesh())

@@ -42,12 +42,9 @@ def as_sequence(lookup: Lookup) -> Lookup:
     if not all(is_concrete(x) for x in jax.tree.leaves((operands.ids, operands.bags, operands.weights))):
         return Lookup(sequence, operands, shape)  # such a batch is refused where it is laid out
     ids = np.asarray(operands.ids)
-    rows = (
-        _ragged_rows(np.asarray(operands.bags).astype(np.int64), ids.size)
-        if bag.layout == "ragged"
-        else operands.bags
-    )
-    rows = np.asarray(rows).astype(np.int64)
+    rows = np.asarray(operands.bags).astype(np.int64)
+    if bag.layout == "ragged":
+        rows = _ragged_rows(rows, ids.size)
     live = (rows >= 0) & (rows < bag.num_bags)
     if bag.prune_ids:
         live &= ids >= 0

@@ -166,3 +166,8 @@ def test_vertex_variables():
     ):
         with pytest.raises(ValueError, match=message):
             command.config_from(options, environment)
+
+
+def test_bodies_have_the_limit_that_the_command_says():
+    assert config_of(["/bundles"]).max_body_bytes == 64 << 20
+    assert config_of(["/bundles", "--max-body-bytes", "1000000"]).max_body_bytes == 1_000_000

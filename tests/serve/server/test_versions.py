@@ -313,11 +313,21 @@ def test_what_is_no_version_is_named(tmp_path, caplog, monkeypatch):
     run(check())
 
 
+def make_two_versions(folder):
+    for version in ("1", "2"):
+        (folder / version).mkdir()
+        (folder / version / "manifest.json").write_text("{}")
+
+
+def versions_beside(others, folder, load):
+    """Those of a worker beside `others`, by process the versions that they serve."""
+    peers = types.SimpleNamespace(others=lambda: others, serve=lambda version: None)
+    return Versions(ServerConfig(str(folder)), Metrics(), load, peers)
+
+
 def test_a_worker_serves_no_version_below_those_of_others(tmp_path, monkeypatch):
     """It waits for theirs; tries that one again, which fails for a reason of its own; and takes a lower one alone."""
-    for version in ("1", "2"):
-        (tmp_path / version).mkdir()
-        (tmp_path / version / "manifest.json").write_text("{}")
+    make_two_versions(tmp_path)
     others, attempts = {7: 2}, []
     monkeypatch.setattr("jaxembed.serve.server.versions._RETRY_SECONDS", 0.5)
 
@@ -328,8 +338,7 @@ def test_a_worker_serves_no_version_below_those_of_others(tmp_path, monkeypatch)
         return types.SimpleNamespace(version=version)
 
     async def check():
-        peers = types.SimpleNamespace(others=lambda: others, serve=lambda version: None)
-        versions = Versions(ServerConfig(str(tmp_path)), Metrics(), load, peers)
+        versions = versions_beside(others, tmp_path, load)
         await versions.look()
         await versions.look()
         assert (attempts, versions.current) == ([2], None)
@@ -338,7 +347,7 @@ def test_a_worker_serves_no_version_below_those_of_others(tmp_path, monkeypatch)
         assert versions.current.version == 2
         await versions.stop()
         shutil.rmtree(tmp_path / "2")
-        versions = Versions(ServerConfig(str(tmp_path)), Metrics(), load, peers)
+        versions = versions_beside(others, tmp_path, load)
         await versions.look()
         assert versions.current is None
         others.clear()
@@ -350,9 +359,7 @@ def test_a_worker_serves_no_version_below_those_of_others(tmp_path, monkeypatch)
 
 
 def test_a_version_that_one_worker_failed_to_load_is_tried_again_where_others_serve_it(tmp_path, monkeypatch):
-    for version in ("1", "2"):
-        (tmp_path / version).mkdir()
-        (tmp_path / version / "manifest.json").write_text("{}")
+    make_two_versions(tmp_path)
     others, attempts = {7: 1}, []
     monkeypatch.setattr("jaxembed.serve.server.versions._RETRY_SECONDS", 0.2)
 
@@ -363,8 +370,7 @@ def test_a_version_that_one_worker_failed_to_load_is_tried_again_where_others_se
         return types.SimpleNamespace(version=version)
 
     async def check():
-        peers = types.SimpleNamespace(others=lambda: others, serve=lambda version: None)
-        versions = Versions(ServerConfig(str(tmp_path)), Metrics(), load, peers)
+        versions = versions_beside(others, tmp_path, load)
         await versions.look()
         assert (attempts, versions.current.version) == ([2, 1], 1)
         await asyncio.sleep(0.3)
