@@ -6,16 +6,23 @@
 
 Each replica is one server, without ports of its own: Ray's proxy takes the requests, and spreads them. Clients reach the
 routes of `jaxembed serve`, over HTTP. What finds no room in a replica waits in the proxy, up to `max_queued_requests`;
-further requests are answered 503 there.
+further requests are answered 503 there. `/metrics`, `/status` and `/admin/` are those of one replica, whichever the proxy
+takes: publish a version to switch all of them, and see Ray's own metrics.
 
 Arguments:
   bundles: folder of the versions, on every machine.
-  options: further options of `jaxembed serve`, in one string; those of ports and workers have no use.
+  options: further options of `jaxembed serve`, in one string; those of ports and workers have no use. A replica has one
+    thread, for one batch at a time; where it is given more cores (`num_cpus`), name as many with `--threads` and
+    `--batches-at-once`.
+
+The admin token is JAXEMBED_ADMIN_TOKEN where the application is made: of `serve run`, or Ray's `runtime_env`.
 """
 
 import argparse
+import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ray import serve
 from starlette.applications import Starlette
@@ -42,7 +49,8 @@ def app(arguments: Mapping[str, str]) -> serve.Application:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     options = parser.parse_args([arguments["bundles"], *shlex.split(arguments.get("options", ""))])
-    config = config_from(options, {})
+    environment = {name: value for name, value in os.environ.items() if name == "JAXEMBED_ADMIN_TOKEN"}
+    config = config_from(options, environment)
 
     def build() -> Starlette:
         return application(config)
@@ -59,4 +67,7 @@ def app(arguments: Mapping[str, str]) -> serve.Application:
 
 def application(config: ServerConfig) -> Starlette:
     """What a replica runs: it has started once a version serves."""
+    # Ray gives a replica one core, and it sees all of the machine's, as the other replicas do.
+    config = replace(config, threads=config.threads or 1, batches_at_once=config.batches_at_once or 1)
+    os.environ["NPROC"] = str(config.threads)  # what XLA sizes its threads by; there is no option for it
     return make_app(Service(config), lifespan=True)

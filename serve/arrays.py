@@ -122,6 +122,11 @@ def _rows(feature: ServedFeature, rows: Sequence[np.ndarray]) -> tuple[np.ndarra
         _integers(feature, row)
     splits = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([row.size for row in rows], out=splits[1:])
+    dtypes = {row.dtype for row in full}
+    if len(dtypes) > 1 and np.dtype(np.uint64) in dtypes:  # numpy would make floats of them
+        if any(row.dtype == np.uint64 and row.max() >= np.uint64(2**63) for row in full):
+            raise checks.bad_id([feature], np.concatenate([row.astype(object) for row in full]), splits[None])
+        full = [row.astype(np.int64) for row in full]
     return np.concatenate(full) if full else np.zeros(0, np.int32), splits
 
 

@@ -89,14 +89,20 @@ def _walk(config: Any, tree: Any, path: tuple[str, ...], what: str, leaves: list
     names = [str(key) for key, _ in children]  # of keys that are numbers, what requests in JSON have
     if not isinstance(tree, Mapping):
         raise ValueError(f"{what}{where} must be a dict with {names}, got {type(tree).__name__}.")
-    unknown = [key for key in tree if str(key) not in names]
+    given: dict[str, Any] = {}
+    for key in tree:
+        if str(key) in given:
+            raise ValueError(
+                f"{what}{where} has feature {str(key)!r} twice, as {given[str(key)]!r} and as {key!r}; pass it once."
+            )
+        given[str(key)] = key
+    unknown = [key for key in given if key not in names]
     if unknown:
-        raise ValueError(f"{what}{where} has no feature {str(unknown[0])!r}; features are {names}.")
-    for key, child in children:
-        given = key if key in tree else str(key)
-        if given not in tree and not optional:
-            raise ValueError(f"{what}{where} must have all of {names}, but {str(key)!r} is missing.")
-        _walk(child, tree.get(given), (*path, str(key)), what, leaves)
+        raise ValueError(f"{what}{where} has no feature {unknown[0]!r}; features are {names}.")
+    for name, (_, child) in zip(names, children, strict=True):
+        if name not in given and not optional:
+            raise ValueError(f"{what}{where} must have all of {names}, but {name!r} is missing.")
+        _walk(child, tree[given[name]] if name in given else None, (*path, name), what, leaves)
 
 
 def _is_sequence(config: Any) -> bool:

@@ -1,4 +1,5 @@
 // The JSON of v2: {"inputs": [{"name": ..., "shape": ..., "datatype": ..., "data": ... or "parameters": ...}, ...], ...}
+#include <algorithm>
 #include <charconv>
 #include <cstring>
 
@@ -77,7 +78,12 @@ class JsonParser {
       }
     } while (Take(','));
     if (!Take('}') || !named || !has_data || sent.num_dims < 1) return false;
-    if (!sent.is_raw && depth_ > sent.num_dims) return false;
+    if (!sent.is_raw) {
+      if (depth_ > sent.num_dims) return false;
+      for (int d = 1; d < depth_; ++d) {
+        if (lengths_[d] != sent.dims[d]) return false;
+      }
+    }
     if (sent.type == Type::kInt32 && !sent.is_raw) {
       for (int64_t i = 0; i < sent.count && !sent.is_float; ++i) {
         const int64_t value = reader_.ints_[static_cast<size_t>(sent.start + i)];
@@ -119,9 +125,12 @@ class JsonParser {
     return true;
   }
 
-  // Numbers, all equally deep in lists. Lists that are empty are left to others, but for the outermost one.
+  // Numbers, all equally deep in lists; those of one depth are as long as each other. Lists that are empty are left to
+  // others, but for the outermost one.
   bool Data(Sent* sent) {
     depth_ = 0;
+    int64_t lengths[8] = {};  // of the lists that are open, so far
+    std::fill_n(lengths_, 8, -1);
     while (Take('[')) {
       if (++depth_ > 8) return false;
     }
@@ -132,8 +141,15 @@ class JsonParser {
     while (true) {
       Space();
       if (!Number(sent)) return false;
+      ++lengths[depth - 1];
       if (Take(',')) continue;
-      while (depth > 0 && Take(']')) --depth;
+      while (depth > 0 && Take(']')) {
+        --depth;
+        if (lengths_[depth] >= 0 && lengths_[depth] != lengths[depth]) return false;
+        lengths_[depth] = lengths[depth];
+        lengths[depth] = 0;
+        if (depth > 0) ++lengths[depth - 1];
+      }
       if (depth == 0) break;
       if (depth == depth_ || !Take(',')) return false;
       for (; depth < depth_; ++depth) {
@@ -275,6 +291,7 @@ class JsonParser {
   const uint8_t* raw_;
   const uint8_t* const raw_end_;
   int depth_ = 0;  // of the lists of the last data
+  int64_t lengths_[8] = {};  // of those lists by their depth, from the outermost one on
 };
 
 bool Reader::ReadJson(const uint8_t* body, int64_t json_size, int64_t size) {

@@ -192,12 +192,12 @@ class Routes:
             status = 503
             return _error(out_of_memory())
         except (ClientDisconnect, asyncio.CancelledError) as e:
+            status = 499
             if isinstance(e, asyncio.CancelledError):
-                if TASK in request.scope:  # it is not the client who left
+                if TASK in request.scope:  # cancelled by another server than ours, or as the server ends
                     raise
                 assert task is not None
                 task.uncancel()
-            status = 499
             return Response(status_code=status)
         finally:
             request.scope.pop(TASK, None)
@@ -209,7 +209,8 @@ class Routes:
         """What `write` gives, on a thread if it is of large outputs."""
         if sum(array.nbytes for _, array in outputs) < LARGE_ANSWER:
             return write(*arguments)
-        return await self._service.large.run(monotonic() + self._config.default_timeout, write, *arguments)
+        until = monotonic() + self._config.default_timeout
+        return await self._service.large.run(until, write, *arguments, begun=True)
 
     def _until(self, begin: float, timeout: float | None) -> float:
         """The deadline of a request of which only a header was read."""

@@ -24,8 +24,9 @@ def authorize(request: Request, token: str | None) -> None:
       RequestError: 401 or 403 for others.
     """
     if token is not None:
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        # Headers are read as Latin-1, and variables of the environment as UTF-8 where they are that.
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(given, f"Bearer {token}".encode(errors="surrogateescape")):
             raise RequestError(401, "Authorization must be 'Bearer TOKEN' with the admin token.")
         return
     client, host = request.client.host if request.client else "", request.headers.get("host", "")

@@ -36,9 +36,10 @@ async def read_body(request: Request, service: Service, hold: Hold) -> bytes:
         raise RequestError(415, f"Content-Encoding must be gzip, deflate or identity, got {encoding[:40]!r}.")
     length = headers.get("content-length")
     if length is not None and length.isdecimal():
-        if int(length[:20]) > max_bytes:
+        size = length_of(length)
+        if size > max_bytes:
             raise _too_large(max_bytes)
-        hold.expect(int(length))
+        hold.expect(size)
     if COMPLETE in request.scope:
         body = await _receive(request, max_bytes, hold)
     else:
@@ -59,6 +60,14 @@ async def read_body(request: Request, service: Service, hold: Hold) -> bytes:
         unpacked = await service.large.run(deadline, decompress, body, encoding, max_bytes)
     hold.grow(len(body) + len(unpacked))
     return unpacked
+
+
+def length_of(header: str) -> int:
+    """The bytes that a Content-Length of digits says; 20 digits of a longer one, which is beyond any limit, too.
+
+    Zeros may come before them, as many as there is room for: more digits than Python makes a number of.
+    """
+    return int("0" + header.lstrip("0")[:20])
 
 
 async def _receive(request: Request, max_bytes: int, hold: Hold) -> bytes:

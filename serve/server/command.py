@@ -68,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=30.0, help="seconds that a request may take; it may name fewer"
     )
     parser.add_argument(
-        "--max-body-bytes", type=int, default=64 * MEGABYTE, help="of a request, also after it is decompressed"
+        "--max-body-bytes",
+        type=int,
+        default=64 * MEGABYTE,
+        help="of a request, also after it is decompressed; over gRPC 2 GiB - 1 at most",
     )
     parser.add_argument("--body-timeout", type=float, default=10.0)
     parser.add_argument("--idle-timeout", type=float, default=30.0)

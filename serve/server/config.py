@@ -14,6 +14,8 @@ from jaxembed.serve.dense import DenseInputs
 from jaxembed.serve.table_memory import TABLES
 
 MEGABYTE = 1 << 20
+#: That a worker has to end after grace and drain, before it is killed.
+ENDING_SECONDS = 5
 CONFIG_VARIABLE = "JAXEMBED_SERVER_CONFIG"
 #: File of the shared folder, and exit status: how a worker tells that the command line is wrong.
 MISTAKE, MISTAKE_STATUS = "mistake", 78
@@ -38,13 +40,13 @@ class ServerConfig:
         cores.
       max_queue_requests: requests that wait or run; more are refused. Over HTTP, as many bodies may be under way besides.
       max_queue_rows: rows that wait or run; more are refused, as are requests that have more themselves.
-      max_body_bytes: of a request, also after it is decompressed.
+      max_body_bytes: of a request, also after it is decompressed; over gRPC 2 GiB - 1 at most.
       body_timeout: seconds in which the body of a request must arrive.
       idle_timeout: seconds in which a connection must send the headers of its next request, and in which it must
         read something of what it is sent.
       default_timeout: seconds after which a request is given up, and not run any more; it may name fewer, not more.
       drain_grace: seconds after SIGTERM in which requests are still taken, while readiness says no.
-      drain_timeout: seconds that running requests have to end after that.
+      drain_timeout: seconds that running requests have to end after that; workers are killed 5 s later.
       poll_seconds: how often the folder is looked at.
       verify: compare a version with its digests before it serves.
       host: address to listen at.
@@ -105,6 +107,10 @@ class ServerConfig:
         if self.dense_inputs and self.model is None:
             raise ValueError(f"dense_inputs {list(self.dense_inputs)} need a model, got model=None.")
         DenseInputs(self.dense_inputs)  # checks them
+        if self.admin_token is not None and not self.admin_token.strip():
+            raise ValueError(
+                f"admin_token is {self.admin_token!r}, which anyone may send; unset JAXEMBED_ADMIN_TOKEN, or give it a value."
+            )
         if self.tables not in TABLES:
             raise ValueError(f"tables must be one of {TABLES}, got {self.tables!r}.")
         for field in (
@@ -157,12 +163,6 @@ class ServerConfig:
     def from_json(cls, text: str) -> "ServerConfig":
         """What `to_json` wrote."""
         return cls(**json.loads(text))
-
-
-def cores_of_worker(workers: int) -> int:
-    """The share that one of so many workers has of the cores that this process may run on."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(cores // workers, 1)
 
 
 def _is_found(module: str) -> bool:

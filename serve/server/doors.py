@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from time import monotonic
 from typing import Any
 
 import uvicorn
 
 from .app import make_app
+from .config import ENDING_SECONDS
 from .http_protocol import DeadlineProtocol, make_protocol
 from .peers import Peers
 from .service import Service
@@ -54,7 +56,7 @@ class Doors:
             access_log=False,
             server_header=False,
             timeout_keep_alive=service.config.idle_timeout,  # type: ignore[arg-type]
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=ENDING_SECONDS - 2,  # the rest is for what is left after that
         )
         self._http = _HttpServer(self._config)
         self._grpc: Any = None
@@ -95,10 +97,12 @@ class Doors:
             connection.leave()
 
     async def stop(self) -> None:
-        """Accepts nothing more, answers what was sent, and ends `run`."""
+        """Accepts nothing more, answers what was sent in the time to drain, of gRPC and HTTP together, and ends `run`."""
+        timeout = self._service.config.drain_timeout
+        until = monotonic() + timeout
         if self._grpc is not None:
-            await self._grpc.stop(self._service.config.drain_timeout)
-        await self._service.stop()
+            await self._grpc.stop(timeout)
+        await self._service.stop(until)
         self._stop_listening()
         self._listener.close()  # what connects later is refused, not left to be reset
         await asyncio.sleep(_LAST_SECONDS)

@@ -25,6 +25,7 @@ _CODES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _NO_ROOM = 1 << 14
+_MOST_BYTES = (1 << 31) - 1  # of a message, as gRPC counts them
 
 
 async def start_grpc(service: Service, host: str, port: int) -> grpc.aio.Server:
@@ -33,7 +34,7 @@ async def start_grpc(service: Service, host: str, port: int) -> grpc.aio.Server:
     Raises:
       RuntimeError: if the port cannot be bound.
     """
-    limit = service.config.max_body_bytes
+    limit = min(service.config.max_body_bytes, _MOST_BYTES)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", limit),

@@ -101,13 +101,21 @@ class Large:
                 return found
         return await self.apart(until, "v2", model.signature, body, header)
 
-    async def run(self, until: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def run(
+        self, until: float, function: Callable[..., Any], *arguments: Any, begun: bool = False
+    ) -> Any:
         """The value of a function that lets go of the interpreter, from the thread.
+
+        Args:
+          until: the deadline, in the time of `time.monotonic`.
+          function: to be called.
+          arguments: of it.
+          begun: whether the request that it is for ran already.
 
         Raises:
           RequestError: if the deadline passed first.
         """
-        return await self._thread.call(until, function, *arguments)
+        return await self._thread.call(until, function, *arguments, begun=begun)
 
     async def apart(self, until: float, reader: str, *arguments: Any) -> Any:
         """What a reader of READERS makes of a signature and a request, in a process of its own.
@@ -153,7 +161,9 @@ class _Lane:
         self._pool, self._free = concurrent.futures.ThreadPoolExecutor(1, name), asyncio.Lock()
         self._abandon = abandon
 
-    async def call(self, until: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def call(
+        self, until: float, function: Callable[..., Any], *arguments: Any, begun: bool = False
+    ) -> Any:
         called = None
         try:
             async with asyncio.timeout(until - monotonic()):
@@ -163,7 +173,7 @@ class _Lane:
                 called.add_done_callback(lambda _: self._release(loop))  # also if nobody waits any more
                 return await asyncio.wrap_future(called)
         except TimeoutError:
-            raise expired(begun=False) from None
+            raise expired(begun) from None
         finally:
             if called is not None:
                 self._end_soon(called)

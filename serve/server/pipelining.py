@@ -10,6 +10,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .body import length_of
 from .errors import RequestError
 
 #: Of the URL and all headers of a request, or the trailers of its body.
@@ -141,7 +142,7 @@ class PipeliningProtocol(HttpToolsProtocol):
         """Bytes that are still to come of the body that is being read, if it said so."""
         if self._body_read < 0:
             return 0
-        return int(dict(self.headers).get(b"content-length", b"0")) - self._body_read
+        return length_of(dict(self.headers).get(b"content-length", b"0").decode("latin-1")) - self._body_read
 
     def _head(self) -> bytes:
         """That of the request, without the header that asks for another protocol."""

@@ -27,6 +27,7 @@ from .request import Flat
 from .request_packer import RequestPacker
 from .shared_tables import shared_tables
 from .signature import Output, Signature, check_names
+from .tensors import DATATYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,8 @@ class BundleModel:
 
     Raises:
       ValueError: if the version is damaged, or the model cannot be made.
-      OptionError: if the options of the server do not fit it, or requests could not tell its inputs apart.
+      OptionError: if the options of the server do not fit it, requests could not tell its inputs apart, or an output
+        is of a type that cannot be answered.
       FileNotFoundError: if it is not there.
     """
 
@@ -133,9 +135,16 @@ class BundleModel:
         nothing = structure.pack(self._feature_config, iter([[[]]] * len(self._function.features)))
         zeros = {name: np.zeros((1, *shape), np.float32) for name, shape in dense.items()}
         leaves = jax.tree.leaves_with_path(self._function(nothing, None, zeros))
-        return tuple(
+        outputs = tuple(
             Output(_join(path) or "output", leaf.shape[1:], np.dtype(leaf.dtype)) for path, leaf in leaves
         )
+        for output in outputs:
+            if output.dtype not in DATATYPES.values():
+                raise OptionError(
+                    f"output {output.name!r} of the model must be of one of {list(DATATYPES)}, got {output.dtype}; "
+                    "cast it in the model."
+                )
+        return outputs
 
 
 def _open(config: ServerConfig, version: int) -> Bundle:

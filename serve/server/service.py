@@ -10,7 +10,8 @@ import numpy as np
 from jaxembed.serve.rows import Rows
 
 from .batcher import Batcher
-from .config import ServerConfig, cores_of_worker
+from .config import ServerConfig
+from .cores import cores_of_worker
 from .errors import RequestError, overloaded, unavailable
 from .large import Large
 from .metrics import Metrics
@@ -96,12 +97,16 @@ class Service:
         await self.versions.start()
         self._flushing = asyncio.get_running_loop().create_task(self._flush())
 
-    async def stop(self) -> None:
-        """Lets the requests that were admitted end, for a while, and stops."""
+    async def stop(self, until: float | None = None) -> None:
+        """Lets the requests that were admitted end, and stops.
+
+        Args:
+          until: in the time of `time.monotonic`, when it no longer waits for them; None waits for `drain_timeout`.
+        """
         self.draining = True
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self.config.drain_timeout
-        while self._admitted and loop.time() < until:
+        if until is None:
+            until = monotonic() + self.config.drain_timeout
+        while self._admitted and monotonic() < until:
             await asyncio.sleep(0.01)
         await self.versions.stop()
         await self.batcher.stop()

@@ -151,10 +151,17 @@ def from_list(name: str, datatype: Any, shape: Any, data: Any) -> Tensor:
     dtype, sizes = dtype_of(name, datatype), shape_of(name, shape)
     if not isinstance(data, list):
         raise bad_request(f"input {name!r}: data must be a list, got {type(data).__name__}.")
-    for _ in range(len(sizes) - 1):
+    for size in sizes[1:]:
         if data and type(data[0]) is list:
             if not set(map(type, data)) <= {list}:
                 raise bad_request(f"input {name!r}: data mixes lists and values.")
+            # Of the right number altogether, they would be rows of other lengths, whose values move.
+            odd = set(map(len, data)) - {size}
+            if odd:
+                raise bad_request(
+                    f"input {name!r}: data has a list of {min(odd)} where shape {list(sizes)} has {size}; nest it as its "
+                    "shape, or send it flat."
+                )
             data = list(chain.from_iterable(data))
     if len(data) != math.prod(sizes):
         raise bad_request(

@@ -1,8 +1,8 @@
 """Versions: watches a folder of versions, and serves the newest, or the one it is pinned to.
 
 A new version is verified and warmed up beside the one that serves, and takes its place between two requests;
-a request stays with the version that it was packed for. A version that fails is reported, and not tried again
-until it, or what it is a delta of, changes; the old one goes on.
+a request stays with the version that it was packed for. A version that fails is reported, and the old one goes on; it
+is tried again once it, or what it is a delta of, changes, and from time to time where other workers serve it.
 """
 
 import asyncio

@@ -4,6 +4,8 @@ The workers accept from one socket, which the supervisor holds: what a worker th
 served by the others. Tables are mapped from their files, so all workers share one copy of them.
 """
 
+import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -17,7 +19,8 @@ from dataclasses import replace
 from types import FrameType
 
 from . import logs
-from .config import CONFIG_VARIABLE, MISTAKE, MISTAKE_STATUS, ServerConfig, cores_of_worker
+from .config import CONFIG_VARIABLE, ENDING_SECONDS, MISTAKE, MISTAKE_STATUS, ServerConfig
+from .cores import cores_of_worker
 from .metric_files import METRIC_BYTES
 from .peers import Peers
 from .state_folder import StateFolder, check_writable
@@ -27,7 +30,9 @@ _SLOWEST_RESTART = 30.0
 _HEALTHY_SECONDS = 10.0
 _RETRY_SECONDS = 1.0
 _STATE_BYTES = 1 << 16  # beside the metrics, and compiled programs, without which it does
-_HOPELESS = 5  # deaths in a row, of workers none of which ever lived long
+# Of processes, memory or files there are none left for the moment.
+_LACKS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_HOPELESS = 5  # deaths and failed starts in a row, where no worker ever lived long, and none serves
 
 
 class Supervisor:
@@ -107,7 +112,9 @@ class Supervisor:
                     self._end()
                     raise ValueError(self._mistake)
                 if self._failures >= _HOPELESS and not self._any_serves:
-                    self._log.error("giving up: every worker dies when it starts; what it printed says why")
+                    self._log.error(
+                        "giving up: every worker dies when it starts, or cannot be started; what was printed says why"
+                    )
                     self._end()
                     return 1
             return self._end()
@@ -125,7 +132,12 @@ class Supervisor:
             process.poll() is None and now - started > _HEALTHY_SECONDS
             for process, started in self._workers.values()
         )
-        return self._lived or bool(self._peers.others())
+        try:
+            return self._lived or bool(self._peers.others())
+        except OSError as e:
+            if e.errno in _LACKS:  # it cannot be told, and one may
+                return True
+            raise
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
@@ -151,23 +163,27 @@ class Supervisor:
             if process.poll() is None:
                 continue
             if slot not in self._due:
-                self._forget(process.pid)
+                with contextlib.suppress(OSError):  # else before the next one starts
+                    self._forget(process.pid)
                 now = time.monotonic()
                 self._lived |= now - started > _HEALTHY_SECONDS
                 self._failures = 0 if now - started > _HEALTHY_SECONDS else self._failures + 1
                 # One that lived is replaced at once, one that dies young more and more slowly.
                 delay = min(0.0 if self._failures <= 1 else 0.5 * 2**self._failures, _SLOWEST_RESTART)
                 self._due[slot] = now + delay
-                if process.returncode == MISTAKE_STATUS:
-                    self._mistake = (self._state.path / MISTAKE).read_text()
                 self._log.error(
                     "a worker died", extra={"worker": process.pid, "status": process.returncode, "delay": delay}
                 )
             if time.monotonic() >= self._due[slot]:
                 try:
+                    self._forget(process.pid)
+                    if process.returncode == MISTAKE_STATUS:
+                        self._mistake = (self._state.path / MISTAKE).read_text("utf-8")
                     self._start(slot)
                     del self._due[slot]
-                except OSError as e:  # of processes, memory or files there are none left for the moment
+                except OSError as e:
+                    if e.errno not in _LACKS:  # it may be so for good
+                        self._failures += 1
                     self._due[slot] = time.monotonic() + _RETRY_SECONDS
                     self._log.error(
                         "a worker cannot be started", extra={"reason": str(e), "delay": _RETRY_SECONDS}
@@ -184,7 +200,8 @@ class Supervisor:
         for process, _ in self._workers.values():
             if process.poll() is None:
                 process.terminate()
-        until, late = time.monotonic() + self._config.drain_grace + self._config.drain_timeout + 5, 0
+        config, late = self._config, 0
+        until = time.monotonic() + config.drain_grace + config.drain_timeout + ENDING_SECONDS
         for process, _ in self._workers.values():
             try:
                 process.wait(max(until - time.monotonic(), 0.1))

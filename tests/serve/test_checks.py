@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxembed import FeatureConfig, HashBuckets, RaggedTensor, SparseTensor, TableConfig
 from jaxembed.serve import EmbeddingForServing, ServingFunction
+from jaxembed.serve.structures import Reader
 from tests.serve import requests
 
 NAN, INF = float("nan"), float("inf")
@@ -101,6 +102,8 @@ HISTORY = "Feature 'items/history'"
         ([np.int64(1), np.int64(70)], "row 1, position 0: id 70 is outside"),
         ([np.array([1, 71]), np.array([2])], "row 0, position 1: id 71 is outside"),
         ([np.array([1.5]), np.array([2])], "must hold integer ids, got float64"),
+        ([np.array([1]), np.array([2, 70], np.uint64)], "row 1, position 1: id 70 is outside"),
+        ([np.array([1]), np.array([2**64 - 5], np.uint64)], f"row 1, position 0: id {2**64 - 5} is outside"),
         ([np.array([[1]]), np.array([2])], r"row 0 must be flat, got an array of shape \(1, 1\)"),
         ([[1], np.array([99])], "row 1, position 0: id 99 is outside"),
         (RaggedTensor([1, 2, 70], [0, 1, 3]), "row 1, position 1: id 70 is outside"),
@@ -117,6 +120,16 @@ HISTORY = "Feature 'items/history'"
 )
 def test_bad_ids(serve, leaf, match):
     refused(serve, f"{HISTORY}.*{match}", items__history=leaf)
+
+
+def test_rows_of_different_types_of_integers(serve):
+    """Joined as they are, int64 and uint64 are floats to numpy."""
+
+    def answer(rows):
+        return serve(requests.nest({**GOOD, "items/history": rows}), dense={"dense": [[1, 2], [3, 4]]})
+
+    mixed = [np.array([3]), np.array([4, 69], np.uint64)]
+    np.testing.assert_array_equal(answer(mixed), answer([[3], [4, 69]]))
 
 
 def test_an_id_out_of_range_with_others_in_order(serve):
@@ -190,6 +203,19 @@ def test_structure(serve):
     check("inputs at 'text' must be a list or tuple of 2 entries, got 1", inputs | {"text": ([[1], [2]],)})
     check("inputs must be a dict with .*got list", [1, 2])
     check("weights has no feature 'nope'", inputs, {"nope": [[1.0]]})
+
+
+def test_keys_that_are_one_name():
+    """Numbers are keys of Python's, and their digits of JSON's."""
+    features = {number: FeatureConfig(TableConfig(5, 1, name=f"t{number}")) for number in (1, 2)}
+    reader = Reader({"a": features})
+    for keys in ({1: [3], 2: [4]}, {"1": [3], "2": [4]}, {1: [3], "2": [4]}):
+        assert reader.inputs({"a": keys}) == [[3], [4]]
+        assert reader.weights({"a": keys}) == [[3], [4]]
+    for config, tree in (({"a": features}, {"a": {1: [3], "1": [4], 2: [5]}}), (features, {1: [3], "1": [4]})):
+        for read in (Reader(config).inputs, Reader(config).weights):
+            with pytest.raises(ValueError, match=r"has feature '1' twice, as 1 and as '1'; pass it once"):
+                read(tree)
 
 
 @pytest.mark.parametrize(

@@ -62,17 +62,18 @@ def test_slow_bodies_take_no_room(shared_folder, monkeypatch):
 
     async def check():
         async with serving_bundles(shared_folder, max_queue_requests=4) as (port, service):
-            monkeypatch.setattr(service_module, "_ARRIVING_SECONDS", 0.5)
+            monkeypatch.setattr(service_module, "_ARRIVING_SECONDS", 60)
             slow = [await connect_and_send(port, PREDICT[:-1]) for _ in range(4)]
             assert await until(lambda: service.admitted == 4)
             assert not service.full
             assert await ask(port, PREDICT) == 200
             assert await ask(port, PREDICT[:-1]) == 429  # the others are not slow yet
-            await asyncio.sleep(0.6)
+            monkeypatch.setattr(service_module, "_ARRIVING_SECONDS", 0)
             assert await ask(port, PREDICT[:-1], PREDICT[-1:]) == 200
             first, kept = slow[0]
             status, error = await asyncio.wait_for(answer_of(first), 10)
-            assert (status, b"the body did not arrive in 0." in error) == (408, True)
+            assert (status, b"the body did not arrive in " in error) == (408, True)
+            assert float(error.split()[-2]) < service.config.body_timeout
             kept.close()
             for reader, writer in slow[1:]:  # which were not needed
                 writer.write(PREDICT[-1:])
@@ -83,6 +84,29 @@ def test_slow_bodies_take_no_room(shared_folder, monkeypatch):
             assert counts(service) == {
                 f'jaxembed_requests_total{{protocol="tf_rest",status="{status}' for status in statuses
             }
+
+    run(check())
+
+
+def test_a_full_server_refuses_at_once(shared_folder, monkeypatch):
+    """Bodies that do not come hold all room; others need not send theirs."""
+    monkeypatch.setattr(service_module, "_ARRIVING_SECONDS", 60)
+
+    async def check():
+        async with serving_bundles(shared_folder, max_queue_requests=4) as (port, service):
+            held = [await connect_and_send(port, PREDICT[:-1]) for _ in range(4)]
+            assert await until(lambda: service.admitted == 4)
+            assert await ask(port, predict(bytes(1 << 20))[: -1 << 20]) == 429
+            reader, writer = await connect_and_send(port, predict(bytes(10))[:-10])
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+            assert head.startswith(b"HTTP/1.1 429 ")
+            assert b"\r\nretry-after: 1\r\n" in head.lower()
+            await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split()[0]))
+            # Its connection goes on after its body, which nobody looks at.
+            writer.write(b"x" * 10 + b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await asyncio.wait_for(answer_of(reader), 10))[0] == 200
+            for _, other in (*held, (reader, writer)):
+                other.close()
 
     run(check())
 

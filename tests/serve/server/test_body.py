@@ -7,8 +7,11 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from jaxembed.serve.server.body import decompress
+from starlette.requests import Request
+
+from jaxembed.serve.server.body import decompress, read_body
 from jaxembed.serve.server.errors import RequestError
+from tests.serve.server.servers import client_of, run
 
 DATA = bytes(range(256)) * 1000
 
@@ -64,3 +67,29 @@ def test_damaged_bodies_are_refused(body, encoding):
     with pytest.raises(RequestError, match=f"the body is not {encoding}") as caught:
         decompress(body, encoding, 2 * len(DATA))
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 20, 5000])
+def test_lengths_with_zeros_before_them(tmp_path, zeros):
+    """As HTTP allows them."""
+
+    async def check():
+        async with client_of(tmp_path, max_body_bytes=9) as (_, service):
+            for length, fits in (("3", True), ("10", False), ("9" * 5000, False)):
+                received = []
+
+                async def receive(received=received):
+                    received.append(1)
+                    return {"type": "http.request", "body": b"abc"}
+
+                headers = [(b"content-length", b"0" * zeros + length.encode())]
+                request = Request({"type": "http", "headers": headers}, receive)
+                with service.large.hold() as hold:
+                    if fits:
+                        assert await read_body(request, service, hold) == b"abc"
+                    else:
+                        with pytest.raises(RequestError, match="at most 9 bytes") as caught:
+                            await read_body(request, service, hold)
+                        assert (caught.value.status, received) == (413, [])
+
+    run(check())

@@ -1,16 +1,19 @@
 """The files of deploy/ parse, and say nothing that the command does not take."""
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
 import jaxembed
 from jaxembed.serve.server import command
+from jaxembed.serve.server.config import ENDING_SECONDS
 
 DEPLOY = pathlib.Path(__file__).resolve().parents[3] / "deploy"
 ROUTES = {"/v2/health/ready", "/v2/health/live"}
@@ -22,7 +25,7 @@ def documents(name):
 
 
 def containers(document):
-    spec = document["spec"]
+    spec = document.get("spec", {})
     return spec.get("template", {}).get("spec", spec).get("containers", [])
 
 
@@ -46,15 +49,20 @@ def test_containers_start_with_what_the_command_takes(name):
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             if probe in container:
                 assert container[probe]["httpGet"]["path"] in ROUTES
-        limit = document["spec"].get("template", {}).get("spec", {}).get("terminationGracePeriodSeconds")
-        if limit is not None:
-            assert config.drain_grace + config.drain_timeout < limit
+        pod = document["spec"].get("template", {}).get("spec", {})
+        limit = pod.get("terminationGracePeriodSeconds", 30)  # Kubernetes' own
+        assert config.drain_grace + config.drain_timeout + ENDING_SECONDS < limit
+        # What is requested is no limit, by which the server could tell how many there are for it.
+        cores = int(container["resources"]["requests"]["cpu"])
+        assert config.workers * config.threads == config.workers * config.batches_at_once == cores
 
 
 def test_kinds_and_references():
     kinds = {document["kind"]: document for document in documents("gke.yaml")}
-    assert kinds.keys() == {"Deployment", "Service", "HorizontalPodAutoscaler"}
+    assert kinds.keys() == {"Deployment", "ServiceAccount", "Service", "HorizontalPodAutoscaler"}
     deployment = kinds["Deployment"]
+    account = deployment["spec"]["template"]["spec"]["serviceAccountName"]
+    assert account == kinds["ServiceAccount"]["metadata"]["name"]
     assert deployment["spec"]["selector"]["matchLabels"] == kinds["Service"]["spec"]["selector"]
     assert deployment["spec"]["template"]["metadata"]["labels"] == kinds["Service"]["spec"]["selector"]
     target = kinds["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
@@ -64,6 +72,9 @@ def test_kinds_and_references():
     assert model["runtime"] == runtime["metadata"]["name"]
     assert model["modelFormat"]["name"] in {f["name"] for f in runtime["spec"]["supportedModelFormats"]}
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
+    (container,) = runtime["spec"]["containers"]
+    ports, protocols = container["ports"], runtime["spec"]["protocolVersions"]
+    assert len(ports) == len(protocols)  # none that KServe knows no port of
 
 
 def test_manifests_follow_the_schemas_of_kubernetes():
@@ -153,6 +164,27 @@ def test_dockerfile_starts_the_command():
     assert config_of(words[2:]).host == "0.0.0.0"
 
 
+def test_replicas_of_ray_have_the_cores_and_the_token_they_were_given(tmp_path, monkeypatch):
+    """With as much of Ray as makes the application; it is run by Ray in `test_ray.py`."""
+    serve = types.SimpleNamespace(
+        Application=object,
+        ingress=lambda build: lambda: build,
+        deployment=lambda **_: lambda build: types.SimpleNamespace(bind=lambda: build),
+    )
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(serve=serve))
+    monkeypatch.setenv("JAXEMBED_ADMIN_TOKEN", "s3cret")
+    monkeypatch.setenv("AIP_HTTP_PORT", "1234")  # not for it
+    monkeypatch.setenv("NPROC", "99")
+    specification = importlib.util.spec_from_file_location("ray_serve", DEPLOY / "ray_serve.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(module, "make_app", lambda service, **_: service)
+    for options, threads, batches in (("", 1, 1), ("--threads 3 --batches-at-once 2", 3, 2)):
+        config = module.app({"bundles": str(tmp_path), "options": options})().config
+        assert (config.threads, config.batches_at_once, os.environ["NPROC"]) == (threads, batches, str(threads))
+        assert (config.admin_token, config.http_port) == ("s3cret", 8000)
+
+
 def test_vertex_variables():
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -163,6 +195,7 @@ def test_vertex_variables():
         ({}, "name the folder"),
         ({"AIP_STORAGE_URI": "gs://bucket"}, "must be mounted or copied"),
         ({"AIP_STORAGE_URI": "/b", "AIP_HTTP_PORT": "x"}, "AIP_HTTP_PORT must be a port"),
+        ({"AIP_STORAGE_URI": "/b", "JAXEMBED_ADMIN_TOKEN": ""}, "unset JAXEMBED_ADMIN_TOKEN"),
     ):
         with pytest.raises(ValueError, match=message):
             command.config_from(options, environment)

@@ -17,18 +17,20 @@ from tests.serve.server.servers import Gate, client_of, counts, run, until
 
 
 @contextlib.asynccontextmanager
-async def calling(folder):
+async def calling(folder, **options):
     """(ModelInfer, service)"""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    async with client_of(folder) as (_, service):
-        server = await start_grpc(service, "127.0.0.1", port)
-        try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield channel.unary_unary("/inference.GRPCInferenceService/ModelInfer"), service
-        finally:
-            await server.stop(0)
+    # Held as the supervisor holds it, so that nobody takes it meanwhile.
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+        async with client_of(folder, **options) as (_, service):
+            server = await start_grpc(service, "127.0.0.1", port)
+            try:
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                    yield channel.unary_unary("/inference.GRPCInferenceService/ModelInfer"), service
+            finally:
+                await server.stop(0)
 
 
 def request(outputs=()):
@@ -90,6 +92,14 @@ def test_calls_that_end_in_an_error_of_ours_are_counted(shared_folder, monkeypat
                 await infer(request())
             assert caught.value.code() == grpc.StatusCode.UNKNOWN
             assert counts(service) == {'jaxembed_requests_total{protocol="v2_grpc",status="500"} 1.0'}
+
+    run(check())
+
+
+def test_a_limit_of_bodies_beyond_what_grpc_counts(shared_folder):
+    async def check():
+        async with calling(shared_folder, max_body_bytes=2**31) as (infer, _):
+            await infer(request())
 
     run(check())
 

@@ -12,7 +12,7 @@ pytest.importorskip("uvicorn")
 from jaxembed.serve.server import errors
 from jaxembed.serve.server.http_protocol import DeadlineProtocol
 from jaxembed.serve.server.metrics import Refusals
-from tests.serve.server.servers import Gate, counts, run, until
+from tests.serve.server.servers import Gate, client_of, counts, run, until
 from tests.serve.server.sockets import H2C, answer_of, connect_slowly, post, serving, serving_bundles
 
 
@@ -214,6 +214,25 @@ def test_requests_that_end_in_an_error_of_ours_are_counted(shared_folder, monkey
             assert (await asyncio.wait_for(answer_of(reader), 10))[0] == 500
             writer.close()
             assert counts(service) == {'jaxembed_requests_total{protocol="tf_rest",status="500"} 1.0'}
+
+    run(check())
+
+
+def test_requests_that_other_servers_cancel_are_counted_as_given_up(shared_folder, monkeypatch):
+    """As Ray Serve's does once the client left."""
+
+    async def check():
+        async with client_of(shared_folder) as (client, service):
+            gate = Gate(service.versions.current, monkeypatch)
+            try:
+                asked = asyncio.create_task(client.post("/v1/models/model:predict", json={"instances": [ROW]}))
+                assert await until(gate.running.is_set)
+                asked.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asked
+            finally:
+                gate.open()
+            assert counts(service) == {'jaxembed_requests_total{protocol="tf_rest",status="499"} 1.0'}
 
     run(check())
 

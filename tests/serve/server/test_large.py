@@ -421,3 +421,24 @@ def test_large_answers_are_written_on_a_thread(shared_folder, monkeypatch):
                     assert threads == [inline]
 
     run(check())
+
+
+def test_an_answer_that_is_not_written_in_time_was_run(shared_folder, monkeypatch):
+    monkeypatch.setattr(app, "LARGE_ANSWER", 1)
+    written = threading.Event()
+    monkeypatch.setattr(v2_json, "write", lambda *_: written.wait(30))
+
+    async def check():
+        async with client_of(shared_folder) as (client, service):
+            in_time = service.large.run
+
+            def late(until, *arguments, **options):
+                return in_time(monotonic(), *arguments, **options)
+
+            monkeypatch.setattr(service.large, "run", late)
+            answer = await client.post(INFER, json=fuzz.GOOD_V2)
+            written.set()
+            assert answer.status_code == 504
+            assert answer.json()["error"] == "the deadline of the request passed while it ran."
+
+    run(check())

@@ -1,17 +1,26 @@
 """`jaxembed serve` between states: while a version loads, when a worker comes back, and when it is told to end."""
 
+import asyncio
 import collections
 import contextlib
 import os
 import shutil
 import signal
+import socket
 import time
 
 import httpx
 import pytest
 
+pytest.importorskip("uvicorn")
+
+from jaxembed.serve.server import doors as doors_module
+from jaxembed.serve.server.config import ENDING_SECONDS, ServerConfig
+from jaxembed.serve.server.doors import Doors
+from jaxembed.serve.server.peers import Peers
+from jaxembed.serve.server.service import Service
 from tests.serve.server import bundles
-from tests.serve.server.servers import Process
+from tests.serve.server.servers import Process, run, until
 
 ROW = {"user": 1, "history": [2], "dense": [0.0, 0.0]}
 PREDICT = "/v1/models/model:predict"
@@ -114,6 +123,43 @@ def test_sigterm_while_a_version_loads_beside_another(folder, checkpoint, slow):
         assert server.process.wait(20) == 0
         assert "stopped" in [e["message"] for e in server.lines]
         assert all(e.get("version") != 1 for e in server.lines if e["message"] == "version switched")
+
+
+def test_grpc_and_http_drain_in_one_time(tmp_path, monkeypatch):
+    """Together with what ends after them, in less than the supervisor waits."""
+    clock, waits = [100.0], []
+    monkeypatch.setattr(doors_module, "monotonic", lambda: clock[0])
+
+    class Grpc:
+        async def stop(self, seconds):
+            clock[0] += seconds
+
+    async def check():
+        service = Service(ServerConfig(str(tmp_path), drain_timeout=30.0))
+
+        async def stop(until):
+            waits.append(until)
+
+        monkeypatch.setattr(service, "stop", stop)
+        doors = Doors(service, Peers(tmp_path), socket.socket(), None)
+        serving = asyncio.create_task(doors.run())
+        assert await until(lambda: doors._http.started)
+        doors._grpc = Grpc()
+        await doors.stop()
+        await serving
+        assert doors._config.timeout_graceful_shutdown + doors_module._LAST_SECONDS < ENDING_SECONDS
+
+    run(check())
+    assert waits == [130.0]
+
+
+def test_a_drain_that_has_no_time_left_waits_for_nobody(tmp_path):
+    async def check():
+        service = Service(ServerConfig(str(tmp_path), drain_timeout=3600.0))
+        with service.admission():
+            await service.stop(0.0)
+
+    run(check())
 
 
 @pytest.mark.slow

@@ -140,6 +140,49 @@ def test_one_id_or_as_many_a_row():
     assert check(message_body(arrays), -1)
 
 
+UNEVEN = pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a", [[1, 2, 3], [4]]),
+        ("a", [[1], [2, 3, 4]]),
+        ("a", [[1, 2, 3, 4]]),
+        ("a", [[1], [2], [3], [4]]),
+        ("d", [[1.5, 2], [3, 4, 5]]),
+        ("d", [[1.5, 2, 3], [4]]),
+    ],
+)
+
+
+def uneven_bodies(name, data):
+    """Of shape [2, 2], with data that is not; whichever of the two comes first."""
+    arrays = {"a": np.array([[1, 2], [3, 4]]), "b/c": np.array([1, 2]), "d": np.zeros((2, 2), np.float32)}
+    inputs = json.loads(json_body({**arrays, "e": np.ones(2, np.float32)}, nested=True))["inputs"]
+    good = json.dumps({"inputs": inputs}).encode()
+    assert check(good, len(good))
+    changed = [{**entry, "data": data} if entry["name"] == name else entry for entry in inputs]
+    return [
+        json.dumps({"inputs": entries}).encode()
+        for entries in (changed, [dict(reversed(entry.items())) for entry in changed])
+    ]
+
+
+@UNEVEN
+def test_lists_of_other_lengths_than_the_shape_has_are_refused(name, data):
+    """As many values altogether, they would be those of other rows."""
+    for body in uneven_bodies(name, data):
+        with pytest.raises(
+            RequestError, match=rf"input '{name}': data has a list of .* or send it flat"
+        ) as caught:
+            v2_json.read(SIGNATURE, json.loads(body), memoryview(b""))
+        assert caught.value.status == 400
+
+
+@UNEVEN
+def test_lists_of_other_lengths_than_the_shape_has_are_left_alone(name, data):
+    for body in uneven_bodies(name, data):
+        assert native(body, len(body)) is None
+
+
 def test_numbers_of_json():
     arrays = tensors(np.random.default_rng(0), 1)
     template = json_body({**arrays, "e": np.float32([12345])}).decode()

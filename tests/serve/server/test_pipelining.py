@@ -128,13 +128,14 @@ def test_heads_as_large_as_they_may_be_and_bodies_of_any_size():
 
     body = b"0123456789" * 20_000
     good = head(MAX_HEAD_BYTES) + body
+    padded = head(1000).replace(b": 200000", b": " + b"0" * 5000 + b"200000") + body
     many = b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n"
 
     async def check():
         async with serving() as (port, _):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(good + many + good)
-            for want in (body, b"x" * 50_000, body):
+            writer.write(good + many + padded + good)
+            for want in (body, b"x" * 50_000, body, body):
                 assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"POST /x " + want)
             writer.write(post(b"/x", b"abc") * 3000)  # many heads, none of them large
             for _ in range(3000):

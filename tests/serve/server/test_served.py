@@ -109,6 +109,20 @@ def test_dense_inputs_that_a_request_could_not_tell_from_features():
             check_names(["user", "item"], [name])
 
 
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.float8_e4m3fn, jnp.int4])
+def test_outputs_that_no_answer_could_hold(shared_folder, monkeypatch, dtype):
+    whole = bundles.model
+
+    def model(params, activations, dense):
+        return {**whole(params, activations, dense), "user": activations["user"][:, 0].astype(dtype)}
+
+    monkeypatch.setattr(bundles, "model", model)
+    config = ServerConfig(str(shared_folder), **bundles.OPTIONS, max_batch_rows=1)
+    said = rf"output 'user' of the model must be of one of \['BOOL', .*, got {jnp.dtype(dtype).name}; cast it"
+    with pytest.raises(OptionError, match=said):
+        BundleModel(config, 0)
+
+
 @register_combiner("test_served_scaled")
 def scaled(valency, vectors, weights):
     """Rows times the weight of their position, summed up."""

@@ -20,9 +20,9 @@ from jaxembed.serve.server.peers import Peers
 from jaxembed.serve.server.served import BundleModel
 from jaxembed.serve.server.service import Service
 from jaxembed.serve.server.shared_memory import is_available
-from jaxembed.serve.server.versions import Versions
+from jaxembed.serve.server.versions import _RETRY_SECONDS, Versions
 from tests.serve.server import bundles
-from tests.serve.server.servers import client_of, run
+from tests.serve.server.servers import Gate, client_of, run
 from tests.serve.server.switching import ROW, until, version_of
 
 
@@ -183,6 +183,10 @@ def test_who_may_switch(folder):
                 assert (await client.post("/admin/versions/0:activate", headers=headers)).status_code == status
             headers = {"authorization": "Bearer s3cret"}
             assert (await client.post("/admin/versions/0:activate", headers=headers)).status_code == 200
+        async with client_of(folder, admin_token="sécret") as (client, _):
+            for encoding, status in (("utf-8", 200), ("latin-1", 401)):
+                headers = {b"authorization": "Bearer sécret".encode(encoding)}
+                assert (await client.post("/admin/versions/0:activate", headers=headers)).status_code == status
         async with client_of(folder) as (client, service):
             evil = "http://evil.example"
             foreign: list = [
@@ -214,12 +218,20 @@ def test_who_may_switch(folder):
     run(check())
 
 
-def test_rows_that_wait_are_counted_whichever_worker_is_asked_for_metrics(folder):
+def test_rows_that_wait_are_counted_whichever_worker_is_asked_for_metrics(folder, monkeypatch):
     async def check():
-        async with client_of(folder) as (_, service):
-            seen = []
-            service.metrics.queued = seen.append
-            await until(lambda: asyncio.sleep(0.01, bool(seen)))
+        async with client_of(folder) as (client, service):
+            gate = Gate(service.versions.current, monkeypatch)
+            try:
+                asked = asyncio.create_task(version_of(client))
+
+                async def counted():  # as `/metrics` of another worker reads it
+                    return b"jaxembed_queued_rows 1.0\n" in service.metrics.text()
+
+                await until(counted)
+            finally:
+                gate.open()
+            assert await asked == 0
 
     run(check())
 
@@ -325,11 +337,28 @@ def versions_beside(others, folder, load):
     return Versions(ServerConfig(str(folder)), Metrics(), load, peers)
 
 
-def test_a_worker_serves_no_version_below_those_of_others(tmp_path, monkeypatch):
+@pytest.fixture
+def later(monkeypatch):
+    """Called in an event loop, gives what puts its clock forward by so many seconds."""
+
+    def make():
+        loop, passed = asyncio.get_running_loop(), 0.0
+        real = loop.time
+
+        def forward(seconds):
+            nonlocal passed
+            passed += seconds
+
+        monkeypatch.setattr(loop, "time", lambda: real() + passed)
+        return forward
+
+    return make
+
+
+def test_a_worker_serves_no_version_below_those_of_others(tmp_path, later):
     """It waits for theirs; tries that one again, which fails for a reason of its own; and takes a lower one alone."""
     make_two_versions(tmp_path)
     others, attempts = {7: 2}, []
-    monkeypatch.setattr("jaxembed.serve.server.versions._RETRY_SECONDS", 0.5)
 
     def load(config, version, previous):
         attempts.append(version)
@@ -338,11 +367,11 @@ def test_a_worker_serves_no_version_below_those_of_others(tmp_path, monkeypatch)
         return types.SimpleNamespace(version=version)
 
     async def check():
-        versions = versions_beside(others, tmp_path, load)
+        versions, forward = versions_beside(others, tmp_path, load), later()
         await versions.look()
         await versions.look()
         assert (attempts, versions.current) == ([2], None)
-        await asyncio.sleep(0.6)
+        forward(_RETRY_SECONDS)
         await versions.look()
         assert versions.current.version == 2
         await versions.stop()
@@ -358,10 +387,9 @@ def test_a_worker_serves_no_version_below_those_of_others(tmp_path, monkeypatch)
     run(check())
 
 
-def test_a_version_that_one_worker_failed_to_load_is_tried_again_where_others_serve_it(tmp_path, monkeypatch):
+def test_a_version_that_one_worker_failed_to_load_is_tried_again_where_others_serve_it(tmp_path, later):
     make_two_versions(tmp_path)
     others, attempts = {7: 1}, []
-    monkeypatch.setattr("jaxembed.serve.server.versions._RETRY_SECONDS", 0.2)
 
     def load(config, version, previous):
         attempts.append(version)
@@ -370,19 +398,19 @@ def test_a_version_that_one_worker_failed_to_load_is_tried_again_where_others_se
         return types.SimpleNamespace(version=version)
 
     async def check():
-        versions = versions_beside(others, tmp_path, load)
+        versions, forward = versions_beside(others, tmp_path, load), later()
         await versions.look()
         assert (attempts, versions.current.version) == ([2, 1], 1)
-        await asyncio.sleep(0.3)
+        forward(_RETRY_SECONDS)
         await versions.look()
         assert attempts == [2, 1]  # nobody serves it
         others[7] = 2
         await versions.look()
         assert attempts == [2, 1, 2]
-        await asyncio.sleep(0.3)
+        forward(_RETRY_SECONDS)
         await versions.look()
         assert attempts == [2, 1, 2]  # less and less often
-        await asyncio.sleep(0.3)
+        forward(_RETRY_SECONDS)
         await versions.look()
         assert versions.current.version == 2
         await versions.stop()
@@ -399,6 +427,8 @@ def test_configurations_that_are_of_no_use():
         ({"body_timeout": float("inf")}, "body_timeout must be seconds above 0"),
         ({"batch_wait_ms": -1}, "batch_wait_ms must be at least 0"),
         ({"http_port": 70000}, "http_port must be a port"),
+        ({"admin_token": ""}, "admin_token is '', which anyone may send; unset JAXEMBED_ADMIN_TOKEN"),
+        ({"admin_token": " "}, "admin_token is ' ', which"),
     ):
         with pytest.raises(ValueError, match=message):
             ServerConfig("x", **options)

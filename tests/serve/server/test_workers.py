@@ -66,3 +66,45 @@ def test_a_process_that_cannot_be_made_is_made_later(supervisor, monkeypatch):
     assert supervisor._workers[0][0].poll() is None
     assert supervisor._workers[1] is other
     assert not supervisor._due
+    assert supervisor._failures == 0  # it is not the command line's
+
+
+def test_a_supervisor_without_files_to_open_ends_nobody(supervisor, monkeypatch):
+    """A worker that died is forgotten, and replaced, once there are some."""
+    dead = Process()
+    dead.pid, dead.returncode = 123, -9
+    other = (Process(), time.monotonic())
+    supervisor._workers = {0: (dead, time.monotonic() - 60), 1: other}
+    serving = supervisor._state.path / "serving" / "123-7"
+    serving.touch()
+    monkeypatch.setattr(workers.subprocess, "Popen", Process)
+    monkeypatch.setattr(workers, "_RETRY_SECONDS", 0.0)
+    with monkeypatch.context() as lacking:
+
+        def fail(*_):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        lacking.setattr(supervisor._peers, "_remove", fail)
+        lacking.setattr("jaxembed.serve.server.peers.os.listdir", fail)
+        supervisor._restart_dead()
+        assert supervisor._workers == {0: (dead, supervisor._workers[0][1]), 1: other}
+        supervisor._lived = False
+        assert supervisor._any_serves
+    supervisor._restart_dead()
+    assert supervisor._workers[0][0].poll() is None
+    assert not serving.exists()
+
+
+def test_a_process_that_can_never_be_made_counts_as_one_that_dies(supervisor, monkeypatch):
+    dead = Process()
+    dead.returncode = 1
+    supervisor._workers = {0: (dead, time.monotonic())}
+
+    def start(*arguments, **options):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "python")
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    monkeypatch.setattr(workers, "_RETRY_SECONDS", 0.0)
+    for _ in range(workers._HOPELESS):
+        supervisor._restart_dead()
+    assert supervisor._failures > workers._HOPELESS
