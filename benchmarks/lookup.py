@@ -1,6 +1,6 @@
 """Times jaxembed's CPU lookup against its peers and against memory, and the whole call.
 
-    python benchmarks/lookup.py            # the full grid; --cell-seconds 0.1 --peers torch FBGEMM took 34 to 53 minutes
+    python benchmarks/lookup.py            # the full grid; --cell-seconds 0.1 --peers torch FBGEMM took 34 to 65 minutes
     python benchmarks/lookup.py --quick    # a part of it, about 3 minutes
     python benchmarks/lookup.py --compile  # compiles alone, on a machine that may be busy; the next run finds it all
 
@@ -25,11 +25,11 @@ from pathlib import Path
 
 import jax
 from cells import FULL_GRID, QUICK_GRID, Cell, Ids, grid, make_sets, make_table
-from memory_limit import MemoryLimit, memory_limit
+from memory_limit import MemoryLimit, memory_limits
 from peers import NUMPY, OURS, Jax, Peer, disagreement, installed_peers
 from plot import draw
 from report import write_report
-from results import Results, targets
+from results import Results, geometric_mean, targets
 from timing import interleave
 from tqdm import tqdm
 from whole_call import WholeCall, measure_whole_call
@@ -61,17 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"Something else is running (load {os.getloadavg()[0]:.1f}): ratios will mislead.", file=sys.stderr
         )
-    limit = None if options.no_limit else memory_limit()
-    results.stream = limit.stream() if limit else None
+    limits = [] if options.no_limit else memory_limits()
+    results.stream = limits[0].stream() if limits else None
     full = {name: tuple(values) for name, values in axes.items()} == FULL_GRID and options.peers is None
     path = options.out / ("lookup.md" if full else "lookup-part.md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if options.resume and path.with_suffix(".csv").exists():
+    if options.resume:
+        if not path.with_suffix(".csv").exists():
+            print(f"{path.with_suffix('.csv')} is not there: run once without --resume.", file=sys.stderr)
+            return 2
         results.read_csv(path.with_suffix(".csv"))
         if options.again is not None:
+            print(f"Before: {_means(results)}", file=sys.stderr)
             results.drop([cell for cell in results.cells if results.closest(cell) < options.again])
         results.facts["runs"] = "several, one after another; all contenders of a cell in the same one"
-    run_cells(cells, results, options.cell_seconds, options.peers, path.with_suffix(".csv"), limit)
+    run_cells(cells, results, options.cell_seconds, options.peers, path.with_suffix(".csv"), limits)
     results.sort(cells)
     if not options.no_whole_call:
         print("Timing the whole call.", file=sys.stderr)
@@ -114,7 +118,7 @@ def run_cells(
     seconds: float,
     only: list[str] | None = None,
     keep: Path | None = None,
-    limit: MemoryLimit | None = None,
+    limits: Sequence[MemoryLimit] = (),
 ) -> None:
     """Times every installed contender in every cell, after checking that its outputs are right.
 
@@ -124,10 +128,10 @@ def run_cells(
       seconds: for each cell.
       only: names of the peers that are wanted; default: all.
       keep: CSV file of all timings so far, written after each table.
-      limit: takes its turns where a lookup is bound by memory.
+      limits: take their turns where a lookup is bound by memory.
     """
     peers, results.left_out = installed_peers(only)
-    run_peers(peers, cells, results, seconds, keep, limit)
+    run_peers(peers, cells, results, seconds, keep, limits)
 
 
 def run_peers(
@@ -136,7 +140,7 @@ def run_peers(
     results: Results,
     seconds: float,
     keep: Path | None = None,
-    limit: MemoryLimit | None = None,
+    limits: Sequence[MemoryLimit] = (),
 ) -> None:
     """`run_cells` of given contenders, among them numpy's, whose outputs are the reference."""
     done = set(results.cells)
@@ -146,7 +150,7 @@ def run_peers(
     with tqdm(total=len(cells), unit="cell", disable=None) as progress:
         for key, group in itertools.groupby(cells, key=lambda cell: (cell.dtype, cell.vocabulary, cell.dim)):
             table = make_table(*key)
-            loaded = [*peers, *filter(None, [limit])]
+            loaded = [*peers, *limits]
             for peer in loaded:
                 peer.load(table)
             for cell in group:
@@ -154,7 +158,7 @@ def run_peers(
                 kind = cell.vocabulary, cell.ids
                 if kind not in pools:
                     pools[kind] = Ids(*kind)
-                _run_cell(cell, peers, pools[kind], results, seconds, limit)
+                _run_cell(cell, peers, pools[kind], results, seconds, limits)
                 progress.update()
             for peer in loaded:
                 peer.unload()
@@ -165,7 +169,12 @@ def run_peers(
 
 
 def _run_cell(
-    cell: Cell, peers: list[Peer], ids: Ids, results: Results, seconds: float, limit: MemoryLimit | None
+    cell: Cell,
+    peers: list[Peer],
+    ids: Ids,
+    results: Results,
+    seconds: float,
+    limits: Sequence[MemoryLimit],
 ) -> None:
     counts = {slow: _lookups_per_call(cell, slow) for slow in (False, True)}
     sets = make_sets(cell, ids, 4, counts[False])
@@ -187,8 +196,9 @@ def _run_cell(
             programs[peer.name](0)
         else:
             results.wrong.append(f"{peer.name}, {cell}: {difference}")
-    if limit is not None and results.beyond_cache(cell):
-        programs[limit.name], lookups[limit.name] = limit.program(cell, sets), counts[False]
+    if results.beyond_cache(cell):
+        for limit in limits:
+            programs[limit.name], lookups[limit.name] = limit.program(cell, sets), counts[False]
     for name, timing in interleave(programs, len(sets), seconds, seed=len(results.timings)).items():
         results.timings[cell, name] = timing.per(lookups[name])
 
@@ -197,6 +207,12 @@ def _lookups_per_call(cell: Cell, slow: bool) -> int:
     """Several, so that the price of a call from Python weighs little: 0.1 ms where other code filled the caches."""
     values = cell.num_ids * cell.dim
     return 16 if values <= 2**17 or not slow else 8 if values <= 2**19 else 4 if values <= 2**21 else 1
+
+
+def _means(results: Results) -> str:
+    names = [name for name in ("torch", "FBGEMM") if any(n == name for _, n in results.timings)]
+    results.contenders = names
+    return ", ".join(f"{name} {geometric_mean(results.ratios(name).values()):.3f}x" for name in names)
 
 
 def _write(results: Results, path: Path) -> None:
@@ -228,13 +244,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=("torch", "FBGEMM", "TensorFlow"), help="only these")
     parser.add_argument("--cell-seconds", type=float, default=0.5, help="time for each cell (default 0.5)")
     parser.add_argument(
-        "--resume", action="store_true", help="keep the cells that the report in --out has; run the others"
+        "--resume",
+        action="store_true",
+        help="keep the cells that the report in --out has, which must be there; run the others",
     )
     parser.add_argument(
         "--again",
         type=float,
         metavar="RATIO",
-        help="with --resume, runs those cells again in which torch or FBGEMM takes less than RATIO times as long",
+        help="with --resume, runs those cells again in which torch or FBGEMM takes less than RATIO times as long; "
+        "means of all cells, some of which had their luck corrected, rise by this alone",
     )
     parser.add_argument("--no-limit", action="store_true", help="leave out the memory limit")
     parser.add_argument(
@@ -245,6 +264,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder for the report"
     )
     options = parser.parse_args(arguments)
+    if options.again is not None and not options.resume:
+        parser.error("--again needs --resume: without it all cells are run, and the report is written anew")
     options.grid = QUICK_GRID if options.quick else FULL_GRID
     options.command = "python benchmarks/lookup.py " + " ".join(
         sys.argv[1:] if arguments is None else arguments

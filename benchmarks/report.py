@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cells import Cell
-from results import OURS, Results, Target, geometric_mean, row_bytes, targets
+from results import LIMIT_WRITING, OURS, Results, Target, geometric_mean, row_bytes, targets
 from whole_call import OURS as WHOLE_OURS
 
 _INTRODUCTION = """\
@@ -99,12 +99,19 @@ def _limits(results: Results) -> str:
             continue
         table = f"{cell.vocabulary * row_bytes(cell) / 1e6:,.0f}"
         rate = results.rate(cell)
-        rows.append((cell.dtype, str(cell.dim), table, f"{limit:.2f}", f"{rate:.2f}", f"{rate / limit:.0%}"))
+        writing = results.limit_of(cell, LIMIT_WRITING)
+        of_writing = f"{rate / writing:.0%}" if writing else "-"
+        rows.append(
+            (cell.dtype, str(cell.dim), table, f"{limit:.2f}", f"{rate:.2f}", f"{rate / limit:.0%}", of_writing)
+        )
     text = (
         f"## Memory limit\n\nA streaming read reaches {results.stream:.1f} GB/s on all cores. "
         f"Rows of uniform ids, B = {batch}, valency {valency}, no weights:\n\n"
     )
-    return text + _table(("dtype", "D", "table MB", "limit GB/s", "jaxembed GB/s", "of the limit"), rows)
+    return text + _table(
+        ("dtype", "D", "table MB", "limit GB/s", "jaxembed GB/s", "of the limit", "of the limit with results"),
+        rows,
+    )
 
 
 def _whole_call(results: Results) -> str:

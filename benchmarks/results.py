@@ -13,7 +13,9 @@ from whole_call import OURS as WHOLE_OURS
 from whole_call import WholeCallResult
 
 OURS, PLAIN, LIMIT = "jaxembed", "jaxembed, plain JAX", "memory limit"
+LIMIT_WRITING = "memory limit, results written"
 FAR_LARGER = 8  # times the cache
+_SAME = "CPU", "cores", "versions"  # facts that cells must share to be compared
 
 
 @dataclasses.dataclass
@@ -79,9 +81,9 @@ class Results:
         """GB/s of table rows read."""
         return cell.num_ids * row_bytes(cell) / self.timings[cell, name].median / 1e9
 
-    def limit_of(self, cell: Cell) -> float | None:
+    def limit_of(self, cell: Cell, name: str = LIMIT) -> float | None:
         """GB/s at which the rows of this cell can be read, or None where it was not measured."""
-        return self.rate(cell, LIMIT) if (cell, LIMIT) in self.timings else None
+        return self.rate(cell, name) if (cell, name) in self.timings else None
 
     def beyond_cache(self, cell: Cell) -> bool:
         """Whether a lookup is bound by memory: uniform ids, a table far larger than the cache, 4 MB or more."""
@@ -90,9 +92,17 @@ class Results:
         return cell.ids == "uniform" and table >= FAR_LARGER * self.cache_bytes and read >= 4_000_000
 
     def write_csv(self, path: Path) -> None:
-        """Every cell and contender, one a line, times in microseconds per lookup."""
+        """Every cell and contender, one a line, times in microseconds per lookup.
+
+        Lines that begin with # tell before of the machine, the versions, and who was wrong.
+        """
         names = [field.name for field in dataclasses.fields(Cell)]
         with path.open("w", newline="") as file:
+            for name in _SAME:
+                if name in self.facts:
+                    file.write(f"# {name}: {self.facts[name]}\n")
+            for line in self.wrong:
+                file.write(f"# wrong: {line}\n")
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([*names, "contender", "median_us", "low_quartile_us", "high_quartile_us", "rounds"])
             for (cell, name), timing in self.timings.items():
@@ -100,16 +110,27 @@ class Results:
                 writer.writerow([*dataclasses.astuple(cell), name, *times, timing.rounds])
 
     def read_csv(self, path: Path) -> None:
-        """Takes in what `write_csv` wrote, of a run that was cut short or of other cells."""
+        """Takes in what `write_csv` wrote, of a run that was cut short or of other cells.
+
+        Raises:
+          ValueError: it was written on another processor, or with other versions.
+        """
         parse = {int: int, str: str, bool: lambda text: text == "True"}
         fields = [(name, parse[kind]) for name, kind in get_type_hints(Cell).items()]
         with path.open(newline="") as file:
-            for line in csv.DictReader(file):
-                cell = Cell(*(read(line[name]) for name, read in fields))
-                times = [
-                    float(line[name]) / 1e6 for name in ("median_us", "low_quartile_us", "high_quartile_us")
-                ]
-                self.timings[cell, line["contender"]] = Timing(*times, int(line["rounds"]))
+            lines = file.read().splitlines()
+        for name, _, text in (line[2:].partition(": ") for line in lines if line.startswith("# ")):
+            if name == "wrong":
+                self.wrong.append(text)
+            elif text != self.facts.get(name, text):
+                raise ValueError(
+                    f"{path} is of {name} {text!r}, this run of {self.facts[name]!r}: cells of both do not "
+                    "compare; give another --out, or leave out --resume."
+                )
+        for line in csv.DictReader(line for line in lines if not line.startswith("# ")):
+            cell = Cell(*(read(line[name]) for name, read in fields))
+            times = [float(line[name]) / 1e6 for name in ("median_us", "low_quartile_us", "high_quartile_us")]
+            self.timings[cell, line["contender"]] = Timing(*times, int(line["rounds"]))
 
 
 class Target(NamedTuple):
@@ -172,17 +193,25 @@ def _mean(results: Results, name: str, least: float, cells: list[Cell], promise:
 
 def _memory_target(results: Results) -> Target:
     promise = f"85% of the random-row memory limit where the table is {FAR_LARGER}x the cache or more"
-    shares = {}
-    for cell in results.cells:
-        limit = results.limit_of(cell)
-        if limit and results.beyond_cache(cell):
-            shares[cell] = results.rate(cell) / limit
+    shares = _shares(results, LIMIT)
     if not shares:
         return Target(promise, "not measured", None, [])
     misses = [f"{cell}: {share:.0%}" for cell, share in _rising(shares) if share < 0.85]
-    mean = geometric_mean(shares.values())
-    measured = f"{mean:.0%} in the geometric mean; {len(shares) - len(misses)} of {len(shares)} cells reach 85%"
+    measured = _share_text(shares)
+    writing = _shares(results, LIMIT_WRITING)
+    if writing:
+        measured += f" (of the limit with results to write: {_share_text(writing)})"
     return Target(promise, measured, not misses, misses)
+
+
+def _shares(results: Results, limit: str) -> dict[Cell, float]:
+    rates = {cell: results.limit_of(cell, limit) for cell in results.cells if results.beyond_cache(cell)}
+    return {cell: results.rate(cell) / rate for cell, rate in rates.items() if rate}
+
+
+def _share_text(shares: dict[Cell, float]) -> str:
+    reached = sum(share >= 0.85 for share in shares.values())
+    return f"{geometric_mean(shares.values()):.0%} in the geometric mean; {reached} of {len(shares)} cells reach 85%"
 
 
 def _int8_target(results: Results) -> Target:

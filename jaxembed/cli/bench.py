@@ -20,6 +20,7 @@ import jaxembed as je
 from jaxembed import kernel
 
 _NUM_BATCHES = 8
+_SETTLE = 10e-3  # seconds; OpenMP's threads spin for 2 to 10 ms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +73,16 @@ def _makers() -> dict[str, Callable[..., Callable[[int], Any]]]:
 
 
 def _interleaved(programs: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of a call; contenders take turns, so that a slow moment hits them all."""
+    """Median seconds of a call; contenders take turns in an order shuffled anew, so that a slow moment hits them all."""
+    order = np.random.default_rng(0)
     samples: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(rounds):
-        for name, program in programs.items():
-            program(turn % _NUM_BATCHES)  # the threads of the contender before go to sleep meanwhile
+    for _ in range(rounds):
+        for name in order.permutation(list(programs)):
+            program = programs[name]
+            time.sleep(_SETTLE)  # the threads of the contender before spin for its next call
+            warm = time.perf_counter() + _SETTLE
+            while time.perf_counter() < warm:
+                program(0)
             start = time.perf_counter()
             for i in range(_NUM_BATCHES):
                 program(i)

@@ -10,6 +10,7 @@
 #include "bag.h"
 #include "decode.h"
 #include "place.h"
+#include "schedule.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxembed {
@@ -70,7 +71,7 @@ void RunShared(ffi::ThreadPool& pool, const std::shared_ptr<Work>& work, int64_t
   work->bad = std::make_unique<std::atomic<int64_t>[]>(features);
   const size_t tasks = work->plan.tasks.size();
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), static_cast<int64_t>(tasks)) - 1;
-  for (int64_t t = 0; t < helpers; ++t) pool.Schedule([work] { work->Run(); });
+  ScheduleAll(pool, helpers, [work] { work->Run(); });
   work->Run();
   for (int spins = 0; work->done.load(std::memory_order_acquire) < tasks; ++spins) {
     if (spins > 1000) std::this_thread::yield();

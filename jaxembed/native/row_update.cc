@@ -3,7 +3,7 @@
 //   for every row r that an entry names, once:
 //     g = sum over entries i with rows[i] == r, in their order, of weights[i] gradients[segments[i]]
 //     g = clip(g, low, high);  w = table[r] - decay table[r]
-//     SGD:      w -= lr g                    Adagrad:  a[r] += g^2;  w -= lr g / sqrt(a[r])
+//     SGD:      w -= lr g                    Adagrad:  a[r] += g^2;  w -= lr g / sqrt(a[r]), 0 / 0 = 0
 //     table[r] = clip(w, weight_low, weight_high)
 //
 // Entries with a row outside [0, V) or a segment outside [0, S) are padding. Entries are sorted by their row
@@ -22,9 +22,11 @@
 #include <utility>
 #include <vector>
 
+#include "schedule.h"
 #include "xla/ffi/api/ffi.h"
 
-#if defined(JAXEMBED_X86_64) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// Clones for levels of x86-64 came with GCC 12.
+#if defined(JAXEMBED_X86_64) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define JAXEMBED_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define JAXEMBED_CLONES
@@ -57,11 +59,16 @@ void AddRow(float* sum, const float* row, float weight, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d) sum[d] += weight * row[d];
 }
 
+// Without decay a weight is not touched: 0 times an infinite one is NaN.
+__attribute__((always_inline)) inline float Decayed(float w, const Update& u) {
+  return u.decay == 0.0f ? w : w - u.decay * w;
+}
+
 JAXEMBED_CLONES
 void StepSgd(float* row, const float* sum, const Update& u) {
   for (int64_t d = 0; d < u.dim; ++d) {
     const float g = std::min(std::max(sum[d], u.low), u.high);
-    const float w = (row[d] - u.decay * row[d]) - u.learning_rate * g;
+    const float w = Decayed(row[d], u) - u.learning_rate * g;
     row[d] = std::min(std::max(w, u.weight_low), u.weight_high);
   }
 }
@@ -71,7 +78,8 @@ void StepAdagrad(float* row, float* accumulator, const float* sum, const Update&
   for (int64_t d = 0; d < u.dim; ++d) {
     const float g = std::min(std::max(sum[d], u.low), u.high);
     const float a = accumulator[d] + g * g;
-    const float w = (row[d] - u.decay * row[d]) - u.learning_rate * g / std::sqrt(a);
+    const float step = a == 0.0f ? 0.0f : u.learning_rate * g / std::sqrt(a);
+    const float w = Decayed(row[d], u) - step;
     accumulator[d] = a;
     row[d] = std::min(std::max(w, u.weight_low), u.weight_high);
   }
@@ -197,7 +205,7 @@ ffi::Error UpdateRows(ffi::ThreadPool pool, Rows table, Rows accumulators, Ints 
   const size_t threads = std::max<int64_t>(pool.num_threads(), 1);
   Cut(std::max<size_t>(1, std::min(8 * threads, work->keys.size() / kMinEntries)), work.get());
   const size_t tasks = work->borders.size() - 1;
-  for (size_t t = 1; t < std::min(threads, tasks); ++t) pool.Schedule([work] { work->Run(); });
+  ScheduleAll(pool, static_cast<int64_t>(std::min(threads, tasks)) - 1, [work] { work->Run(); });
   work->Run();
   for (int spins = 0; work->done.load(std::memory_order_acquire) < tasks; ++spins) {
     if (spins > 1000) std::this_thread::yield();

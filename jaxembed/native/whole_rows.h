@@ -60,11 +60,12 @@ __attribute__((noinline)) int64_t RunWhole(const Bag& bag, const Placed& placed,
   const float* const weights = bag.weights;
   const int64_t fetch_end = task.end - kAhead;
   void* const out = bag.out;  // what is stored there cannot change these
-  const int64_t out_stride = bag.out_stride;
-  int64_t end = placed.splits[task.first_bag];
-  for (int64_t b = task.first_bag; b < task.last_bag; ++b) {
+  const int64_t out_stride = bag.out_stride, last_bag = task.last_bag;
+  const Ints splits = placed.splits;
+  int64_t end = splits[task.first_bag];
+  for (int64_t b = task.first_bag; b < last_bag; ++b) {
     const int64_t begin = end;
-    end = placed.splits[b + 1];
+    end = splits[b + 1];
     float divisor = 0;
     FloatsOf<kN> acc[NV];
     ClearSums<kN>(acc);
@@ -75,7 +76,8 @@ __attribute__((noinline)) int64_t RunWhole(const Bag& bag, const Placed& placed,
         const uint8_t* row = base + id * kRow;
 #pragma GCC unroll 16
         for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(row + line, 0, 3);
-        if (Affine(T)) __builtin_prefetch(row + kRow - 1, 0, 3);
+        // Rows that divide a line do not cross one.
+        if (Affine(T) && 64 % kRow != 0) __builtin_prefetch(row + kRow - 1, 0, 3);
       }
       float w = 1.0f;
       if constexpr (kWeighted) {
@@ -88,7 +90,7 @@ __attribute__((noinline)) int64_t RunWhole(const Bag& bag, const Placed& placed,
     DivideAll<kN, NV>(combiner, kWeighted ? divisor : static_cast<float>(end - begin), acc);
     StoreAll<T, kN, NV>(out, b * out_stride, acc);
   }
-  return task.last_bag;
+  return last_bag;
 }
 
 // Entries that RunBlocks takes through all blocks of columns before the next ones. What is fetched of one block holds

@@ -36,7 +36,7 @@ def tiny(load):
 
 
 def test_report_has_every_cell_and_contender(load, tiny, tmp_path):
-    results, lookup = load("results").Results(cache_bytes=2**20), load("lookup")
+    results, lookup = load("results").Results(facts={"CPU": "the one"}, cache_bytes=2**20), load("lookup")
     lookup.run_cells(tiny, results, seconds=0.01, only=[])
     assert results.wrong == []
     assert results.cells == tiny
@@ -50,10 +50,15 @@ def test_report_has_every_cell_and_contender(load, tiny, tmp_path):
     assert report.index("## Targets") < report.index("## Ratios") < report.index("## Every cell")
     assert "| the automatic choice is never slower than plain JAX | in " in report
     lines = path.with_suffix(".csv").read_text().splitlines()
-    assert len(lines) == 1 + len(tiny) * 3
+    assert lines[0] == "# CPU: the one"
+    assert len(lines) == 2 + len(tiny) * 3
     assert path.with_suffix(".png").stat().st_size > 10_000
-    again = load("results").Results()
+    other = load("results").Results(facts={"CPU": "another"})
+    with pytest.raises(ValueError, match=r"is of CPU 'the one', this run of 'another': .*; give another --out"):
+        other.read_csv(path.with_suffix(".csv"))
+    again = load("results").Results(facts={"CPU": "the one"})
     again.read_csv(path.with_suffix(".csv"))
+    assert again.wrong == []
     assert again.timings.keys() == results.timings.keys()
     for key, timing in results.timings.items():
         np.testing.assert_allclose(again.timings[key], timing, atol=1e-9)
@@ -63,7 +68,7 @@ def test_report_has_every_cell_and_contender(load, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["value", "bag", "nan", "missing"])
-def test_wrong_contender_is_reported_and_not_timed(load, tiny, fault):
+def test_wrong_contender_is_reported_and_not_timed(load, tiny, tmp_path, fault):
     peers, lookup = load("peers"), load("lookup")
 
     class Wrong(peers.Numpy):
@@ -79,6 +84,10 @@ def test_wrong_contender_is_reported_and_not_timed(load, tiny, fault):
     assert {name for _, name in results.timings} == {"numpy"}
     (line,) = results.wrong
     assert line.startswith(f"wrong, {tiny[-1]}: ")
+    results.write_csv(tmp_path / "part.csv")
+    again = load("results").Results()
+    again.read_csv(tmp_path / "part.csv")
+    assert again.wrong == [line]
 
 
 def test_int8_table_and_float32_table_hold_the_same_numbers(load):
@@ -114,25 +123,29 @@ def test_targets_name_the_cells_that_miss(load):
 
 
 def test_memory_limit_takes_its_turns_beyond_the_cache(load, tiny):
-    limit = load("memory_limit").memory_limit()
-    if limit is None:
+    limits = load("memory_limit").memory_limits()
+    if not limits:
         pytest.skip("no C++ compiler")
-    assert limit.stream(megabytes=1) > 0
+    assert limits[0].stream(megabytes=1) > 0
     results_module, lookup = load("results"), load("lookup")
     large = dataclasses.replace(tiny[0], ids="uniform", batch=50_000)
     results = results_module.Results(cache_bytes=64)
-    lookup.run_cells([tiny[0], large], results, seconds=0.01, only=[], limit=limit)
-    assert results.limit_of(tiny[0]) is None
-    assert results.limit_of(large) > 0
-    assert "memory limit" not in results.contenders
+    lookup.run_cells([tiny[0], large], results, seconds=0.01, only=[], limits=limits)
+    for name in ("memory limit", "memory limit, results written"):
+        assert results.limit_of(tiny[0], name) is None
+        assert results.limit_of(large, name) > 0
+        assert name not in results.contenders
     target = next(t for t in results_module.targets(results) if "memory limit" in t.promise)
     assert target.met is not None
+    assert target.measured.count(" of 1 cells reach 85%") == 2
 
 
-def test_memory_limit_reads_the_rows_of_the_lookups(load):
-    limit, cells = load("memory_limit").memory_limit(), load("cells")
-    if limit is None:
+@pytest.mark.parametrize("writes", [False, True])
+def test_memory_limit_reads_the_rows_of_the_lookups(load, writes):
+    limits, cells = load("memory_limit").memory_limits(), load("cells")
+    if not limits:
         pytest.skip("no C++ compiler")
+    limit = limits[writes]
     cell = dataclasses.replace(cells.grid(cells.FULL_GRID)[0], batch=20, valency=4)
     sets = cells.make_sets(cell, cells.Ids(500, "uniform"), 2, 3)
     for dtype in cells.DTYPES:
@@ -143,7 +156,9 @@ def test_memory_limit_reads_the_rows_of_the_lookups(load):
         words = np.ascontiguousarray(rows).view(np.uint64).reshape(500, -1)
         for i, batches in enumerate(sets):
             ids = np.concatenate([batch.ids for batch in batches])
-            assert read(i) == int(words[ids].sum(dtype=np.uint64))
+            total, results = read(i)
+            assert total == int(words[ids].sum(dtype=np.uint64))
+            assert results.any() == writes
 
 
 @pytest.mark.slow
