@@ -10,6 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard jaxembed/native/* serve/native/*)
 PYTEST := $(BIN)/python -m pytest
+# pip is no good beside itself: under `make -j` one waits for the other.
+ALONE := import fcntl, runpy; f = open("$(VENV)/.lock", "w"); fcntl.flock(f, 2); runpy.run_module("pip", {}, "__main__", True)
+PIP := $(BIN)/python -c '$(ALONE)'
 # A process has the tests of a file for as long as may be, and with them what these have compiled.
 SPREAD := -n auto --dist worksteal
 
@@ -42,7 +45,7 @@ docs: $(VENV)/.docs
 SANITIZED := build/sanitize
 CXX ?= c++
 $(SANITIZED)/.built: $(VENV)/.installed $(SOURCES) tests/native/kernel_test.cc
-	cmake -S . -B $(SANITIZED) -DCMAKE_BUILD_TYPE=None -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	cmake -S . -B $(SANITIZED) -DCMAKE_BUILD_TYPE=None "-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" \
 	  -DJAXEMBED_TESTS=ON -DJAXEMBED_SANITIZE=ON
 	env -u MAKEFLAGS cmake --build $(SANITIZED) --parallel
 	cmake --install $(SANITIZED) --prefix $(SANITIZED)/install
@@ -82,31 +85,31 @@ $(VENV)/.python:
 # What is installed already satisfies `jaxembed[...]`, which then adds its extra alone.
 BUILD_REQUIRES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])
 $(VENV)/.installed: $(VENV)/.python $(SOURCES)
-	$(BIN)/python -m pip install -q $$($(BIN)/python -c '$(BUILD_REQUIRES)')
-	$(BIN)/python -m pip install -q cmake ninja || echo "CMake and ninja cannot be installed: the system's are used"
-	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	$(PIP) install -q $$($(BIN)/python -c '$(BUILD_REQUIRES)')
+	$(PIP) install -q cmake ninja || echo "CMake and ninja cannot be installed: the system's are used"
+	$(PIP) install -q --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed
-	$(BIN)/python -m pip install -q 'jaxembed[demo]'
+	$(PIP) install -q 'jaxembed[demo]'
 	@touch $@
 
 # TensorFlow is the oracle of the parity tests; they are skipped where it cannot be installed.
 $(VENV)/.test: $(VENV)/.installed
-	$(BIN)/python -m pip install -q 'jaxembed[test]'
-	$(BIN)/python -m pip install -q 'jaxembed[test,parity]' || echo "TensorFlow cannot be installed: no parity tests"
+	$(PIP) install -q 'jaxembed[test]'
+	$(PIP) install -q 'jaxembed[test,parity]' || echo "TensorFlow cannot be installed: no parity tests"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(BIN)/python -m pip install -q 'jaxembed[lint]'
+	$(PIP) install -q 'jaxembed[lint]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -m pip install -q 'jaxembed[docs]'
+	$(PIP) install -q 'jaxembed[docs]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo
-	$(BIN)/python -m pip install -q 'jaxembed[bench]' || echo "some peers cannot be installed: they are left out"
+	$(PIP) install -q 'jaxembed[bench]' || echo "some peers cannot be installed: they are left out"
 	@touch $@
 
 clean:

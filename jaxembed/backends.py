@@ -40,14 +40,14 @@ def backend() -> str:
         return "native"
     if wanted == "native":
         raise RuntimeError(
-            f"the native kernel is not available: {kernel.unavailable_reason()}; install jaxembed "
-            "where a C++ compiler is, or take the plain JAX path with JAXEMBED_BACKEND=xla."
+            f"the native kernel is not available: {kernel.unavailable_reason()}, or take the plain JAX path with "
+            "JAXEMBED_BACKEND=xla."
         )
     if "fallback" not in _said:
         _said.add("fallback")
         warnings.warn(
-            f"jaxembed looks tables up in plain JAX: {kernel.unavailable_reason()}. Reinstall with a "
-            "C++ compiler for the native kernel, or set JAXEMBED_BACKEND=xla to silence this.",
+            f"jaxembed looks tables up in plain JAX: {kernel.unavailable_reason()}, or set JAXEMBED_BACKEND=xla to "
+            "silence this.",
             RuntimeWarning,
             stacklevel=_users_level(),
         )
@@ -71,7 +71,8 @@ def use_backend(name: str) -> Iterator[None]:
     Under "native", lookups in tables of a type that the kernel does not have are refused; under "auto" they are plain
     JAX. A function that `jax.jit` has traced keeps the path it was traced with. Programs of `jax.export` are plain
     JAX under "auto"; under "native" they call the kernel, which the process that runs them must have, and
-    `jax.export.export` must be told so with `DisabledSafetyCheck.custom_call("jaxembed_embedding_bags")`.
+    `jax.export.export` must be told so with `DisabledSafetyCheck.custom_call("jaxembed_embedding_bags")`; their
+    batches are of fixed sizes. Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) takes "xla".
 
     Raises:
       ValueError: if `name` is none of these.

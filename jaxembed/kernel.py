@@ -18,7 +18,7 @@ def _load() -> str | None:
     """Registers the kernel; returns why it cannot be, or None."""
     path = library()
     if path is None:
-        return "the kernel was not built when jaxembed was installed"
+        return "the kernel was not built when jaxembed was installed; reinstall it where a C++ compiler is"
     try:
         kernel = ctypes.CDLL(str(path))
         handler, numbers = kernel.JaxembedEmbeddingBags, kernel.JaxembedNumbers()
@@ -29,8 +29,11 @@ def _load() -> str | None:
     try:
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
     except RuntimeError as e:
-        # A kernel built with the headers of a newer jaxlib than the one that runs.
-        return f"the kernel was built for another jaxlib ({e})"
+        # pip builds with the newest jaxlib, whatever the one that runs.
+        return (
+            f"the kernel was built for another jaxlib than the one here ({e}); upgrade jaxlib, or reinstall jaxembed "
+            "with `pip install --no-build-isolation`"
+        )
     return None
 
 
@@ -45,7 +48,7 @@ def available() -> bool:
 
 
 def unavailable_reason() -> str | None:
-    """Why it cannot, or None."""
+    """Why it cannot, and what to do, or None."""
     return _load()
 
 

@@ -8,7 +8,10 @@ from jaxembed import built
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, its functions declared; None where it was not built, or is of other sources."""
+    """The library, its functions declared; None where it was not built, or lacks one of them.
+
+    One of other sources that has them all is not told apart: whoever changes what they take builds it again.
+    """
     path = built.find("libjaxembed_requests.so", "libjaxembed_requests.dylib")
     return None if path is None else _declared(str(path))
 

@@ -2,6 +2,7 @@
 //
 //   fault_arm(after, error, what, folder)   what: 1 writes, 2 fsync, 4 new names (open, mkdir), 8 rename
 //   fault_count()                           calls that would have counted since
+//   fault_early()                           whether one failed before FOLDER/2, a step or version, had its name
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -18,10 +19,11 @@ enum { kWrite = 1, kSync = 2, kName = 4, kRename = 8 };
 
 static char folder[4096];
 static atomic_long calls, limit;
-static atomic_int error, kinds;
+static atomic_int error, kinds, early, named;
 
 void fault_arm(long after, int code, int what, const char* below) {
   kinds = 0;
+  if (what) early = named = 0;
   snprintf(folder, sizeof folder, "%s", below);
   calls = 0;
   limit = after;
@@ -30,12 +32,20 @@ void fault_arm(long after, int code, int what, const char* below) {
 }
 
 long fault_count(void) { return calls; }
+int fault_early(void) { return early; }
 
 static int fails_at(const char* path, int kind) {
   if (!(kinds & kind) || strncmp(path, folder, strlen(folder)) != 0) return 0;
   if (atomic_fetch_add(&calls, 1) < limit) return 0;
+  if (!named) early = 1;
   errno = error;
   return 1;
+}
+
+static int renamed(int result, const char* to) {
+  size_t n = strlen(folder);
+  if (!result && !strncmp(to, folder, n) && !strcmp(to + n, "/2")) named = 1;
+  return result;
 }
 
 static int fails(int fd, int kind) {
@@ -66,9 +76,9 @@ int ftruncate(int fd, off_t n) { return fails(fd, kWrite) ? -1 : REAL(ftruncate)
 int fsync(int fd) { return fails(fd, kSync) ? -1 : REAL(fsync)(fd); }
 int fdatasync(int fd) { return fails(fd, kSync) ? -1 : REAL(fdatasync)(fd); }
 int mkdir(const char* path, mode_t mode) { return fails_at(path, kName) ? -1 : REAL(mkdir)(path, mode); }
-int rename(const char* from, const char* to) { return fails_at(to, kRename) ? -1 : REAL(rename)(from, to); }
+int rename(const char* from, const char* to) { return fails_at(to, kRename) ? -1 : renamed(REAL(rename)(from, to), to); }
 int renameat(int a, const char* from, int b, const char* to) {
-  return fails_at(to, kRename) ? -1 : REAL(renameat)(a, from, b, to);
+  return fails_at(to, kRename) ? -1 : renamed(REAL(renameat)(a, from, b, to), to);
 }
 
 #define OPEN(name)                                                    \

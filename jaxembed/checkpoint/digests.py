@@ -167,7 +167,8 @@ class BlockDigester:
 def digest_arrays(arrays: Sequence[Any]) -> list[Digests]:
     """The digests of numpy or (possibly multi-process) jax arrays; all processes get all of them.
 
-    Processes wait for each other only where one of the arrays is spread over them.
+    Processes wait for each other only where rows, or columns, of one of the arrays are spread over them; one that is
+    spread by columns is gathered as a whole.
 
     The host copies that are hashed stay with the arrays, so that saving these does not copy them again.
     """

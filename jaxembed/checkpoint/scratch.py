@@ -7,6 +7,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 
@@ -32,8 +33,8 @@ def scratch_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """A new folder below `parent`, to be renamed once it is whole; what is left of it is removed.
 
     A process that is killed leaves its folder behind, and the next one to write here removes it: it takes the
-    lock, which the kernel gave back. Where the file system has no locks, it stays. Folders above it that were made for
-    it and are empty in the end go, too.
+    lock, which the kernel gave back. Where the file system has no locks, it stays. What `replace_file` left goes by its age.
+    Folders above it that were made for it and are empty in the end go, too.
 
     Raises:
       OSError: if it cannot be made.
@@ -131,13 +132,17 @@ def _short(name: str) -> str:
     return name if len(os.fsencode(name)) <= MAX_NAME else digest_bytes(os.fsencode(name))
 
 
-def _remove_if_abandoned(folder: pathlib.Path) -> None:
+def _remove_if_abandoned(path: pathlib.Path) -> None:
     with contextlib.suppress(OSError):
-        if time.time() - folder.stat().st_mtime < GRACE_SECONDS:
+        status = path.lstat()
+        if time.time() - status.st_mtime < GRACE_SECONDS:
             return
-        lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+        if stat.S_ISREG(status.st_mode):  # of `replace_file`, which has it for a moment
+            path.unlink()
+            return
+        lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(lock)

@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 module.add_arguments(sub)
         options = parser.parse_args(arguments)
         return modules[options.command].run(options)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
+        if isinstance(e, ImportError) and e.name is not None:
+            raise  # of Python's own; ours say what to install
         print(f"jaxembed: {e}", file=sys.stderr)
         if not _is_mistake(e):
             return 1
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _is_mistake(error: ValueError | OSError) -> bool:
+def _is_mistake(error: ValueError | OSError | ImportError) -> bool:
     """Whether another command line would do, as opposed to files that are damaged and disks that are full."""
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError)
@@ -85,10 +87,12 @@ def _load(name: str, command: Command) -> Any:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         return importlib.import_module(command.module)
-    except ModuleNotFoundError as e:
-        if command.extra is None or (e.name or "").startswith("jaxembed"):
+    except ImportError as e:
+        if command.extra is None or e.name is None or e.name.startswith("jaxembed"):
             raise
+        # One that is there, but lacks a name, is too old.
+        lacks = "" if isinstance(e, ModuleNotFoundError) else f" in a newer version ({e})"
         raise ValueError(
-            f"`jaxembed {name}` needs the package {e.name!r}; install it with "
+            f"`jaxembed {name}` needs the package {e.name!r}{lacks}; install it with "
             f"pip install 'jaxembed[{command.extra}]'."
         ) from e

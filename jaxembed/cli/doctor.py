@@ -2,7 +2,8 @@
 
 jaxembed doctor
 
-Exits with 1 if the core does not work here; what an extra lacks is only shown.
+Exits with 1 if the core does not work here; what an extra lacks is only shown, whatever the version of what is there.
+Where `import jaxembed` fails, as without jaxlib, no command starts: Python shows why.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import pathlib
 import platform
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,9 @@ _CGROUP_LIMITS = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit
 #: Without a limit, the first version of cgroups tells a number near this one.
 _NO_LIMIT = 1 << 62
 _INSTRUCTIONS = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)"}
+#: What requirements of ours depend on, by its name in markers.
+_SYSTEM = {"sys_platform": sys.platform, "platform_machine": platform.machine(), "os_name": os.name}
+_CONDITION = re.compile(r"(\w+)\s*==\s*['\"]([^'\"]+)['\"]")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[([^\]]*)\])?[^;]*;(.*)\bextra\s*==\s*['\"]([^'\"]+)['\"]\s*$")
 
 
@@ -62,21 +67,29 @@ def memory_lines(root: pathlib.Path = pathlib.Path("/")) -> Iterator[str]:
 
 def missing_lines() -> Iterator[str]:
     """A line for each extra: what it lacks, and the command that installs it."""
-    extras: dict[str, set[str]] = {}
-    for package, further, _, extra in _requirements("jaxembed"):
-        if package != "jaxembed":
-            extras.setdefault(extra, set()).add(package)
-            # As `jax[tpu]` needs libtpu. What others need on some systems only is not looked at.
-            wanted = set((further or "").split(","))
-            extras[extra] |= {
-                name for name, _, rest, of in _requirements(package) if of in wanted and not rest.strip()
-            }
-    for extra, packages in sorted(extras.items()):
-        missing = sorted(package for package in packages if _version(package) is None)
+    for extra in sorted({extra for *_, extra in _requirements("jaxembed")}):
+        missing = sorted(package for package in _packages(extra) if _version(package) is None)
         if missing:
             yield f"extra {extra}: missing {', '.join(missing)}; pip install 'jaxembed[{extra}]'"
         else:
             yield f"extra {extra}: complete"
+
+
+def _packages(extra: str) -> set[str]:
+    """Those that an extra of ours needs on this system."""
+    found: set[str] = set()
+    for package, further, rest, of in _requirements("jaxembed"):
+        conditions = _CONDITION.findall(rest)
+        if of != extra or any(_SYSTEM.get(name, value) != value for name, value in conditions):
+            continue
+        wanted = (further or "").split(",")
+        if package == "jaxembed":
+            found.update(*map(_packages, wanted))
+            continue
+        # As `jax[tpu]` needs libtpu. What others need on some systems only is not looked at.
+        found.add(package)
+        found |= {name for name, _, rest, of in _requirements(package) if of in wanted and not rest.strip()}
+    return found
 
 
 def _requirements(package: str) -> Iterator[tuple[str, str | None, str, str]]:

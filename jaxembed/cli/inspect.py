@@ -6,8 +6,12 @@ jaxembed inspect dlrm.safetensors --keys keys.json
 """
 
 import argparse
+import errno
+import os
+import pathlib
 
 from jaxembed.checkpoint.files import absolute_path, replace_file
+from jaxembed.checkpoint.scratch import check_place
 from jaxembed.convert.keys import keys_in_file
 from jaxembed.inspection import describe, html_report
 
@@ -36,7 +40,22 @@ def run(options: argparse.Namespace) -> int:
     if options.html is None:
         print(describe(options.path, step=options.step, stats=options.stats, progress=progress, keys=keys))
         return 0
+    place = absolute_path(options.html)
+    _check_file(place)
     page = html_report(options.path, step=options.step, progress=progress, keys=keys)
-    replace_file(absolute_path(options.html), page.encode())
+    replace_file(place, page.encode())
     print(f"wrote {options.html}")
     return 0
+
+
+def _check_file(place: pathlib.Path) -> None:
+    """Whether `replace_file` can write there, before tables are read.
+
+    Raises:
+      ValueError: as `check_place`.
+      OSError: as `check_place`, or if a folder is there.
+    """
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
+    if place.is_file() or not place.exists():
+        check_place(place.resolve())

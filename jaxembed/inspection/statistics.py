@@ -39,9 +39,9 @@ class TableStats:
       num_dead: rows that are all zeros.
       num_bad: rows that hold NaN or infinity.
       num_duplicates: rows, not dead, that equal an earlier one; estimated of tables above 16 million rows.
-      quantization: errors to expect of rows stored as "bfloat16", "int8" or "int4", and of the codes of the
-        table's own QuantizationConfig, "as trained". Absent where the rows are stored so already, None
-        where they cannot be.
+      quantization: errors to expect of rows of finite values stored as "bfloat16", "int8" or "int4", and of the codes
+        of the table's own QuantizationConfig, "as trained". Absent where the rows are stored so already, None
+        where the table cannot be: one that holds NaN has no codes, one with infinity none row by row.
       norm_counts: (lower edges, upper edges, number of rows) of the bins of a histogram of norms.
       neighbours: of some rows, the most similar others.
       digest: of the rows as they were read, by `layout.table_digest`; None of codes.
@@ -88,7 +88,7 @@ def table_stats(
         norms.add(values[finite])
         duplicates.add(rows[alive])
         for error in errors.values():
-            error.add(values[finite])
+            error.add(values, finite)
         nearest.add(start, values, np.logical_and(finite, alive))
         advance(rows.nbytes)
     digests = digester.digests()
@@ -199,11 +199,12 @@ class _Error:
         self._change, self._largest, self._total, self._count = change, 0.0, 0.0, 0
         self._is_possible = True
 
-    def add(self, values: np.ndarray) -> None:
-        changed = self._changed(values) if values.size else None
-        if changed is None:
+    def add(self, values: np.ndarray, finite: Any) -> None:
+        """Counts the finite rows of `values`; others must have a place in this form, too."""
+        changed = self._changed(values, finite)
+        if changed is None or not finite.any():
             return
-        gap = np.abs(values - changed)
+        gap = np.abs(values[finite] - changed)
         self._largest = max(self._largest, float(gap.max()))
         self._total += float(gap.sum(dtype=np.float64))
         self._count += gap.size
@@ -213,11 +214,11 @@ class _Error:
             return None
         return QuantizationError(self._largest, self._total / max(self._count, 1))
 
-    def _changed(self, values: np.ndarray) -> np.ndarray | None:
-        """None once some values have no place in this form."""
+    def _changed(self, values: np.ndarray, finite: Any) -> np.ndarray | None:
+        """The finite rows; None once some values have no place in this form."""
         if self._is_possible:
             with contextlib.suppress(UnquantizableError), np.errstate(over="ignore"):
-                changed = self._change(values)
+                changed = self._change(values)[finite]
                 if np.isfinite(changed).all():
                     return changed
             self._is_possible = False
@@ -228,15 +229,23 @@ def _errors(array: StoredArray, config: QuantizationConfig | None) -> dict[str, 
     if array.form != array.dtype.name:  # codes already
         return {}
 
-    def coded(how: str) -> Callable[[np.ndarray], np.ndarray]:
+    def coded(how: str | QuantizationConfig) -> Callable[[np.ndarray], np.ndarray]:
         codec = row_codec(how)
-        return lambda values: QuantizedTable(codec.kind, values.shape[1], **codec.encode(values)).host_rows(
-            0, values.shape[0]
-        )
+
+        def change(values):
+            arrays = codec.encode(values)
+            table = QuantizedTable(codec.kind, values.shape[1], **arrays, codebook=codec.codebook)
+            return table.host_rows(0, values.shape[0])
+
+        return change
 
     errors: dict[str, _Error] = {}
     if config is not None:
-        errors["as trained"] = _Error(lambda values: simulate_on_host(values, config))
+        # More buckets are no codes, but rows of the values that training looked up.
+        is_coded = config.num_buckets <= 256
+        errors["as trained"] = _Error(
+            coded(config) if is_coded else lambda values: simulate_on_host(values, config)
+        )
     if array.dtype.itemsize > 2:
         errors["bfloat16"] = _Error(lambda values: values.astype(ml_dtypes.bfloat16).astype(np.float32))
     return {**errors, **{how: _Error(coded(how)) for how in ROW_WISE}}

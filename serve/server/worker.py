@@ -83,7 +83,7 @@ def _check_model(config: ServerConfig) -> None:
     try:
         find_model(config.model)
     except ValueError as e:
-        (pathlib.Path(config.state) / MISTAKE).write_text(str(e))
+        (pathlib.Path(config.state) / MISTAKE).write_text(str(e), "utf-8")
         sys.exit(MISTAKE_STATUS)
 
 

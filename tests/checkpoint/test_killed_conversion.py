@@ -89,6 +89,15 @@ def test_a_young_folder_stays(tmp_path):
         assert pathlib.Path(tmp_path / ".writing-1-1").is_dir()
 
 
+def test_an_old_file_goes(tmp_path):
+    """One that a process was killed over, while it replaced another."""
+    for name in ("old", "young"):
+        (tmp_path / f".writing-{name}").write_bytes(b"")
+    os.utime(tmp_path / ".writing-old", (0, 0))
+    with scratch.scratch_folder(tmp_path, "2") as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {".writing-young", folder.name}
+
+
 def test_what_a_process_of_this_number_left_is_not_in_the_way(tmp_path):
     """In a container every process that converts has the number 1, also the one that was killed a second ago."""
     left = scratch.scratch_folder(tmp_path, "1")

@@ -35,12 +35,18 @@ def test_doctor(capsys):
 
 def test_extras_of_packages_that_an_extra_names_are_looked_at(monkeypatch):
     requires = {
-        "jaxembed": ['jax>=0.10; extra == "plain"', 'jax[tpu]; (os_name == "posix") and extra == "tpu"'],
+        "jaxembed": [
+            'jax>=0.10; extra == "plain"',
+            'jax[tpu]; (os_name == "posix") and extra == "tpu"',
+            'elsewhere; (os_name == "posix" and sys_platform == "plan9") and extra == "tpu"',
+            'jaxembed[plain,tpu]; extra == "both"',
+        ],
         "jax": ['libtpu==0.0.42.*; extra == "tpu"', 'nothing; os_name == "nt" and extra == "tpu"', "numpy"],
     }
     monkeypatch.setattr(doctor.importlib.metadata, "requires", requires.get)
     monkeypatch.setattr(doctor, "_version", lambda name: "1" if name in requires else None)
     assert list(doctor.missing_lines()) == [
+        "extra both: missing libtpu; pip install 'jaxembed[both]'",
         "extra plain: complete",
         "extra tpu: missing libtpu; pip install 'jaxembed[tpu]'",
     ]
@@ -71,6 +77,47 @@ def test_bench(capsys, monkeypatch):
 def test_bench_of_nothing(capsys):
     assert main(["bench", "--batch", "0"]) == 2
     assert capsys.readouterr().err.startswith("jaxembed: --batch must be at least 1, got 0.\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ImportError("Parquet files need pyarrow; pip install pyarrow."), "files need pyarrow; pip install"),
+        (ImportError("cannot import name 'x' from 'y'", name="y"), None),
+    ],
+)
+def test_what_must_be_installed_is_a_line(error, told, monkeypatch, capsys):
+    """What Python says of an import that fails is a fault, whose place must be seen."""
+
+    def run(options):
+        raise error
+
+    monkeypatch.setattr("jaxembed.cli.doctor.run", run)
+    if told is None:
+        with pytest.raises(ImportError):
+            main(["doctor"])
+    else:
+        assert main(["doctor"]) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("No module named 'y'", name="y"), "needs the package 'y'; install it with pip"),
+        (
+            ImportError("cannot import name 'x' from 'y'", name="y"),
+            "'y' in a newer version (cannot import name",
+        ),
+    ],
+)
+def test_packages_of_an_extra_that_are_missing_or_old(error, told, monkeypatch, capsys):
+    def import_module(name):
+        raise error
+
+    monkeypatch.setattr("importlib.import_module", import_module)
+    assert main(["train", "--config", "x.toml"]) == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,19 @@ def test_values_at_the_end_of_float32(tmp_path, others, capsys):
     assert "inf" not in text.partition("<svg")[2].partition("</svg>")[0]
 
 
+@pytest.mark.parametrize(
+    ("place", "told"), [("folder", "Is a directory"), ("file/page.html", "file is no folder")]
+)
+def test_a_page_that_cannot_be_written_is_known_before_tables_are_read(
+    tmp_path, place, told, monkeypatch, capsys
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("jaxembed.cli.inspect.html_report", lambda *_, **__: pytest.fail("tables were read"))
+    assert main(["inspect", str(tmp_path / "a.npz"), "--html", str(tmp_path / place)]) == 2
+    assert told in capsys.readouterr().err
+
+
 class Page(html.parser.HTMLParser):
     """Checks that elements nest, and collects what they refer to."""
 

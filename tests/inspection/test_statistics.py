@@ -1,16 +1,24 @@
 """Figures of tables, summed up by blocks, are those of the whole table."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxembed import QuantizationConfig
+from jaxembed import QuantizationConfig, TableConfig
 from jaxembed.checkpoint import digest_arrays
 from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.inspection import statistics, table_stats
-from jaxembed.quantization import quantization_error, quantize, simulate_on_host
+from jaxembed.quantization import (
+    UnquantizableError,
+    quantization_error,
+    quantize,
+    quantize_as_trained,
+    simulate_on_host,
+)
 
 
 def stored(table):
@@ -41,12 +49,36 @@ def test_of_the_whole_table(table):
     for edge in lower[:: len(lower) // 7]:
         assert counts[lower < edge].sum() == (norms.astype(np.float32) < np.float32(edge)).sum()
     assert (lower[1:] >= upper[:-1]).all()
+    assert [found.quantization[how] for how in ("as trained", "int8", "int4")] == [None] * 3
+    assert found.quantization["bfloat16"].max > 0
+
+
+def test_errors_of_quantization(table):
+    finite = table[np.isfinite(table).all(axis=1)]
+    found = table_stats(stored(finite), quantization_config=QuantizationConfig(16, -1, 1)).quantization
     for how in ("int8", "int4"):
         expected = quantization_error(finite, quantize(finite, how))
-        assert found.quantization[how].max == expected.max
-        assert found.quantization[how].mean == pytest.approx(expected.mean, rel=1e-6)
+        assert found[how].max == expected.max
+        assert found[how].mean == pytest.approx(expected.mean, rel=1e-6)
     gap = np.abs(simulate_on_host(finite, QuantizationConfig(16, -1, 1)) - finite)
-    assert found.quantization["as trained"].max == gap.max()
+    assert found["as trained"].max == gap.max()
+
+
+@pytest.mark.parametrize(
+    ("value", "num_buckets", "expected"), [(np.nan, 16, False), (np.inf, 16, True), (np.nan, 999, True)]
+)
+def test_errors_are_of_tables_that_can_be_quantized(value, num_buckets, expected):
+    """Codes stand for no NaN; with more buckets than a code can name, rows stay as they are."""
+    rows = np.ones((4, 3), np.float32)
+    rows[2, 1] = value
+    config = QuantizationConfig(num_buckets, -1, 1)
+    found = table_stats(stored(rows), quantization_config=config).quantization
+    assert (found["as trained"] is not None) is expected
+    assert found["bfloat16"].max == 0
+    assert found["int8"] is found["int4"] is None
+    quantizing = contextlib.nullcontext() if expected else pytest.raises(UnquantizableError)
+    with quantizing:
+        quantize_as_trained(rows, TableConfig(4, 3, name="x", quantization_config=config))
 
 
 def test_duplicates_of_a_large_table_are_estimated(monkeypatch):

@@ -40,7 +40,9 @@ def main(what: str, directory: pathlib.Path, fault: str, points: int) -> None:
     for after in sorted({int(i) for i in np.linspace(0, total - 1, points)}):
         where = directory / str(after)
         error, left = attempt(own, where, lambda after=after, where=where: arm(after, where), disarm)
-        print(json.dumps({"after": after, "total": total, "error": error, "left": left}), flush=True)
+        early = bool(library.fault_early())
+        line = {"after": after, "total": total, "early": early, "error": error, "left": left}
+        print(json.dumps(line), flush=True)
 
 
 def _save(own, where, start, stop) -> tuple[str | None, list[int]]:

@@ -54,7 +54,8 @@ def check_step(directory, step):
 
 
 def check(line, fault):
-    """An error that says why, unless it came after all was done."""
+    """An error that says why, unless the disk failed after all was done, or not at all."""
+    assert line["error"] or not line["early"], line
     assert line["left"] == [1, 2] or (line["left"] == [1] and line["error"]), line
     if line["error"]:
         expected = "No space left" if fault == "full" else "Input/output error"

@@ -124,6 +124,29 @@ def test_a_click_log_that_is_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-10], lambda data: data[:60] + bytes(60) + data[120:], lambda data: b"plain text"],
+    ids=["cut off", "zeroed", "no gzip"],
+)
+def test_compressed_click_logs_that_are_not_whole_are_named(tmp_path, damage):
+    text = "\n".join(random_lines(20)[0]).encode()
+    (tmp_path / "day_0.gz").write_bytes(damage(gzip.compress(text)))
+    with pytest.raises(ValueError, match=r"day_0\.gz is damaged or cut off: .*\. Get it again\."):
+        convert_criteo([tmp_path / "day_0.gz"], tmp_path / "out", 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["day_0.gz"]
+
+
+def test_what_a_killed_conversion_left_goes(tmp_path):
+    (tmp_path / "train.txt").write_text("\n".join(random_lines(3)[0]))
+    left = tmp_path / ".writing-columns-0"
+    left.mkdir()
+    (left / "ids").write_bytes(bytes(99))
+    os.utime(left, (0, 0))
+    convert_criteo([tmp_path / "train.txt"], tmp_path / "columns", 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["columns", "train.txt"]
+
+
 def test_a_failed_conversion_leaves_nothing(tmp_path):
     lines, *_ = random_lines(3)
     (tmp_path / "in").mkdir()

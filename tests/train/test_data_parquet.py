@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from jaxembed.train.data import Examples, ParquetExamples, RaggedColumn, batches
+from jaxembed.train.data import Examples, ParquetExamples, RaggedColumn, batches, parquet
 from jaxembed.train.data.parquet import bags_from_arrow
 
 pa = pytest.importorskip("pyarrow")
@@ -94,6 +94,18 @@ def test_row_groups_are_read_once_an_epoch_and_only_few_are_kept(files, monkeypa
         pass
     assert sorted(reads) == list(range(len(source.block_splits) - 1))
     assert len(source._cache) == 2
+
+
+def test_lists_are_read_once_for_the_longest(files, monkeypatch):
+    paths, bags = files
+    reads = []
+    monkeypatch.setattr(parquet, "bags_from_arrow", lambda *args: reads.append(args) or bags_from_arrow(*args))
+    source = ParquetExamples(paths, **COLUMNS)
+    longest = max(map(len, bags))
+    assert source.capacities(4) == {"bag": 4 * longest}
+    before = len(reads)
+    assert source.capacities(8) == {"bag": 8 * longest}
+    assert len(reads) == before > 0
 
 
 def test_bags_share_the_memory_of_arrow():

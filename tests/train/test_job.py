@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxembed.checkpoint import CheckpointError, read_checkpoint, whole_steps
-from jaxembed.train import Trainer, data
+from jaxembed.train import Trainer, data, hosts
 from jaxembed.train.engines.auto_plan import ids_and_bags
-from jaxembed.train.job import TrainingDiverged, load_config, loop, open_sources, train
+from jaxembed.train.job import CriteoData, Logs, TrainingDiverged, load_config, loop, open_sources, train
 from jaxembed.train.job.evaluation import evaluate
 from jaxembed.train.job.feeding import feed
+from jaxembed.train.job.report import Report
 from jaxembed.train.metrics import auc, log_loss
 
 from .jobs import BATCH, EXAMPLES, assert_same_bits, job, write_config, write_data
@@ -175,6 +176,60 @@ def test_sigterm_saves_and_the_next_start_ends_in_the_same_bits(whole, tmp_path)
     assert_same_bits(result.checkpoints, expected.checkpoints)
 
 
+def test_sigterm_stops_an_evaluation(whole, tmp_path):
+    _, expected = whole
+    config = job(tmp_path)
+    sources = open_sources(config.data, config.model.dim)
+    interrupted = dataclasses.replace(sources, evaluation=Interrupting(sources.evaluation, at=2))
+    result = train(config, interrupted)
+    assert (result.preempted, result.step, result.history) == (True, 6, [])
+    assert whole_steps(result.checkpoints)[-1] == 6
+    result = train(config, sources)
+    assert (result.preempted, result.step) == (False, 9)
+    assert_same_bits(result.checkpoints, expected.checkpoints)
+
+
+def test_epochs_are_passes_over_the_data(tmp_path):
+    """Of 200 examples in batches of 16: an epoch ends within batch 13."""
+    changes = {
+        "training.steps": None,
+        "training.epochs": 2,
+        "training.evaluate_every": None,
+        "training.evaluation_batches": 2,
+        "checkpoints.every": None,
+        "dense_optimizer": {"name": "sgd", "learning_rate": 0.01},
+    }
+    result = train(job(tmp_path, **changes))
+    assert result.step == -(-2 * EXAMPLES // BATCH) == 25
+    assert whole_steps(result.checkpoints) == [13, 25]
+    assert [entry["step"] for entry in result.history] == [13, 25]
+    assert [entry["evaluation"]["examples"] for entry in result.history] == [2 * BATCH] * 2
+
+
+def test_data_that_a_host_cannot_open_stop_all(tmp_path, monkeypatch):
+    """Others would wait for it."""
+    failed = []
+    monkeypatch.setattr(hosts, "processes_where", lambda condition: failed.append(condition) or [1])
+    with pytest.raises(ValueError, match=r"processes \[1\] cannot open the data; their errors say why"):
+        train(job(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no Parquet file"):
+        train(job(tmp_path, tmp_path / "none.parquet"))
+    assert failed == [False, True]
+    # Process 1, where process 0 does not convert.
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(ValueError, match=r"cannot open the data"):
+        open_sources(CriteoData(path=str(tmp_path / "columns"), text=("none.txt",)), 4)
+    assert failed == [False, True, False]
+
+
+def test_logs_of_a_run_without_a_checkpoint_are_taken_back(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda path, purge_step: taken.append(purge_step))
+    for start in (0, 6):
+        Report(Logs(progress=False), tmp_path, BATCH, start, 9)
+    assert taken == [1, 7]
+
+
 @pytest.mark.slow
 def test_dropout_and_batch_norm_resume_to_the_same_bits(tmp_path):
     checkpoints = []
@@ -303,7 +358,7 @@ def test_data_without_examples_are_named(tmp_path, part):
         open_sources(job(tmp_path, path, **{f"data.{part}": [str(empty)]}).data, 4)
 
 
-def test_patterns_reach_all_folders_and_take_a_file_once(tmp_path):
+def test_patterns_reach_all_folders_and_take_a_file_once(tmp_path, monkeypatch):
     path = write_data(tmp_path)
     (tmp_path / "2026" / "11").mkdir(parents=True)
     deep = shutil.copy(path, tmp_path / "2026" / "11" / "a.parquet")
@@ -315,7 +370,11 @@ def test_patterns_reach_all_folders_and_take_a_file_once(tmp_path):
         return list(open_sources(job(tmp_path, path, **{"data.train": train}).data, 4).train.counts)
 
     assert files("2026/**/*.parquet") == files("2026/11/a.parquet") == [str(deep)]
+    (tmp_path / "2026" / "old.parquet").mkdir()
     assert len(files("**/*.parquet")) == 4
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = job(tmp_path, path, **{"data.train": ["~/data.parquet"], "data.evaluation": ["~/2026/**/*.parquet"]})
+    assert list(open_sources(home.data, 4).evaluation.counts) == [str(deep)]
     assert files("day[1].parquet") == [str(odd)]
     assert files("data.parquet", "./2026/11/../../data.parquet", "d*a.parquet") == [str(path)]
     with pytest.raises(FileNotFoundError, match=r"no Parquet file is at '.*/2025/\*\*/\*\.parquet'"):

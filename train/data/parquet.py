@@ -50,6 +50,7 @@ class ParquetExamples:
         self._labels, self._dense, self._keep = labels, tuple(dense), keep
         self._columns = [labels, *dense, *self._features.values(), *self._weights.values()]
         self._ragged: tuple[str, ...] | None = None
+        self._longest: dict[str, int] | None = None
         self._groups: list[tuple[str, int]] = []
         self._cache: OrderedDict[int, Examples] = OrderedDict()
         self._lock = threading.Lock()
@@ -80,7 +81,12 @@ class ParquetExamples:
         return Examples.concatenate([self._read(group) for group in range(len(self._groups))])
 
     def capacities(self, batch_size: int) -> dict[str, int]:
-        """Per ragged feature, batch size times the longest bag, which takes reading all lists to find."""
+        """Per ragged feature, batch size times the longest bag, which takes reading all lists to find, once."""
+        if self._longest is None:
+            self._longest = self._find_longest()
+        return {name: max(1, batch_size * length) for name, length in self._longest.items()}
+
+    def _find_longest(self) -> dict[str, int]:
         longest = dict.fromkeys(self.ragged_features, 0)
         for path, group in self._groups if longest else ():
             with _opened(path) as file:
@@ -90,7 +96,7 @@ class ParquetExamples:
                         _column(table, self._features[name]), f"the lists of feature {name!r}"
                     )
                     longest[name] = max(longest[name], bags.max_length)
-        return {name: max(1, batch_size * length) for name, length in longest.items()}
+        return longest
 
     def take(self, rows: np.ndarray, batch_size: int, capacities: Mapping[str, int]) -> Batch:
         """As `Examples.take`."""

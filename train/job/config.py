@@ -102,7 +102,8 @@ class Training:
 
     Args:
       batch_size: B, over all hosts.
-      epochs: passes over the data; of no effect where `steps` is given.
+      epochs: passes over the data, which follow each other without a gap; the last batch is filled up from the next one.
+        Of no effect where `steps` is given.
       steps: training steps in all; None takes `epochs`.
       seed: of the initial parameters and the order of the examples.
       evaluate_every: steps between evaluations; None evaluates after every epoch. The end evaluates too.

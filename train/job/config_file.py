@@ -45,7 +45,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
             f"there is no configuration file at {path.absolute()}; examples/ in the source tree has some to start from."
         )
     try:
-        values = parse(path.read_text())
+        values = parse(path.read_text("utf-8"))
     except ValueError as e:
         raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {e}.") from e
     if not isinstance(values, dict):

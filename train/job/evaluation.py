@@ -1,6 +1,7 @@
 """Predicts examples that are not trained on, and says how well."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,13 @@ from .watch import figures, gather
 
 
 def evaluate(
-    trainer: Trainer, state: TrainState, examples: Any, batch_size: int, max_batches: int | None = None
-) -> dict[str, float]:
+    trainer: Trainer,
+    state: TrainState,
+    examples: Any,
+    batch_size: int,
+    max_batches: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """AUC, log loss and calibration of a state, but where labels are all alike, and how many ids were bad.
 
     Args:
@@ -22,6 +28,7 @@ def evaluate(
       examples: to predict.
       batch_size: B, over all hosts.
       max_batches: how many at most; None for all.
+      stop: asked before each batch; where it says so, there are no figures but None.
 
     Raises:
       ValueError: if a logit or label is not finite.
@@ -29,6 +36,8 @@ def evaluate(
     metrics, bad_ids = StreamingMetrics(), 0
     fed = feed(trainer, examples, batch_size, shuffle=False, num_epochs=1)
     for batch, _ in itertools.islice(fed, max_batches):
+        if stop():
+            return None
         logits = trainer.predict(state, batch)
         arrays = (logits, batch.labels, batch.mask, batch.features.bad_ids)
         logits, labels, mask, bad = map(np.asarray, gather(trainer, arrays))

@@ -15,6 +15,7 @@ from jaxembed.checkpoint.files import absolute_path
 from jaxembed.checkpoint.scratch import check_place
 
 from ..checkpoint import Checkpointer, Restored
+from ..hosts import on_all
 from ..trainer import Trainer, TrainState
 from .building import build_trainer, start_processes
 from .config import JobConfig
@@ -64,7 +65,7 @@ def train(config: JobConfig, sources: Sources | None = None) -> Result:
     start_processes(config)
     # Of a step: that there can be a folder of them is part of it.
     check_place(absolute_path(config.out) / "checkpoints" / "0")
-    sources = sources or open_sources(config.data, config.model.dim)
+    sources = sources or on_all(lambda: open_sources(config.data, config.model.dim), "open the data")
     job = Job(config, sources)
     try:
         return job.run()
@@ -88,8 +89,7 @@ class Job:
                 f"training.batch_size must be a multiple of the {num_shards} devices, got {training.batch_size}."
             )
         self._config, self._sources, self._out = config, sources, Path(config.out).expanduser()
-        self._per_epoch = -(-len(sources.train) // training.batch_size)
-        self._total = training.steps or training.epochs * self._per_epoch
+        self._total = training.steps or -(-training.epochs * len(sources.train) // training.batch_size)
         self.trainer: Trainer = build_trainer(config, sources)
         self._check_batch_size()
         self._frequency = IdFrequency(sources.feature_config)
@@ -139,9 +139,9 @@ class Job:
                     report.training(step, self._watch.result(), self._watch.news())
                 last = step == self._total
                 preempted = preemption.reached(step) and not last
-                if not preempted and (last or step % (config.training.evaluate_every or self._per_epoch) == 0):
-                    self._evaluate(step, state)
-                if preempted or last or step % (config.checkpoints.every or self._per_epoch) == 0:
+                if not preempted and (last or self._is_due(step, config.training.evaluate_every)):
+                    preempted = not self._evaluate(step, state, preemption)
+                if preempted or last or self._is_due(step, config.checkpoints.every):
                     self._save(state, place)
                 if preempted:
                     self._checkpointer.wait()
@@ -151,6 +151,13 @@ class Job:
             report.say(f"nothing to do: step {step:,} of {self._total:,} is in {self._checkpointer.directory}")
         self._checkpointer.wait()
         return Result(step, preempted, self._history, self._checkpointer.directory, self.trainer, state)
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        """Whether `every` steps are over, or where it is None an epoch: it may end within a batch."""
+        if every is not None:
+            return step % every == 0
+        size, count = self._config.training.batch_size, len(self._sources.train)
+        return step * size // count > (step - 1) * size // count
 
     def _start(self) -> tuple[TrainState, Any]:
         """The state to go on from, and the place in the input."""
@@ -218,7 +225,8 @@ class Job:
             seed=training.seed,
         )
 
-    def _evaluate(self, step: int, state: TrainState) -> None:
+    def _evaluate(self, step: int, state: TrainState, preemption: Preemption) -> bool:
+        """Evaluates and reports; False, without a report, where SIGTERM stops it."""
         assert self._report is not None
         self._report.pause()
         self._watch.finish(state)
@@ -226,16 +234,21 @@ class Job:
         self._report.say(*self._watch.news())
         self._watch.reset()
         if self._sources.evaluation is not None:
-            self._evaluation = evaluate(
+            found = evaluate(
                 self.trainer,
                 state,
                 self._sources.evaluation,
                 self._config.training.batch_size,
                 self._config.training.evaluation_batches,
+                stop=preemption.asked,
             )
+            if found is None:
+                return False
+            self._evaluation = found
             self._report.evaluation(step, self._evaluation)
         self._history.append({"step": step, "train": trained, "evaluation": self._evaluation})
         self._report.resume()
+        return True
 
     def _save(self, state: TrainState, place: Any) -> None:
         assert self._report is not None

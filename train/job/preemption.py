@@ -27,6 +27,10 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked.is_set()
 
+    def asked(self) -> bool:
+        """Whether to stop even between steps; never of several processes, which stop together."""
+        return self._asked.is_set()
+
     def __enter__(self) -> "Preemption":
         if self._handles:
             self._previous = signal.signal(signal.SIGTERM, self._handle)

@@ -91,8 +91,8 @@ def _writer(directory: Path, start: int):
         raise ImportError(
             "TensorBoard logs need tensorboardX: pip install 'jaxembed[train]', or set logs.tensorboard = false."
         ) from e
-    # What a run logged beyond the step it resumes from is taken back.
-    return SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+    # What a run logged beyond the step that this one starts from is taken back; all, if it saved none.
+    return SummaryWriter(str(directory), purge_step=start + 1)
 
 
 def _text(figures: Mapping[str, float]) -> str:

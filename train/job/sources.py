@@ -5,7 +5,7 @@ import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -27,7 +27,17 @@ from ..data import (
 from ..data.examples import Examples
 from ..data.movielens import data_files
 from ..data.pipeline import ExampleSource
-from .data_config import CRITEO_SIZE, CriteoData, Data, MovieLensData, ParquetData, SyntheticData, sizes_of
+from ..hosts import on_all
+from .data_config import (
+    CRITEO_SIZE,
+    PATHS,
+    CriteoData,
+    Data,
+    MovieLensData,
+    ParquetData,
+    SyntheticData,
+    sizes_of,
+)
 from .origin import describe_arrays, describe_files
 
 T = TypeVar("T")
@@ -65,6 +75,7 @@ def open_sources(data: Data, dim: int) -> Sources:
       FileNotFoundError: if it is not there.
       ValueError: if it is not of the form that `data` says.
     """
+    data = _at_home(data)
     if isinstance(data, MovieLensData):
         sources = _movielens(data, dim)
     elif isinstance(data, CriteoData):
@@ -176,12 +187,27 @@ def _paths(patterns: tuple[str, ...]) -> list[str]:
     found: dict[str, str] = {}
     for pattern in patterns:
         # A file that is there is meant itself: a name may hold "[".
-        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        paths = [pattern]
+        if not os.path.exists(pattern):
+            # "**" finds folders, too.
+            paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
         if not paths:
             raise FileNotFoundError(f"no Parquet file is at {pattern!r}.")
         for path in paths:
             found.setdefault(os.path.realpath(path), path)
     return list(found.values())
+
+
+def _at_home(data: Data) -> Data:
+    """With ~ for the user's home in its paths."""
+    paths = {name: value for name in PATHS if (value := getattr(data, name, None))}
+    return dataclasses.replace(
+        data,
+        **{
+            name: os.path.expanduser(value) if isinstance(value, str) else tuple(map(os.path.expanduser, value))
+            for name, value in paths.items()
+        },
+    )
 
 
 def _some(examples: Examples, rows: np.ndarray) -> Examples | None:
@@ -197,13 +223,6 @@ def _blocks(examples: Examples, start: int, stop: int) -> Examples:
 
 def _first_on_one_process(make: Callable[[], T]) -> T:
     """Runs `make` on process 0, then on the others, which find what it made (on a disk they share)."""
-    if jax.process_count() == 1:
-        return make()
-    from jax.experimental import multihost_utils
-
-    if jax.process_index() == 0:
-        result = make()
-        multihost_utils.sync_global_devices("data")
-        return result
-    multihost_utils.sync_global_devices("data")
-    return make()
+    is_first = jax.process_index() == 0
+    made = on_all(lambda: make() if is_first else None, "open the data")
+    return cast(T, made) if is_first else make()
