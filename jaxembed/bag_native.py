@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
@@ -121,6 +122,11 @@ def _kernel(*arrays, bags, tree, places, in_exports, merged):
     operands = _operands(arrays, tree, places)
     index = {id(array): place for place, array in enumerate(arrays)}
     outs, columns = _arranged(bags, operands, merged)
+    if any(jax.export.is_symbolic_dim(bag.num_bags) for bag in bags):
+        raise ValueError(
+            "programs that call the native kernel need batches of fixed sizes, got symbolic ones; export at fixed "
+            'sizes, or in plain JAX within use_backend("auto").'
+        )
     meta = []
     for bag, op, place in zip(bags, operands, columns, strict=True):
         meta += [
@@ -223,7 +229,7 @@ def _batch(arrays, axes, **parameters):
 #: `jax.export`.
 _LOOKUP = Primitive(kernel.TARGET)
 _LOOKUP.multiple_results = True
-_LOOKUP.def_impl(_kernel)
+_LOOKUP.def_impl(jax.jit(_LOOKUP.bind, static_argnames=("bags", "tree", "places", "in_exports", "merged")))
 _LOOKUP.def_abstract_eval(_abstract)
 mlir.register_lowering(_LOOKUP, _lower_on_cpu, platform="cpu")
 mlir.register_lowering(_LOOKUP, mlir.lower_fun(_portable, multiple_results=True))

@@ -61,7 +61,7 @@ def _entries(bag: "Bag", operands: "BagOperands") -> _Entries:
     ids = jnp.asarray(operands.ids)
     row, live, column = _place(bag, operands, ids.shape[0])
     weights = None
-    if operands.weights is not None and not bag.sequence_length:
+    if operands.weights is not None and not bag.sequence_length and bag.layout != "dense":
         weights = jnp.asarray(operands.weights).astype(jnp.float32)
     if bag.prune_ids:
         live &= ids >= 0
@@ -88,16 +88,21 @@ def _combine(bag: "Bag", entries: _Entries, rows: jax.Array) -> jax.Array:
 
 
 def _weighted(bag: "Bag", rows: Any, row: Any, weights: Any, keep: Any) -> jax.Array:
-    ones = keep.astype(jnp.float32)
-    weights = ones if weights is None else jnp.where(keep, weights, 0)
-    total = _segment_sum(rows * weights[:, None], row, bag.num_bags)
-    if bag.combiner == "sum":
-        return total
+    given = weights is not None
+    weights = jnp.where(keep, weights, 0) if given else keep.astype(jnp.float32)
+    divisor = None
     if bag.combiner == "mean":
         divisor = _segment_sum(weights, row, bag.num_bags)
-    else:
+        if given:  # XLA multiplies by the reciprocal, and flushes that of a divisor above 2**126 to zero.
+            scale = jnp.where(jnp.abs(divisor) > 2.0**126, 0.25, 1.0).astype(jnp.float32)
+            weights *= jnp.append(scale, jnp.float32(1)).at[row].get(mode="clip")
+            divisor *= scale
+    elif bag.combiner == "sqrtn":
         squares = _segment_sum(weights * weights, row, bag.num_bags)
         divisor = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares)
+    total = _segment_sum(rows * weights[:, None], row, bag.num_bags)
+    if divisor is None:
+        return total
     zero = divisor == 0
     return jnp.where(zero[:, None], 0, total / jnp.where(zero, 1, divisor)[:, None])
 

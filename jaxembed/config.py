@@ -70,7 +70,8 @@ class QuantizationConfig:
 class TableConfig:
     """One embedding table of shape [vocabulary_size, dim].
 
-    Equal by value, hashable, and ordered by `name`, so that a dict keyed by TableConfig is a pytree.
+    Equal by value, hashable, and ordered by `name`, so that a dict keyed by TableConfig is a pytree. Two that are
+    equal are one table, which their features share; TensorFlow refuses two objects of one name.
 
     Args:
       vocabulary_size: number of rows V.
@@ -171,12 +172,14 @@ class FeatureConfig:
 
     Args:
       table: the TableConfig that the feature's ids refer to. Features may share a table.
-      max_sequence_length: L. 0 combines each bag to [D]; above 0 gives [L, D] a row, without combining.
+      max_sequence_length: L. 0 combines each bag to [D]; above 0 gives [L, D] a row, without combining. As in
+        TensorFlow it is ignored where `output_shape` is set, and for sparse inputs of rank above 2.
       validate_weights_and_indices: for sparse inputs, prune ids < 0, and weights <= 0 unless the
         combiner is "sum". Ragged inputs are never pruned.
       output_shape: leading dimensions of the activation, without D; for ragged inputs. Its product
-        must be B (combined) or a multiple of B (a sequence per row).
-      name: name of the feature; None takes its path in the feature configuration.
+        must be B (combined) or a multiple of B (a sequence per row), where B is the whole batch that is passed
+        (in training, of the process): TensorFlow's is that of one replica.
+      name: kept with the configuration, where it must be unique; inputs and errors go by the feature's path.
       preprocessing: `HashBuckets` or `VocabularyFile`, which make rows of raw ids, alike in training and
         serving (`jaxembed.preprocess`); None takes ids as rows.
 

@@ -1,8 +1,9 @@
 """serving_embedding_lookup: replays a feature configuration on plain arrays."""
 
+import functools
+import logging
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,8 @@ def serving_embedding_lookup(
     """Looks every input up in its table and combines it, as its FeatureConfig says.
 
     Works eagerly, inside `jax.jit` and `jax.grad` (with respect to tables and weights), and under
-    `jax.export`, whose programs are plain JAX and need nothing else to run.
+    `jax.export`, whose programs are plain JAX and need nothing else to run. The native kernel has reverse mode alone:
+    trace `jax.jvp`, `jax.jacfwd` and `jax.hessian` within `jaxembed.use_backend("xla")`.
 
     Args:
       inputs: any structure of dicts, lists, tuples and namedtuples with a dense array of ids (any
@@ -56,8 +58,8 @@ def serving_embedding_lookup(
 
     Returns:
       A structure like `inputs` of activations in their tables' types: [B, D]; ids.shape + [D] for dense
-      ids; [B, L, D] for sequence features; output_shape + [D] where that is set; leading dimensions
-      + [D] for sparse ids of rank above 2.
+      ids; [B, L, D] for sequence features; output_shape + [D] for ragged ids where that is set; leading
+      dimensions + [D] for sparse ids of rank above 2.
 
     Raises:
       ValueError: if inputs, weights or tables do not fit the configuration, or an id outside [0, V)
@@ -100,7 +102,7 @@ def serving_embedding_lookup(
     return activations, structure.pack(inputs, iter(counts))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(bags, shapes, combiners, path, operands, customs):
     outputs, counts = embedding_bags(bags, operands, path)
     for i, (combiner, custom) in enumerate(zip(combiners, customs, strict=True)):
@@ -193,7 +195,7 @@ def plan_lookup(item: FeatureInput, table: Any) -> Lookup:
     if isinstance(ids, SparseTensor):
         if is_on_device(ids.indices):
             check_indices(np.asarray(ids.indices), ids.dense_shape, f"Feature {path!r}")
-        return _plan_sparse(feature, ids, weights, table)
+        return _plan_sparse(path, feature, ids, weights, table)
     if feature.max_sequence_length > 0:
         raise ValueError(
             f"Feature {path} is a sequence feature but a dense array was passed; pass a RaggedTensor or "
@@ -256,7 +258,18 @@ def _plan_ragged(path: str, feature: Any, ids: RaggedTensor, weights: Any, table
     return Lookup(bag, BagOperands(table, ids.values, ids.row_splits, weights=values), shape or (batch, dim))
 
 
-def _plan_sparse(feature: Any, ids: SparseTensor, weights: Any, table: Any) -> Lookup:
+@functools.cache
+def _warn_of_no_sequence(path: str, rank: int) -> None:
+    """Once a feature, as TensorFlow does at each lookup."""
+    logging.getLogger("jaxembed").warning(
+        "Feature %r: max_sequence_length is ignored, and its rows are combined: sparse ids make sequences where they are "
+        "of rank 2, got rank %d, and output_shape is None.",
+        path,
+        rank,
+    )
+
+
+def _plan_sparse(path: str, feature: Any, ids: SparseTensor, weights: Any, table: Any) -> Lookup:
     *leading, _ = ids.dense_shape
     dim, combiner = feature.table.dim, feature.table.combiner
     indices = signed_ids(ids.indices)
@@ -265,6 +278,8 @@ def _plan_sparse(feature: Any, ids: SparseTensor, weights: Any, table: Any) -> L
         bag = Bag("sparse", leading[0], sequence_length=feature.max_sequence_length)
         operands = BagOperands(table, ids.values, rows, columns=indices[:, 1])
         return Lookup(bag, operands, (leading[0], feature.max_sequence_length, dim))
+    if feature.max_sequence_length > 0:
+        _warn_of_no_sequence(path, len(ids.dense_shape))
     num_bags = math.prod(leading)
     for axis, size in enumerate(leading[1:], start=1):
         rows = rows * size + indices[:, axis]

@@ -41,9 +41,10 @@ def preprocess(inputs: Inputs, feature_config: Any) -> Inputs:
       >>> preprocess({"user": ["ann", "bob", "ann"]}, features)["user"].tolist()
       [88, 97, 88]
     """
-    if all(feature.preprocessing is None for feature in flat_features(feature_config).values()):
+    features = flat_features(feature_config)
+    if all(feature.preprocessing is None for feature in features.values()):
         return inputs
-    return _walk(inputs, feature_config, ())
+    return _walk(inputs, features, ())
 
 
 def preprocess_leaf(path: str, feature: FeatureConfig, leaf: Any) -> Any:
@@ -74,22 +75,18 @@ def preprocess_leaf(path: str, feature: FeatureConfig, leaf: Any) -> Any:
     return _rows(path, feature, np.asarray(leaf).reshape(-1), None).reshape(leaf.shape)
 
 
-def _walk(inputs: Any, config: Any, path: structure.Path) -> Any:
-    """Along the configuration, since a leaf may be a list itself; what does not fit is left to be reported."""
-    if isinstance(config, FeatureConfig):
-        if config.preprocessing is None or inputs is None:
-            return inputs
-        return preprocess_leaf(structure.join(path), config, inputs)
-    if isinstance(config, Mapping) and isinstance(inputs, Mapping):
-        return {k: _walk(v, config[k], (*path, str(k))) if k in config else v for k, v in inputs.items()}
-    fields = getattr(config, "_fields", None)
-    if fields is not None and getattr(inputs, "_fields", None) == fields:
-        pairs = zip(fields, inputs, config, strict=True)
-        return type(inputs)(*(_walk(v, c, (*path, name)) for name, v, c in pairs))
-    if isinstance(config, list | tuple) and isinstance(inputs, list | tuple) and len(inputs) == len(config):
-        pairs = enumerate(zip(inputs, config, strict=True))
-        return type(inputs)(_walk(v, c, (*path, str(i))) for i, (v, c) in pairs)
-    return inputs
+def _walk(inputs: Any, features: Mapping[str, FeatureConfig], path: structure.Path) -> Any:
+    """Finds features by path, as `features.match` does: ids that it takes must not pass here unseen.
+
+    A list at the path of a feature is its ids. What has no feature is left to be reported.
+    """
+    name = structure.join(path)
+    if name in features and features[name].preprocessing is not None and not isinstance(inputs, Mapping):
+        return None if inputs is None else preprocess_leaf(name, features[name], inputs)
+    children = structure.children(inputs)
+    if children is None:
+        return inputs
+    return structure.rebuild(inputs, [_walk(child, features, (*path, str(key))) for key, child in children])
 
 
 def _from_lists(path: str, feature: FeatureConfig, rows: Sequence[Any]) -> Any:

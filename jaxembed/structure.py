@@ -13,37 +13,39 @@ Path = tuple[str, ...]
 
 def flatten(tree: Any, prefix: Path = ()) -> list[tuple[Path, Any]]:
     """The leaves of `tree` with their paths, dict entries in the order of their keys."""
-    children = _children(tree)
-    if children is None:
+    entries = children(tree)
+    if entries is None:
         return [(prefix, tree)]
-    return [leaf for key, child in children for leaf in flatten(child, (*prefix, str(key)))]
+    return [leaf for key, child in entries for leaf in flatten(child, (*prefix, str(key)))]
 
 
 def pack(tree: Any, leaves: Iterator[Any]) -> Any:
     """A structure like `tree` with its leaves taken from `leaves`, in the order of `flatten`."""
+    entries = children(tree)
+    return next(leaves) if entries is None else rebuild(tree, [pack(child, leaves) for _, child in entries])
+
+
+def rebuild(tree: Any, values: list[Any]) -> Any:
+    """A dict, list or tuple like `tree` with `values` for its children, in the order of `children`."""
     if isinstance(tree, Mapping):
-        packed = {key: pack(tree[key], leaves) for key in sorted(tree, key=str)}
+        packed = dict(zip(sorted(tree, key=str), values, strict=True))
         ordered = ((key, packed[key]) for key in tree)
         # Of these JAX tells a dict apart.
         if isinstance(tree, collections.defaultdict):
             return collections.defaultdict(tree.default_factory, ordered)
         return collections.OrderedDict(ordered) if isinstance(tree, collections.OrderedDict) else dict(ordered)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(pack(child, leaves) for child in tree))
-    if isinstance(tree, list | tuple):
-        return type(tree)(pack(child, leaves) for child in tree)
-    return next(leaves)
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 def alike(one: Any, other: Any) -> bool:
     """Whether two structures have the same keys, and sequences and dicts at the same places."""
-    children, others = _children(one), _children(other)
-    if children is None or others is None:
-        return children is others
+    entries, others = children(one), children(other)
+    if entries is None or others is None:
+        return entries is others
     return (
         isinstance(one, Mapping) == isinstance(other, Mapping)
-        and [key for key, _ in children] == [key for key, _ in others]
-        and all(alike(a, b) for (_, a), (_, b) in zip(children, others, strict=True))
+        and [key for key, _ in entries] == [key for key, _ in others]
+        and all(alike(a, b) for (_, a), (_, b) in zip(entries, others, strict=True))
     )
 
 
@@ -57,7 +59,8 @@ def join(path: Path) -> str:
     return "/".join(path)
 
 
-def _children(tree: Any) -> list[tuple[Any, Any]] | None:
+def children(tree: Any) -> list[tuple[Any, Any]] | None:
+    """The keys and children of a dict (in the order of its keys), a list or a tuple; None for a leaf."""
     if isinstance(tree, Mapping):
         return [(key, tree[key]) for key in sorted(tree, key=str)]
     fields = getattr(tree, "_fields", None)

@@ -1,5 +1,7 @@
 """Random valid lookups for hypothesis: a feature, its table, its ids and its weights."""
 
+import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,10 @@ class Generated(NamedTuple):
 
 @st.composite
 def lookups(draw) -> Generated:
-    """Dense, ragged and sparse ids; every combiner; weights with zeros and negatives; pruned ids."""
+    """Dense, ragged (in output shapes) and sparse ids (of rank 3, at equal coordinates); every combiner; pruned ids.
+
+    Weights are positive and any, or on a grid with zeros and negatives whose sums are exact, and often zero.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     vocabulary, dim = draw(st.integers(1, 30)), draw(st.sampled_from([1, 3, 8, 17]))
     combiner = draw(st.sampled_from(["sum", "mean", "sqrtn"]))
@@ -34,18 +39,24 @@ def lookups(draw) -> Generated:
         shape = draw(st.sampled_from([(), (0,), (5,), (2, 3)]))
         return Generated(feature, table, rng.integers(0, vocabulary, shape, dtype=np.int64), None)
     batch = draw(st.integers(1, 6))
-    lengths = rng.integers(0, 5, batch) * (rng.random(batch) < 0.7)
+    leading = (batch, 2) if kind == "sparse" and draw(st.booleans()) else (batch,)
+    bags = math.prod(leading)
+    lengths = rng.integers(0, 5, bags) * (rng.random(bags) < 0.7)
     size = int(lengths.sum())
     values = rng.integers(0, vocabulary, size, dtype=np.int64)
     weights = rng.uniform(0.1, 2, size).astype(np.float32)
+    if weighted and draw(st.booleans()):
+        weights, table = rng.integers(-2, 3, size).astype(np.float32) / 2, np.round(table * 8) / 8
     if kind == "ragged":
+        shape = draw(st.sampled_from([None, None, (batch,), (1, batch), (2 * batch,), (batch, 3)]))
+        feature = dataclasses.replace(feature, output_shape=shape)
         ids = RaggedTensor.from_row_lengths(values, lengths)
         return Generated(feature, table, ids, RaggedTensor(weights, ids.row_splits) if weighted else None)
-    rows = np.repeat(np.arange(batch), lengths)
-    columns = np.concatenate([np.sort(rng.permutation(7)[:n]) for n in lengths] or [np.zeros(0)])
-    indices = np.stack([rows, columns.astype(np.int64)], axis=1)
-    if validate and not length:
+    rows = np.unravel_index(np.repeat(np.arange(bags), lengths), leading)
+    columns = (rng.integers(0, 7, n) if draw(st.booleans()) else rng.permutation(7)[:n] for n in lengths)
+    indices = np.stack([*rows, np.concatenate([np.sort(places) for places in columns])], axis=1)
+    if len(leading) > 1 or (validate and not length):
         values = np.where(rng.random(size) < 0.2, -1 - values, values)
         weights = np.where(rng.random(size) < 0.2, -weights, weights)
-    ids = SparseTensor(indices, values, (batch, 7))
-    return Generated(feature, table, ids, SparseTensor(indices, weights, (batch, 7)) if weighted else None)
+    ids = SparseTensor(indices, values, (*leading, 7))
+    return Generated(feature, table, ids, SparseTensor(indices, weights, ids.dense_shape) if weighted else None)

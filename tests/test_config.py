@@ -1,6 +1,7 @@
 """Configurations: TensorFlow's arguments, defaults and refusals; frozen, hashable, ordered."""
 
 import dataclasses
+import inspect
 import math
 
 import jax
@@ -11,6 +12,9 @@ import pytest
 import jaxembed as je
 from jaxembed.features import feature_tables
 from jaxembed.initializers import Constant, TruncatedNormal
+from tests.lazy import lazily
+
+tf = lazily("tensorflow")
 
 TABLE = je.TableConfig(10, 4, name="t")
 
@@ -122,3 +126,15 @@ def test_tables_of_one_name_must_be_equal():
         feature_tables([TABLE])
     with pytest.raises(ValueError, match="at least one FeatureConfig"):
         feature_tables({})
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["TableConfig", "FeatureConfig", "QuantizationConfig"])
+def test_arguments_and_defaults_are_those_of_tensorflow(name):
+    theirs = inspect.signature(getattr(tf.tpu.experimental.embedding, name)).parameters
+    ours = inspect.signature(getattr(je, name)).parameters
+    shared = [argument for argument in theirs if argument != "layout"]
+    assert list(ours)[: len(shared)] == shared
+    differ = {"TableConfig": {"name", "dtype"}}.get(name, set())  # a table must have a name; types are JAX's
+    for argument in set(shared) - differ:
+        assert ours[argument].default == theirs[argument].default, argument

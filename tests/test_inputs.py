@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import sys
 
 import hypothesis
@@ -80,6 +81,36 @@ def test_columns_of_tables_are_rows():
         assert (ragged.to_lists(), ragged.dtype) == ([row, []], dtype)
 
 
+@pytest.mark.parametrize("dtype", [None, np.uint64])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[14695981039346656037], [7]],
+        [[5, 2**63]],
+        [np.array([2**64 - 1], np.uint64), np.array([7])],
+        [np.array([2**53 + 1], np.uint64), [7]],
+        [np.array([2**63, 7], object)],
+    ],
+)
+def test_large_ids_are_not_rounded(rows, dtype):
+    """Numpy joins signed and unsigned integers of 64 bits to floats."""
+    expected = [[int(id_) for id_ in row] for row in rows]
+    ragged = je.RaggedTensor.from_lists(rows, dtype)
+    assert (ragged.to_lists(), ragged.dtype.kind in "iu") == (expected, True)
+    assert je.SparseTensor.from_lists(rows, dtype).values.tolist() == [*itertools.chain(*expected)]
+    assert je.as_input(rows).to_lists() == expected
+
+
+def test_lists_of_strings():
+    rows = [["film", "x\0"], [], [b"y\0"]]
+    for dtype in (None, object):
+        ragged = je.RaggedTensor.from_lists(rows, dtype)
+        assert (ragged.to_lists(), ragged.dtype) == (rows, object)
+    assert je.RaggedTensor.from_lists([["a"], ["bc"]], str).values.dtype == "<U2"
+    assert je.as_input([np.array(["a", "bc"])]).to_lists() == [["a", "bc"]]
+    assert je.RaggedTensor.from_lists([[], []], object).to_lists() == [[], []]
+
+
 def test_lists_of_arrays_are_rows_whoever_made_them():
     rows = [jax.numpy.array([1, 2]), jax.numpy.array([3, 4])]
     assert je.as_input(rows).to_lists() == je.as_input([np.asarray(row) for row in rows]).to_lists()
@@ -102,7 +133,20 @@ def test_lists_of_arrays_are_rows_whoever_made_them():
         ),
         (lambda: je.RaggedTensor([1, 2], [0, 3]), "row_splits end at 3 but there are only 2 values"),
         (lambda: je.RaggedTensor("ab", [0, 1]), "RaggedTensor needs arrays, got str"),
-        (lambda: je.RaggedTensor.from_lists([["a"]]), "rows must hold numbers"),
+        (lambda: je.RaggedTensor.from_lists([["a", 1]]), "rows must hold numbers, or strings alone, got <U"),
+        (lambda: je.RaggedTensor.from_lists([["a"], [1]]), "rows must hold numbers, or strings alone, got <U"),
+        (
+            lambda: je.RaggedTensor.from_lists([[2**63], [-1]], np.int64),
+            "int64 or uint64 numbers, got -1 to 92",
+        ),
+        (lambda: je.RaggedTensor.from_lists([[2**63, -1]]), "int64 or uint64 numbers, got -1 to 92"),
+        (lambda: je.RaggedTensor.from_lists([[2**64]]), "got 18446744073709551616 to 18446744073709551616"),
+        (lambda: je.RaggedTensor.from_lists([[2**63], [7]], np.int64), "must hold int64 numbers, got uint64"),
+        (
+            lambda: je.RaggedTensor.from_lists([np.array([2.0**31], np.float32)], np.int32),
+            "must hold int32 numbers, got float32",
+        ),
+        (lambda: je.RaggedTensor.from_lists([[2.0**63]], np.int64), "must hold int64 numbers, got float64"),
         (lambda: je.RaggedTensor.from_lists([[[1]]]), "row 0 must be a flat list"),
         (lambda: je.RaggedTensor.from_row_lengths([1], [-1]), "row_lengths must be"),
         (
@@ -123,8 +167,14 @@ def test_lists_of_arrays_are_rows_whoever_made_them():
         ),
         (lambda: je.RaggedTensor.from_lists([[1.5]], np.int32), "must hold int32 numbers, got float64"),
         (lambda: je.RaggedTensor.from_lists([[np.nan]], np.int32), "must hold int32 numbers, got float64"),
-        (lambda: je.RaggedTensor.from_lists([["0.5"]], np.float32), "rows must hold numbers, got <U3"),
-        (lambda: je.RaggedTensor.from_lists([[True]], np.float32), "rows must hold numbers, got bool"),
+        (
+            lambda: je.RaggedTensor.from_lists([["0.5"]], np.float32),
+            "rows must hold numbers for float32, got strings",
+        ),
+        (
+            lambda: je.RaggedTensor.from_lists([[True]], np.float32),
+            "rows must hold numbers, or strings alone, got bool",
+        ),
         (lambda: je.as_input(_Foreign()), "as_input cannot convert _Foreign"),
         (lambda: je.RaggedTensor.from_value_rowids([1, 2], [0]), "must be of one length, got 2 and 1"),
         (lambda: je.RaggedTensor.from_dense([1, 2]), r"must be \[B, L\]"),

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxembed as je
-from jaxembed import backends, kernel
+from jaxembed import backends, bag_native, kernel
 from jaxembed.bag import Bag, BagOperands, embedding_bags, row_gradients
 from jaxembed.quantization import quantize
 from tests.generate import lookups
@@ -110,6 +110,45 @@ def test_bad_ids_leave_a_mean_alone(path):
     assert int(count) == 2
 
 
+@pytest.mark.parametrize("weight", [1e38, -1e38, 3.0])
+def test_a_mean_by_a_large_weight(path, weight):
+    """Whose reciprocal is no normal number."""
+    weights = np.array([weight, 1.0], np.float32)
+    ids = je.RaggedTensor.from_lists([[2], [3]])
+    feature = je.FeatureConfig(je.TableConfig(V, 3, combiner="mean", name="table"))
+
+    def mean(table):
+        weighted = je.RaggedTensor(weights, ids.row_splits)
+        return je.serving_embedding_lookup({"a": ids}, {"a": weighted}, {"table": table}, {"a": feature})["a"]
+
+    table = ROWS / 400  # the sum itself must not overflow
+    np.testing.assert_allclose(mean(table), table[2:4], rtol=1e-6)
+    gradient = jax.grad(lambda table: mean(table).sum())(table)
+    np.testing.assert_allclose(gradient[2:4], np.ones((2, 3)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_weights_do_nothing_to_dense_ids(path, prune):
+    operands = BagOperands(jnp.asarray(ROWS), jnp.array([1, 2]), weights=jnp.array([-1.0, 0.0]))
+    (out,), counts = embedding_bags([Bag("dense", 2, prune_weights=prune)], [operands])
+    np.testing.assert_array_equal(out, ROWS[1:3])
+    assert counts.tolist() == [0]
+
+
+def test_a_call_outside_of_a_jit_takes_the_path_of_its_platform():
+    if not kernel.available():
+        pytest.skip("no native kernel")
+    operands = [BagOperands(jnp.asarray(ROWS), jnp.array([1]), jnp.array([0, 1]))]
+    leaves, tree = jax.tree.flatten(operands)
+    bags = (Bag("ragged", 1),)
+    call = {"bags": bags, "tree": tree, "places": (0, 1, 2), "in_exports": False, "merged": False}
+    traced = bag_native._LOOKUP.impl.trace(*leaves, **call)
+    calls = [
+        "jaxembed_embedding_bags" in traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")
+    ]
+    assert calls == [True, False]
+
+
 def test_other_rows_do_not_leak(path):
     table = ROWS.at[0].set(jnp.nan).at[V - 1].set(jnp.inf)
     ids = je.RaggedTensor(np.array([1, -1, V, 2, 0]), np.array([0, 3, 4, 4]))
@@ -153,9 +192,8 @@ def test_structures(path):
     inputs = {"a": [ragged, np.array([3])], "b": Pair(ragged, (np.array([[4]]),))}
     weights = {"a": [ones, None], "b": Pair(None, (None,))}
     out = je.serving_embedding_lookup(inputs, weights, {TABLE: ROWS}, config)
-    assert jax.tree.structure(out) == jax.tree.structure(jax.tree.map(lambda _: 0, out))
-    assert isinstance(out["b"], Pair)
-    assert isinstance(out["b"].right, tuple)
+    leaves = {"a": [0, 0], "b": Pair(0, (0,))}
+    assert jax.tree.structure(out) == jax.tree.structure(leaves)
     np.testing.assert_array_equal(out["a"][0], 2 * ROWS[1:3])
     np.testing.assert_array_equal(out["b"].right[0], ROWS[4][None, None])
 
@@ -283,6 +321,25 @@ def test_export_with_the_kernel():
         )(*arguments)
     assert kernel.TARGET in exported.mlir_module()
     np.testing.assert_array_equal(exported.call(*arguments), [ROWS[1], ROWS[2] + ROWS[3]])
+    (b,) = jax.export.symbolic_shape("b")
+    symbolic = (ids.values, jax.ShapeDtypeStruct((b + 1,), jnp.int32), ROWS)
+    with je.use_backend("native"), pytest.raises(ValueError, match="need batches of fixed sizes, got symbolic"):
+        jax.export.export(f, disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(kernel.TARGET)])(
+            *symbolic
+        )
+
+
+def test_a_sequence_length_that_is_ignored_is_logged_once(caplog):
+    feature = je.FeatureConfig(TABLE, max_sequence_length=2)
+    ids = je.SparseTensor([[0, 0, 0], [0, 0, 1]], [1, 2], (1, 2, 2))
+    with caplog.at_level("WARNING", "jaxembed"):
+        for _ in range(2):
+            out = je.serving_embedding_lookup({"ignored": ids}, None, {TABLE: ROWS}, {"ignored": feature})[
+                "ignored"
+            ]
+    np.testing.assert_array_equal(out[0], [ROWS[1] + ROWS[2], [0, 0, 0]])
+    (record,) = caplog.records
+    assert "Feature 'ignored': max_sequence_length is ignored" in record.getMessage()
 
 
 def test_shard_map(path):
@@ -432,3 +489,22 @@ def test_arrays_of_the_device_are_checked_as_those_of_the_host_are(path):
     out = jax.jit(lookup)(outside)
     np.testing.assert_array_equal(out[0, 1], ROWS[1])
     assert float(jnp.abs(out).sum()) == float(jnp.abs(ROWS[1]).sum())
+
+
+@pytest.mark.parametrize("layout", ["dense", "ragged", "sparse"])
+def test_wide_ids_stay_wide_in_programs_of_64_bits(path, layout):
+    del path
+    wide = [1, 2**32 + 1, -(2**40), 3]
+    rows = [[x] for x in wide]
+    ids = {
+        "dense": np.array(wide),
+        "ragged": je.RaggedTensor.from_lists(rows),
+        "sparse": je.SparseTensor.from_lists(rows),
+    }[layout]
+    feature = je.FeatureConfig(TABLE, validate_weights_and_indices=False)
+    with jax.enable_x64():
+        out, bad = jax.jit(lambda ids: lookup(ids, feature=feature, count_bad_ids=True))(
+            jax.tree.map(jnp.asarray, ids)
+        )
+    np.testing.assert_array_equal(out, [ROWS[1], np.zeros(D), np.zeros(D), ROWS[3]])
+    assert int(bad) == 2

@@ -21,6 +21,7 @@ def with_tensorflow(case: Generated) -> np.ndarray:
         table,
         max_sequence_length=feature.max_sequence_length,
         validate_weights_and_indices=feature.validate_weights_and_indices,
+        output_shape=None if feature.output_shape is None else list(feature.output_shape),
     )
     ids, weights = _tensor(case.ids), None if case.weights is None else _tensor(case.weights)
     out = embedding.serving_embedding_lookup(ids, weights, {table: tf.Variable(case.table)}, theirs).numpy()

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxembed import QuantizationConfig, bag_native, kernel
+from jaxembed import QuantizationConfig, backend, bag_native, kernel, use_backend
 from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.quantization import quantize
 from jaxembed.quantized_table import QuantizedTable
@@ -207,6 +207,27 @@ def test_a_kernel_of_other_sources_is_not_called(monkeypatch):
         monkeypatch.undo()
         kernel._load.cache_clear()
     assert kernel.available()
+
+
+def test_a_kernel_for_another_jaxlib_says_how_to_get_one(monkeypatch):
+    def register(*args, **options):
+        raise RuntimeError("of another version")
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
+    kernel._load.cache_clear()
+    try:
+        reason = str(kernel.unavailable_reason())
+        assert "another jaxlib than the one here (of another version)" in reason
+        assert "upgrade jaxlib, or reinstall jaxembed with `pip install --no-build-isolation`" in reason
+        assert "compiler" not in reason
+        with (
+            pytest.raises(RuntimeError, match=r"upgrade jaxlib.*, or take the plain JAX path"),
+            use_backend("native"),
+        ):
+            backend()
+    finally:
+        monkeypatch.undo()
+        kernel._load.cache_clear()
 
 
 @pytest.mark.parametrize("path", ["native", "xla"])

@@ -1,6 +1,8 @@
 """Raw ids to rows: published hash values, vocabularies, every form of input, and the same rows in training and serving."""
 
+import collections
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ from jaxembed.checkpoint import CheckpointError, convert_to_bundle, open_bundle
 from jaxembed.hashing import hash_ints, hash_strings
 from jaxembed.optimizers import SGD
 from jaxembed.serialization import feature_config_from_json, feature_config_to_json
-from jaxembed.serve import EmbeddingForServing, ServingModel
+from jaxembed.serve import EmbeddingForServing, ServingFunction, ServingModel
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
 GAMMA = 0x9E3779B97F4A7C15
@@ -200,6 +202,59 @@ def test_every_form_of_input(words):
     assert preprocess({"f": lists}, plain)["f"] is lists
 
 
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+A, B = (FeatureConfig(TABLE, preprocessing=HashBuckets(10)) for _ in range(2))
+IDS, ROWS = np.array([1, 2, 3]), [5, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("features", "inputs"),
+    [
+        ([A, B], [IDS]),
+        ((A, B), [IDS, IDS]),
+        ([A, B], {"0": IDS, "1": IDS}),
+        ({"a": [A, B], "b": A}, {"a": [IDS]}),
+        ({0: A}, {"0": IDS}),
+        ({"0": A}, {0: IDS}),
+        ({"0": A, "1": B}, [IDS, IDS]),
+        (Pair(A, B), {"left": IDS}),
+        (Pair(A, B), {"left": IDS, "right": IDS}),
+        ({"left": A, "right": B}, Pair(IDS, IDS)),
+        ({"a/b": A}, {"a": {"b": IDS}}),
+        ({"a": {"b": A}, "c": FeatureConfig(TABLE)}, {"a/b": IDS}),
+        (collections.OrderedDict(b=A, a=B), collections.OrderedDict(b=IDS)),
+        ({"": A}, {"": IDS}),
+        ({"": A}, IDS),
+        (A, IDS),
+    ],
+)
+def test_ids_that_match_a_feature_are_never_taken_for_rows(features, inputs):
+    """However the containers of both sides are made."""
+    table = np.arange(40, dtype=np.float32).reshape(10, 4)
+    rows = preprocess(inputs, features)
+    assert type(rows) is type(inputs) or isinstance(inputs, np.ndarray)
+    assert [leaf.tolist() for leaf in jax.tree.leaves(rows)] == [ROWS] * len(jax.tree.leaves(inputs))
+    embedding = EmbeddingForServing(features, {"table": table})
+    for leaf in jax.tree.leaves(embedding(inputs)):
+        np.testing.assert_array_equal(leaf, table[ROWS])
+    sharded = ShardedEmbedding(features, SGD(0.1), jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]))
+    state = sharded.init(jax.random.key(0))
+    (trained,) = sharded.embedding_tables(state).values()
+    batch, _ = sharded.shard_batch(inputs)
+    for leaf in jax.tree.leaves(sharded.lookup(state, batch)):
+        np.testing.assert_array_equal(leaf, np.asarray(trained)[ROWS])
+    try:
+        served = ServingFunction(embedding, batch_sizes=(3,))(inputs)
+    except ValueError:  # it takes the structure of the configuration alone
+        return
+    for leaf in jax.tree.leaves(served):
+        np.testing.assert_array_equal(leaf, table[ROWS])
+
+
 @pytest.mark.parametrize(
     ("dtype", "leaf", "message"),
     [
@@ -238,11 +293,19 @@ def test_columns_of_parquet_files(words):
     feature = {"f": FeatureConfig(TABLE, preprocessing=words)}
     lists = [["film", "x"], [], ["映画"]]
     expected = [words.rows(row).tolist() for row in lists]
-    for kind in (pa.string(), pa.large_string(), pa.binary()):
-        column = pa.array([[word.encode() for word in row] for row in lists], pa.list_(pa.binary()))
-        got = preprocess({"f": column.cast(pa.list_(kind))[:3]}, feature)["f"]
+    kinds = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+    flat, splits = pa.array([word for row in lists for word in row]), pa.array([0, 2, 2, 3], pa.int32())
+    for values in (
+        *map(flat.cast, kinds),
+        flat.dictionary_encode(),
+        flat.cast(pa.binary()).dictionary_encode(),
+    ):
+        column = pa.ListArray.from_arrays(splits, values)
+        got = preprocess({"f": column[:3]}, feature)["f"]
         assert got.to_lists() == expected
-    for column in (pa.array([[True]]), pa.array([["a"], None]), pa.array(["a"])):
+    nothing = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["film", None]))
+    columns = [pa.array([[True]]), pa.array([["a"], None]), pa.array(["a"])]
+    for column in (*columns, pa.ListArray.from_arrays(splits, nothing)):
         with pytest.raises(ValueError, match="Feature 'f': as_input: "):
             preprocess({"f": column}, feature)
 

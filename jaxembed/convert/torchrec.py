@@ -116,6 +116,11 @@ def read(path: pathlib.Path, options: Options) -> Source:
             f"{ROW_ACCUMULATORS} are of row-wise Adagrad, one a row: jaxembed keeps them for TorchRec, and trains on with "
             "none of its optimizers from them",
         )
+    if options.step is None and any("velocities" in of_table for of_table in slots.values()):
+        notes += (
+            "velocities are of Adam, whose bias correction starts anew from step 0; give the number of steps taken with "
+            "--step",
+        )
     return Source(tables, slots, notes=notes)
 
 

@@ -9,6 +9,9 @@ from jaxembed.inputs.ids import narrow_ids
 from jaxembed.inputs.ragged import RaggedTensor
 from jaxembed.inputs.sparse import SparseTensor
 
+#: Types of pyarrow whose values are strings.
+_TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
+
 
 def as_input(x: Any) -> Any:
     """`x` as an input (or weight) of a lookup.
@@ -80,9 +83,13 @@ def _from_pyarrow(x: Any) -> RaggedTensor:
     values = x.values.slice(splits[0], splits[-1] - splits[0])
     if values.null_count:
         raise ValueError(f"as_input: {values.null_count} ids of the pyarrow array are null; drop or fill them.")
-    text = any(
-        check(values.type) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
-    )
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+        if values.null_count:  # of its dictionary
+            raise ValueError(
+                f"as_input: {values.null_count} ids of the pyarrow array are null; drop or fill them."
+            )
+    text = any(getattr(pa.types, f"is_{kind}")(values.type) for kind in _TEXT)
     try:
         array = values.to_numpy(zero_copy_only=not text)
     except pa.ArrowInvalid as e:

@@ -134,7 +134,15 @@ class RaggedTensor:
 
     @classmethod
     def from_lists(cls, rows: Iterable[Any], dtype: DTypeLike | None = None) -> "RaggedTensor":
-        """From a list of lists, one list a bag. `dtype` default: that of numpy for ints, and float32."""
+        """From a list of lists, one list a bag, of numbers or of strings for `jaxembed.preprocess`.
+
+        Args:
+          rows: of B bags, the list or the [L] array of each.
+          dtype: of the values; default: that of numpy for ints, float32, object for strings.
+
+        Raises:
+          ValueError: if a row is not flat, entries are neither all numbers nor all strings, or `dtype` cannot hold them.
+        """
         if not isinstance(rows, Iterable):
             raise ValueError(f"RaggedTensor.from_lists: rows must be a list of lists, got {rows!r}.")
         rows = list(rows)
@@ -142,15 +150,7 @@ class RaggedTensor:
         for i, array in enumerate(arrays):
             if array.ndim != 1:
                 raise ValueError(f"RaggedTensor.from_lists: row {i} must be a flat list, got {rows[i]!r}.")
-        full = [array for array in arrays if array.size]
-        values = np.concatenate(full) if full else np.zeros(0, np.int32)
-        if values.dtype.kind == "O":
-            values = np.array(values.tolist())
-        if values.dtype.kind not in "iufV":  # V: bfloat16
-            raise ValueError(
-                f"RaggedTensor.from_lists: rows must hold numbers, got {values.dtype}; "
-                "look strings up in a vocabulary or hash them first."
-            )
+        values = _joined(rows, arrays)
         if dtype is not None:
             values = _as_type(values, np.dtype(dtype))
         elif values.dtype.kind == "f":
@@ -243,15 +243,61 @@ def check_row_splits(row_splits: np.ndarray, num_values: int, what: str = "Ragge
     raise ValueError(f"{what}: row_splits end at {last} but there are only {num_values} values.")
 
 
+def _joined(rows: list[Any], arrays: list[np.ndarray]) -> np.ndarray:
+    """The entries of all rows, int64 or uint64 where numpy would round integers to floats; strings as objects.
+
+    Args:
+      rows: lists or arrays.
+      arrays: what numpy makes of each.
+    """
+
+    def entries():
+        pairs = zip(rows, arrays, strict=True)
+        return itertools.chain.from_iterable(
+            row if isinstance(row, list | tuple) else array.tolist() for row, array in pairs
+        )
+
+    full = [array for array in arrays if array.size]
+    values = np.concatenate(full) if full else np.zeros(0, np.int32)
+    if values.dtype.kind in "fO" and all(isinstance(entry, int | np.integer) for entry in entries()):
+        low, high = (int(edge(entries())) for edge in (min, max))
+        if low < -(2**63) or high >= (2**63 if low < 0 else 2**64):
+            raise ValueError(
+                f"RaggedTensor.from_lists: rows must hold int64 or uint64 numbers, got {low} to {high}."
+            )
+        return np.array(list(entries()), np.int64 if high < 2**63 else np.uint64)
+    if values.dtype.kind in "OUST" and all(isinstance(entry, str | bytes) for entry in entries()):
+        return np.array(list(entries()), object)
+    if values.dtype.kind == "O":
+        values = np.array(values.tolist())
+    if values.dtype.kind not in "iufV":  # V: bfloat16
+        raise ValueError(
+            f"RaggedTensor.from_lists: rows must hold numbers, or strings alone, got {values.dtype}."
+        )
+    return values
+
+
 def _as_type(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Refuses what an integer type cannot hold: an id that wraps is another one."""
+    if values.dtype.kind == "O" and dtype.kind not in "OUST":
+        raise ValueError(
+            f"RaggedTensor.from_lists: rows must hold numbers for {dtype.name}, got strings; look them up in a "
+            "vocabulary or hash them first."
+        )
     if dtype.kind not in "iu" or not values.size:
         return values.astype(dtype)
-    limits = np.iinfo(dtype)
-    whole = values.dtype.kind in "iu" or bool((values == np.trunc(values)).all())
-    if not whole or values.min() < limits.min or values.max() > limits.max:
+    limits, low, high = np.iinfo(dtype), values.min(), values.max()
+    if values.dtype.kind in "iu":
+        fits = low >= limits.min and high <= limits.max
+    else:  # the largest integer itself may be none of their type
+        fits = (
+            bool((values == np.trunc(values)).all())
+            and float(low) >= limits.min
+            and float(high) < limits.max + 1
+        )
+    if not fits:
         raise ValueError(
-            f"RaggedTensor.from_lists: rows must hold {dtype.name} numbers, got {values.dtype.name} from {values.min()} to "
-            f"{values.max()}; pass another dtype."
+            f"RaggedTensor.from_lists: rows must hold {dtype.name} numbers, got {values.dtype.name} from {low} to "
+            f"{high}; pass another dtype."
         )
     return values.astype(dtype)

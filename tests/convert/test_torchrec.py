@@ -1,5 +1,6 @@
 """TorchRec's state dicts, with TorchRec itself where it is installed and with modules of its names otherwise."""
 
+import importlib
 import pathlib
 import pickle
 import shutil
@@ -125,6 +126,9 @@ def test_types_keys_and_optimizer_state(tmp_path):
     torch.save({"model": state, "optimizer": optimizer}, tmp_path / "m.pt")
     report = convert(tmp_path / "m.pt", tmp_path / "ckpt")
     assert any(note.startswith("row_accumulators are of row-wise Adagrad") for note in report.notes)
+    counted = convert(tmp_path / "m.pt", tmp_path / "counted", step=7)
+    asked = [any("give the number of steps taken with --step" in n for n in r.notes) for r in (report, counted)]
+    assert asked == [True, False]
     read = read_checkpoint(tmp_path / "ckpt", slots=True)
     np.testing.assert_array_equal(read.tables["films"], values("films").numpy())
     assert read.tables["users"].dtype == jnp.bfloat16
@@ -215,10 +219,12 @@ def test_sharded_checkpoints_of_torchrec(tmp_path, optimizer):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_bad_folders_are_refused(tmp_path):
+def test_bad_folders_are_refused(tmp_path, monkeypatch):
     """Unfinished, of others, with code in them, and with parts that are elsewhere."""
+    monkeypatch.chdir(tmp_path)
     good = {"embedding_bags.films.weight": values("films")}
-    torch.distributed.checkpoint.save(good, checkpoint_id=tmp_path / "good", no_dist=True)
+    saving = importlib.import_module("torch.distributed.checkpoint")
+    saving.save(good, checkpoint_id=tmp_path / "good", no_dist=True)
 
     def refused(message, metadata=None, data=None):
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
