@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxembed.initializers import initializer_class
+from jaxembed.optimizers.learning_rate import number
 from jaxembed.shapes import Activations, CombinerWeights, Sequences, Valencies
 
 __all__ = ["CustomCombiner", "register_combiner"]
@@ -65,6 +66,8 @@ class CustomCombiner:
             object.__setattr__(self, field, value)
         if self.num_weights > 0 and self.initializer is None:
             raise ValueError("When `num_weights` is greater than 0, `initializer` must be set.")
+        rate = number(self.combiner_weights_learning_rate, "combiner_weights_learning_rate")
+        object.__setattr__(self, "combiner_weights_learning_rate", rate)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; `combiner_from_dict` gives it back.

@@ -110,6 +110,9 @@ def test_refusals():
         CustomCombiner(masked_sum, 0)
     with pytest.raises(ValueError, match="combiner_computation must be callable"):
         CustomCombiner("sum", 2)
+    for rate in (lambda: 0.1, float("nan"), True, "0.1"):
+        with pytest.raises(ValueError, match="combiner_weights_learning_rate must be a finite number, got"):
+            CustomCombiner(masked_sum, 2, combiner_weights_learning_rate=rate)
     combiner = CustomCombiner(scaled_first, 2, num_weights=2, initializer=Constant(1.0))
     with pytest.raises(ValueError, match=r"needs combiner_weights of shape \[2\], got None"):
         lookup(combiner, je.RaggedTensor.from_lists(ROWS))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed.optimizers import SGD, Adam, dedupe, dedupe_ids, sparse_update
+from jaxembed.optimizers import SGD, Adagrad, Adam, dedupe, dedupe_ids, sparse_update
 
 LAZY = [Adam(0.1), SGD(0.1, use_gradient_accumulation=False)]
 
@@ -84,6 +84,20 @@ def test_a_batch_of_padding_or_of_nothing_leaves_lazy_tables_as_they_are(optimiz
         assert bool((new == table).all()) == optimizer.is_lazy
         for name, slot in slots.items():
             assert bool((new_slots[name] == slot).all()) == optimizer.is_lazy
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_adagrad_leaves_what_has_an_accumulator_of_zero(dtype):
+    """As other libraries start it: without a gradient, or with one whose square is 0 in float32."""
+    optimizer, table = Adagrad(0.5), jnp.ones((3, 4), dtype)
+    slots = {"accumulators": jnp.zeros((3, 4)).at[0, 3].set(1.0)}
+    gradients = jnp.array([[0.0, 1e-30, 3.0, 0.0], [jnp.nan, 0.0, -2.0, 0.0]])
+    expected = jnp.array([[1.0, 1.0, 0.5, 1.0], [jnp.nan, 1.0, 1.5, 1.0], [1.0] * 4])
+    found, kept = sparse_update(optimizer, table, slots, np.array([0, 1], np.int32), gradients, 0)
+    dense = optimizer.update_rows(jnp.pad(gradients, ((0, 1), (0, 0))), table, slots, 0.5, 0)
+    for rows, accumulators in ((found, kept["accumulators"]), (dense[0], dense[1]["accumulators"])):
+        np.testing.assert_array_equal(rows.astype(jnp.float32), expected)
+        np.testing.assert_array_equal(accumulators, slots["accumulators"].at[:2].add(gradients * gradients))
 
 
 def test_one_by_one_keeps_the_order_of_occurrences_over_many_chunks():

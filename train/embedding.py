@@ -15,7 +15,7 @@ from jaxembed.optimizers import Optimizer
 from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, Inputs, Scalar, Table, Weights
 
 from .engines import custom
-from .engines.auto_plan import chosen_plan
+from .engines.auto_plan import chosen_plan, shardings_of
 from .engines.batch import ShardedBatch, ShardedWeights
 from .engines.called import called_now, called_values
 from .engines.canonical import CanonicalTables
@@ -23,8 +23,8 @@ from .engines.gradients import checked_gradients
 from .engines.initial import initial_rows, whole_slots, whole_tables
 from .engines.planner import ShardingPlan
 from .engines.row_kernels import choose_row_kernels
-from .engines.sparsecore_stacks import sparse_cores
-from .engines.stacking import mesh_axes, shardings_of, stacks_of
+from .engines.sparsecore_stacks import log_refused, refused_tables, sparse_cores
+from .engines.stacking import mesh_axes, stacks_of
 from .engines.step import StepProgram
 from .sharded_inputs import ShardedInputs
 from .stack_reading import arrays_on_host, read_stacks
@@ -36,9 +36,9 @@ EXCHANGES = ("auto", "all_gather", "all_to_all")
 class ShardedEmbedding(ShardedInputs):
     """Embedding tables sharded over the devices of a mesh, with their optimizers.
 
-    Functional: the state is a pytree that the caller keeps. All methods but `shard_batch` work inside of
-    `jax.jit`; donate the state to a jitted step to update the tables in place. The gradient that
-    `apply_gradients` takes is the one of a loss with respect to the activations:
+    Functional: the state is a pytree that the caller keeps. `lookup` and `apply_gradients` work inside of `jax.jit`, as
+    do all methods that do not say otherwise; donate the state to a jitted step to update the tables in place. The
+    gradient that `apply_gradients` takes is the one of a loss with respect to the activations:
 
         activations = embedding.lookup(state, batch)
         gradients = jax.grad(loss)(activations)
@@ -118,10 +118,12 @@ class ShardedEmbedding(ShardedInputs):
         num_shards = math.prod(mesh.shape[axis] for axis in axes)
         cores = sparse_cores(engine, mesh.devices.flat[0], num_shards)
         self.tables: dict[str, TableConfig] = feature_tables(feature_config)
-        plan = chosen_plan(plan, feature_config, optimizer, mesh, num_shards, example_batch, overrides)
+        plan = chosen_plan(plan, feature_config, optimizer, mesh, num_shards, cores, example_batch, overrides)
         self.plan: ShardingPlan | None = plan if isinstance(plan, ShardingPlan) else None
         shardings = shardings_of(plan, self.tables, num_shards)
         stacks = stacks_of(self.tables, optimizer, shardings, num_shards, cores)
+        if cores:
+            log_refused(refused_tables(self.tables, optimizer, shardings, num_shards * cores))
         super().__init__(feature_config, stacks, mesh, axes, capacity)
         kernels = choose_row_kernels(row_kernels, self.stacks, self.mesh)
         self.row_kernels: dict[str, str] = {
@@ -266,7 +268,13 @@ class ShardedEmbedding(ShardedInputs):
     def to_canonical(
         self, state: EmbeddingState
     ) -> tuple[dict[str, Table], dict[str, dict[str, Table]], Scalar]:
-        """Tables [V, D] by name, slots by table and slot name, and the step: the same on every mesh."""
+        """Tables [V, D] by name, slots by table and slot name, and the step: the same on every mesh.
+
+        Raises:
+          ValueError: inside of `jax.jit`, where the shard axes are not the first of the mesh, in its order; so, too,
+            `embedding_tables`, `slots`, `from_canonical` of arrays on devices, and `init` of tables whose initializer
+            draws them whole.
+        """
         return *self._canonical.from_stacks(state.tables, state.slots), state.step
 
     def canonical_on_host(
@@ -291,7 +299,7 @@ class ShardedEmbedding(ShardedInputs):
         windows: a device takes the memory of its own rows and little more. Others are laid out anew on the devices.
 
         Raises:
-          ValueError: if a table, slot or weight is missing or not of its shape.
+          ValueError: if a table, slot or weight is missing or not of its shape, or as `to_canonical`.
         """
         tables, slots = self._canonical.checked(tables, slots)
         if (found := arrays_on_host((tables, slots))) is not None:

@@ -26,7 +26,7 @@ class Embedding(nnx.Module):
                 self.embedding = Embedding(feature_config, Adagrad(0.1), mesh, rngs=rngs)
                 self.tower = MLP(..., rngs=rngs)
 
-        @nnx.jit
+        @nnx.jit(donate_argnums=(0, 1))                    # the tables are updated in place, not copied
         def train_step(model, optimizer, batch):           # optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
             activations = model.embedding(batch.features)
             gradients = nnx.grad(loss, argnums=(nnx.DiffState(0, nnx.Param), 1))(model, activations, batch)

@@ -22,7 +22,7 @@ from .engines.host_shards import check_host_shards, hosts_of_shards
 from .engines.matching import Plan, is_traced, plan_batch
 from .engines.packing import pack_on_host, unpack_weights, widen
 from .engines.packing_traced import pack_in_trace
-from .engines.placement import Stack
+from .engines.placement import Stack, places_of
 from .engines.sparsecore_packing import SparseCorePacking
 
 
@@ -56,6 +56,7 @@ class ShardedInputs:
             check_host_shards(hosts_of_shards(mesh, axes), num_hosts, axes, mesh.axis_names)
         self.feature_config: Any = feature_config
         self.stacks: dict[str, Stack] = dict(stacks)
+        self._places = places_of(self.stacks)
         self.mesh: Mesh = mesh
         self.axes: tuple[str, ...] = axes
         self.num_shards: int = math.prod(mesh.shape[axis] for axis in axes)
@@ -120,7 +121,8 @@ class ShardedInputs:
         Returns:
           int32 by stack, or None where there is nothing to agree on.
         """
-        if jax.process_count() == 1 or not packed.needs_agreement:
+        # A batch of dense ids alone, too, has the room that batches before it needed, as far as this host knows.
+        if jax.process_count() == 1 or self._is_capacity_fixed or not packed.room:
             return None
         local = np.tile(np.asarray(list(packed.room.values()), np.int32), (self._num_local_shards(), 1))
         return self._largest(jax.make_array_from_process_local_data(self.batch_sharding, local))
@@ -183,7 +185,15 @@ class ShardedInputs:
 
         Returns:
           A structure like `weights`.
+
+        Raises:
+          ValueError: with several hosts, none of which has all gradients.
         """
+        if (num_hosts := jax.process_count()) > 1:
+            raise ValueError(
+                f"unshard_weights needs the gradients of all devices on one host, got {num_hosts} hosts; use the "
+                "ShardedWeights as they are, or run in one process."
+            )
         plan = self._plan(batch, weights)
         values = jax.tree.map(np.asarray, gradients.values)
         flat = unpack_weights(plan, self.stacks, values, self.num_shards)
@@ -219,6 +229,7 @@ class ShardedInputs:
                 for item, lookup in zip(plan.items, plan.lookups, strict=True):
                     check_ids(item.path, item.feature.table, lookup)
             batch, weights = self._shard(plan)
+        batch.layout.check_places(self._places)
         return batch, batch.checked_weights(weights)
 
     def _room(self, stack: str, num_entries: int) -> int:

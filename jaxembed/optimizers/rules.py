@@ -34,7 +34,7 @@ class SGD(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Adagrad(Optimizer):
-    """Adagrad: a <- a + g^2, w <- w - lr g / sqrt(a).
+    """Adagrad: a <- a + g^2, w <- w - lr g / sqrt(a), or w where a is 0.
 
     Args:
       learning_rate: see `Optimizer`, as for the other options.
@@ -67,7 +67,10 @@ class Adagrad(Optimizer):
         self, gradient: Rows, rows: Rows, slots: Slots, learning_rate: Scalar, step: Scalar
     ) -> tuple[Rows, Slots]:
         accumulators = slots["accumulators"] + gradient * gradient
-        return rows - learning_rate * gradient / jnp.sqrt(accumulators), {"accumulators": accumulators}
+        # Slots that come from elsewhere may be 0; a component without a gradient so far, or one too small to square, stays.
+        is_zero = accumulators == 0
+        update = learning_rate * gradient / jnp.where(is_zero, 1, jnp.sqrt(accumulators))
+        return rows - jnp.where(is_zero, 0, update), {"accumulators": accumulators}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import socket
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def outputs(commands, timeout=300, **changes):
 
 
 def free_port():
-    """A port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+    """A port that nothing listens on, below those that the system gives to others before it is used."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("localhost", port))
+            return port

@@ -48,7 +48,7 @@ def test_trains_inside_a_model(mesh, features):
     batch, _ = model.embedding.sharded.shard_batch(features)
     labels = jnp.arange(8.0) / 8
 
-    @nnx.jit
+    @nnx.jit(donate_argnums=(0, 1))
     def train_step(model, optimizer, batch, labels):
         activations = model.embedding(batch)
         value, gradients = nnx.value_and_grad(loss, argnums=(nnx.DiffState(0, nnx.Param), 1))(
@@ -59,6 +59,9 @@ def test_trains_inside_a_model(mesh, features):
         return value
 
     before = np.asarray(model.embedding.embedding_tables[TABLE])
+    held = sum(x.nbytes for x in jax.tree.leaves(model.embedding.state.get_value())) // mesh.size
+    compiled = train_step.lower(model, optimizer, batch, labels).compile()
+    assert compiled.compiled.memory_analysis().alias_size_in_bytes >= held
     losses = [float(train_step(model, optimizer, batch, labels)) for _ in range(20)]
     after = np.asarray(model.embedding.embedding_tables[TABLE])
     assert losses[-1] < 0.5 * losses[0]

@@ -7,6 +7,8 @@ import pytest
 from jaxembed import FeatureConfig, RaggedTensor, TableConfig
 from jaxembed.optimizers import SGD, Adagrad
 from jaxembed.train import ShardedEmbedding, plan_tables
+from jaxembed.train.engines.placement import stack_tables
+from jaxembed.train.engines.traffic import exchanged_bytes
 
 TABLES = {
     "big": TableConfig(100_000, 16, name="big", combiner="sum"),
@@ -61,6 +63,62 @@ def test_wide_tables_of_many_ids_are_sharded_by_columns():
     assert chosen.shardings == {"t": "column"}
 
 
+def arrays_of(embedding):
+    """Bytes of tables and slots on a device."""
+    state = embedding.abstract_state()
+    arrays = jax.tree.leaves((state.tables, state.slots))
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in arrays)
+
+
+def test_tables_on_different_devices_take_the_same_room():
+    config = {name: FeatureConfig(TableConfig(10**6, 16, name=name)) for name in "abcd"}
+    counts, whole = dict.fromkeys(config, 1024), dict.fromkeys(config, "table")
+    options = {"ids_per_batch": counts, "bags_per_batch": counts, "overrides": whole}
+    chosen = plan_tables(config, SGD(), 4, memory_per_device=70_000_000, **options)
+    own = ShardedEmbedding(config, SGD(), jax.make_mesh((4,), ("d",), devices=jax.devices()[:4]), plan=chosen)
+    assert chosen.bytes_per_device == arrays_of(own) == 64_000_000
+    assert {t.bytes_per_device for t in chosen.tables} == {64_000_000}
+    assert str(chosen).splitlines()[-1].split()[1] == "64.00"
+
+
+def test_what_sparsecores_pad_is_counted(caplog):
+    pytest.importorskip("jax_tpu_embedding")
+    tables = [
+        TableConfig(10**6, 1, name="thin"),
+        TableConfig(1001, 1, name="beside"),
+        TableConfig(10, 8, name="theirs", dtype="float16"),
+    ]
+    config = {table.name: FeatureConfig(table) for table in tables}
+    mesh = jax.make_mesh((4,), ("d",), devices=jax.devices()[:4])
+    batch = dict.fromkeys(config, np.zeros(8, np.int32))
+    mod = dict.fromkeys(config, "mod")
+    own = ShardedEmbedding(
+        config, SGD(), mesh, engine="sparsecore", plan="auto", example_batch=batch, overrides=mod
+    )
+    assert own.plan.tables[2].bytes_per_device == 8_011_776
+    assert own.plan.bytes_per_device == arrays_of(own)
+    assert caplog.text.count("leaves to the xla engine: 'theirs'") == 1
+
+
+def test_rows_of_one_owner_travel_in_rounds():
+    """1024 ids a shard, all of one owner, who gives at most 192 of them a round."""
+    config, counts = {"t": FeatureConfig(TableConfig(10**6, 16, name="t"))}, {"t": 8192}
+    options = {"memory_per_device": 10**9, "ids_per_batch": counts, "bags_per_batch": counts}
+    plans = {s: plan_tables(config, SGD(), 8, overrides={"t": s}, **options) for s in ("mod", "table")}
+    a_round = 8 * 192 * (8 + 16 * 8)
+    assert plans["mod"].tables[0].exchanged_bytes == a_round
+    assert "all_gather" in plans["table"].tables[0].why  # it moves less
+
+    def moved(*vocabularies):
+        tables = {f"t{i}": TableConfig(size, 16, name=f"t{i}") for i, size in enumerate(vocabularies)}
+        (stack,) = stack_tables(tables, SGD(), dict.fromkeys(tables, "table"), 8)
+        return exchanged_bytes(stack, "all_to_all", 1024, 1024)
+
+    assert moved(10**6) == 6 * a_round
+    assert moved(5) == a_round
+    assert moved(10**6, 10**6) == 3 * a_round
+
+
 @pytest.mark.parametrize("sharding", ["mod", "div", "table", "replicated", "column"])
 def test_overrides_are_kept_and_stored_bytes_are_those_of_the_arrays(sharding):
     chosen = plan(overrides=dict.fromkeys(("big", "small"), sharding))
@@ -107,6 +165,8 @@ def test_refusals():
         plan(memory=1000)
     with pytest.raises(ValueError, match=r"num_shards must be a positive int, got 0"):
         plan_tables(CONFIG, SGD(), 0, memory_per_device=1, ids_per_batch={}, bags_per_batch={})
+    with pytest.raises(ValueError, match=r"cores must be an int of at least 0, got -1"):
+        plan(cores=-1)
     with pytest.raises(ValueError, match=r"ids_per_batch must give a number of at least 0 for each table"):
         plan(ids_per_batch={"big": 3})
     with pytest.raises(ValueError, match=r"bags_per_batch must give a number of at least 0 for each table"):

@@ -190,6 +190,27 @@ def test_axes_of_the_mesh_in_any_order(tmp_path, axis):
         jax.tree.map(np.testing.assert_array_equal, ours.to_canonical(same), ours.to_canonical(state))
 
 
+def test_axes_of_the_mesh_in_another_order_say_what_cannot_be_compiled():
+    grid = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
+    ours = ShardedEmbedding({"t": FeatureConfig(USER)}, Adagrad(0.1), grid, axis="y")
+    state = jax.jit(ours.init)(jax.random.key(0))
+    tables, slots, step = ours.to_canonical(state)
+    back = jax.jit(lambda: ours.from_canonical(*jax.tree.map(np.asarray, (tables, slots, step))))()
+    jax.tree.map(np.testing.assert_array_equal, ours.to_canonical(back), (tables, slots, step))
+    message = (
+        r"axes \('y',\) of a mesh of \('x', 'y'\) cannot be converted .* inside of jax\.jit.*; do it outside"
+    )
+    for call in (ours.to_canonical, ours.embedding_tables, ours.slots, lambda _: ours.to_canonical(state)):
+        with pytest.raises(ValueError, match=message):
+            jax.jit(call)(state)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(ours.from_canonical)(tables, slots, step)
+    # Of a gradient outside of jit the values are there.
+    ids = np.array([0, 3], np.int32)
+    found = jax.grad(lambda t: jnp.sum(ours.lookup(ours.from_canonical(t, slots, step), {"t": ids})["t"]))
+    np.testing.assert_array_equal(np.flatnonzero(np.asarray(found(tables)["user"]).any(1)), ids)
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_bad_ids_give_zeros_are_counted_and_update_nothing(exchange):
     embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, SGD(1.0), mesh(), exchange=exchange)
@@ -333,6 +354,19 @@ def test_more_tables_take_no_more_collectives(exchange):
     assert collectives(7) == found
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(jnp.bfloat16, "bf16"), (jnp.float16, "f16")])
+def test_rows_travel_in_the_type_of_their_table(dtype, name):
+    table = TableConfig(400, 8, name="t", combiner="mean", dtype=dtype)
+    config, inputs = {"t": FeatureConfig(table)}, {"t": ragged(np.random.default_rng(0), 16, 400)}
+    embeddings = [ShardedEmbedding(config, SGD(1.0), mesh(), exchange=exchange) for exchange in EXCHANGES]
+    found = [e.lookup(e.init(jax.random.key(0)), inputs)["t"] for e in embeddings]
+    np.testing.assert_array_equal(*[np.asarray(x, np.float32) for x in found])
+    batch, _ = embeddings[1].shard_batch(inputs)
+    text = jax.jit(embeddings[1].lookup).lower(embeddings[1].abstract_state(), batch).as_text()
+    moved = set(re.findall(r"stablehlo\.all_to_all.* -> tensor<\d+x\d+x\d+x(\w+)>", text))
+    assert moved == {name}
+
+
 @pytest.mark.parametrize("exchange", ONE_EXCHANGE)
 def test_gradients_of_weights(exchange):
     embedding = ShardedEmbedding(CONFIG, Adagrad(0.1), mesh(), exchange=exchange)
@@ -411,6 +445,17 @@ def test_hosts_must_have_as_many_shards(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"gives \[8, 0\] shards by host; .* take a mesh of all devices"):
         ShardedEmbedding(CONFIG, SGD(), mesh())
+
+
+@pytest.mark.parametrize("plan", ["table", "div", "mod"])
+def test_tables_of_more_rows_than_there_are_positions(plan):
+    rows = 2**29 + 1 if plan == "table" else 2**31 - 1
+    config = {"t": FeatureConfig(TableConfig(rows, 1, name="t"))}
+    message = (
+        rf"table 't' cannot be sharded by '{plan}' over 4 devices: it takes \d+ rows on each.* leave 536870911"
+    )
+    with pytest.raises(ValueError, match=message):
+        ShardedEmbedding(config, SGD(), mesh(4), plan={"t": plan})
 
 
 def test_refusals():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxembed import FeatureConfig, TableConfig
+from jaxembed.optimizers import Adam
 from jaxembed.train import ShardedEmbedding
 from tests.test_optimizers import MATRIX, OPTIMIZERS, OPTIONS, D, R, V, batch, reference_update
 
@@ -47,6 +48,29 @@ def check(cases, exchange):
             np.testing.assert_array_equal(new_tables[key][untouched], tables[key][untouched])
             for k in wide:
                 np.testing.assert_array_equal(new_slots[key][k][untouched], slots[key][k][untouched])
+
+
+@pytest.mark.parametrize("plan", ["mod", "replicated", "column"])
+def test_all_rows_take_a_step_where_the_optimizer_is_not_lazy(plan):
+    """Also those of a table that the batch leaves out, whatever stack they are in."""
+    optimizer = Adam(lambda: 0.1, lazy_adam=False)
+    config = {name: FeatureConfig(TableConfig(16, 8, name=name)) for name in "ab"}
+    embedding = ShardedEmbedding(config, optimizer, jax.make_mesh((8,), ("devices",)), plan={"b": plan})
+    state = embedding.init(jax.random.key(0))
+    tables, slots, _ = jax.tree.map(np.asarray, embedding.to_canonical(state))
+    rows, kept, ids = tables["b"], slots["b"], np.arange(8, dtype=np.int32)
+    for step, names in enumerate(("ab", "a")):
+        batch, _ = embedding.shard_batch(dict.fromkeys(names, ids))
+        gradients = dict.fromkeys(names, jnp.ones((8, 8)))
+        state = jax.jit(embedding.apply_gradients)(
+            state, batch, gradients, called_values=embedding.called_values()
+        )
+        dense = np.zeros((16, 8), np.float32)
+        dense[:8] = step == 0
+        rows, kept = optimizer.update_rows(dense, rows, kept, 0.1, step)
+    found, found_slots, _ = embedding.to_canonical(state)
+    np.testing.assert_allclose(found["b"], rows, rtol=1e-6, atol=1e-7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found_slots["b"], dict(kept))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

@@ -10,6 +10,7 @@ from jaxembed.train import Checkpointer, ShardedEmbedding
 from jaxembed.train.engines import windows
 
 from .checkpoint_programs import at_step, same
+from .processes import started
 
 
 def embedding(rows, dim, mesh, **options):
@@ -69,14 +70,33 @@ def test_what_is_saved_from_the_hosts_memory_comes_back(monkeypatch, tmp_path, p
     assert same(own, state, *own.to_canonical(restored)[:2])
 
 
-@pytest.mark.parametrize("sharding", ["mod", "div", "table"])
-def test_the_compiler_warns_of_no_copies(sharding, capfd):
+def there_and_back():
     """Neither rows nor columns are split over all devices."""
     config = {f"t{rows}": FeatureConfig(TableConfig(rows, 4, name=f"t{rows}")) for rows in (37, 11, 5)}
-    own = ShardedEmbedding(
-        config, Adagrad(0.1), jax.make_mesh((8,), ("d",)), plan=dict.fromkeys(config, sharding)
-    )
-    state = at_step(own, 3)
-    canonical = own.to_canonical(state)
-    jax.tree.map(np.testing.assert_array_equal, state, own.from_canonical(*canonical))
-    assert "rematerialization" not in capfd.readouterr().err
+    for sharding in ("mod", "div", "table"):
+        plan = dict.fromkeys(config, sharding)
+        own = ShardedEmbedding(config, Adagrad(0.1), jax.make_mesh((8,), ("d",)), plan=plan)
+        state = at_step(own, 3)
+        jax.tree.map(np.testing.assert_array_equal, state, own.from_canonical(*own.to_canonical(state)))
+
+
+#: XLA is told what to log of as it is loaded.
+CONVERT = """
+import jax
+from jaxembed.train.engines.canonical import CanonicalTables
+from tests.train.test_windows import there_and_back
+
+jax.config.update("jax_num_cpu_devices", 8)
+there_and_back()
+"""
+#: With it, the compiler is left to find a way by itself, and warns.
+CONTROL = "CanonicalTables._gathered = lambda self, stack, key, array: array\n"
+
+
+def test_the_compiler_warns_of_no_copies():
+    programs = [CONVERT, CONVERT.replace("there_and_back()\n", f"{CONTROL}there_and_back()\n")]
+    commands = [("-c", program) for program in programs]
+    with started(commands, TF_CPP_MIN_LOG_LEVEL="1", GLOG_minloglevel="1") as processes:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert ["full rematerialization" in error for error in errors] == [False, True], errors

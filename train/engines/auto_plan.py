@@ -1,4 +1,4 @@
-"""`plan="auto"`: what `plan_tables` chooses for a mesh and a batch like those to come."""
+"""The sharding of every table: as it was given, or what `plan_tables` chooses for a mesh and a batch like those to come."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxembed.config import TableConfig
 from jaxembed.features import feature_tables, match
 from jaxembed.inputs import RaggedTensor
 from jaxembed.lookup import plan_lookup
@@ -30,6 +31,7 @@ def chosen_plan(
     optimizer: Optimizer | None,
     mesh: Mesh,
     num_shards: int,
+    cores: int,
     example_batch: Any,
     overrides: Mapping[str, str] | None,
 ) -> Mapping[str, str] | ShardingPlan | None:
@@ -41,6 +43,7 @@ def chosen_plan(
       optimizer: of the tables that have none of their own.
       mesh: of the devices.
       num_shards: n of them that tables are spread over.
+      cores: SparseCores of each that the engine uses.
       example_batch: as of `ShardedEmbedding.shard_batch`, of this host's rows.
       overrides: table name to sharding.
 
@@ -62,7 +65,29 @@ def chosen_plan(
             f"example_batch {type(example_batch).__name__}."
         )
     batch = preprocess(example_batch, feature_config)
-    return plan_for_batch(feature_config, optimizer, mesh, num_shards, batch, overrides)
+    return plan_for_batch(feature_config, optimizer, mesh, num_shards, cores, batch, overrides)
+
+
+def shardings_of(
+    plan: Mapping[str, str] | ShardingPlan | None, tables: Mapping[str, TableConfig], num_shards: int
+) -> dict[str, str]:
+    """The sharding of every table.
+
+    Raises:
+      ValueError: if the plan is for another number of devices, or names a table that is not there.
+    """
+    if isinstance(plan, ShardingPlan):
+        if plan.num_shards != num_shards:
+            raise ValueError(
+                f"the plan is for {plan.num_shards} devices, got a mesh of {num_shards}; make it with "
+                f"plan_tables(..., num_shards={num_shards})."
+            )
+        plan = plan.shardings
+    plan = dict(plan or {})
+    unknown = sorted(set(plan) - set(tables))
+    if unknown:
+        raise ValueError(f"plan names no table of the configuration: {unknown}; it has {list(tables)}.")
+    return {name: plan.get(name, "mod") for name in tables}
 
 
 def plan_for_batch(
@@ -70,6 +95,7 @@ def plan_for_batch(
     optimizer: Optimizer | None,
     mesh: Mesh,
     num_shards: int,
+    cores: int,
     batch: Any,
     overrides: Mapping[str, str] | None,
 ) -> ShardingPlan:
@@ -82,6 +108,7 @@ def plan_for_batch(
       optimizer: of the tables that have none of their own.
       mesh: of the devices.
       num_shards: n of them that tables are spread over.
+      cores: SparseCores of each that the engine uses.
       batch: as of `ShardedEmbedding.shard_batch`, of this host's rows, after preprocessing.
       overrides: table name to sharding.
 
@@ -97,6 +124,7 @@ def plan_for_batch(
         ids_per_batch=ids,
         bags_per_batch=bags,
         overrides=overrides,
+        cores=cores,
     )
     _LOG.info("Plan of the tables:\n%s", plan)
     return plan

@@ -22,6 +22,8 @@ from jaxembed import structure
 from jaxembed.bag import Bag
 from jaxembed.config import FeatureConfig
 
+from .placement import TablePlace
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureLayout:
@@ -91,10 +93,17 @@ class Skeleton:
 
 @dataclasses.dataclass(frozen=True)
 class BatchLayout:
-    """The static half of a ShardedBatch."""
+    """The static half of a ShardedBatch.
+
+    Attributes:
+      skeleton: the structure of the features.
+      features: one a feature.
+      places: where the tables lie that the positions are of.
+    """
 
     skeleton: Skeleton
     features: tuple[FeatureLayout, ...]
+    places: tuple[TablePlace, ...]
 
     def of_stack(self, stack: str) -> tuple[FeatureLayout, ...]:
         """The features that look up that stack, in the order of their segments."""
@@ -103,6 +112,17 @@ class BatchLayout:
     def num_segments(self, stack: str) -> int:
         """S of a stack, on one shard."""
         return sum(f.num_segments for f in self.of_stack(stack))
+
+    def check_places(self, places: tuple[TablePlace, ...]) -> None:
+        """Raises ValueError if the tables of an embedding do not lie where those of this batch do."""
+        if self.places == places:
+            return
+        theirs, ours = set(self.places) - set(places), set(places) - set(self.places)
+        raise ValueError(
+            "this ShardedBatch was laid out by a ShardedEmbedding whose tables lie elsewhere: there "
+            f"{min(theirs, default=None)}, here {min(ours, default=None)}; call shard_batch of the embedding that looks "
+            "it up."
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -188,12 +208,10 @@ class PackedBatch:
     Attributes:
       batch: [n', N] arrays, n' being the host's shards.
       weights: float32 [n', N] by stack, or None.
-      needs_agreement: whether N depends on the values of the inputs, so that hosts may differ.
     """
 
     batch: ShardedBatch
     weights: dict[str, Any] | None
-    needs_agreement: bool
 
     @property
     def room(self) -> dict[str, int]:

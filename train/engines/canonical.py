@@ -89,7 +89,12 @@ class CanonicalTables:
         return tables, slots
 
     def from_stacks(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
-        """Tables and slots by table, from those by stack."""
+        """Tables and slots by table, from those by stack.
+
+        Raises:
+          ValueError: inside of `jax.jit`, where the shards are in another order than the mesh's devices.
+        """
+        self._check_order()
         program = self._program(tuple(self._inner))
         if not self._is_reordered:
             return self._by_table(program(tables, slots))
@@ -135,7 +140,12 @@ class CanonicalTables:
         )
 
     def to_stacks(self, tables: Mapping[str, Any], slots: Mapping[str, Mapping[str, Any]]) -> Any:
-        """Tables and slots by stack, from those that `checked` returned: on the devices, where they take as much again."""
+        """Tables and slots by stack, from those that `checked` returned: on the devices, where they take as much again.
+
+        Raises:
+          ValueError: as `from_stacks`.
+        """
+        self._check_order()
         arrays = jax.tree.map(
             lambda array, leaf: (
                 array if isinstance(array, jax.core.Tracer) else jax.device_put(array, leaf.sharding)
@@ -147,6 +157,15 @@ class CanonicalTables:
             return self._to_stacks_jit(*arrays)
         inner = jax.device_put(arrays, self._inner_shardings)
         return jax.device_put(self._to_stacks_jit(*inner), self._stack_shardings)
+
+    def _check_order(self) -> None:
+        # In a program's trace a constant, too, is traced.
+        if self._is_reordered and isinstance(jnp.zeros(()), jax.core.Tracer):
+            raise ValueError(
+                f"tables over the axes {self._axes} of a mesh of {self._mesh.axis_names} cannot be converted from or to "
+                "canonical ones inside of jax.jit, which keeps to one order of devices; do it outside, or name those "
+                "axes first, and in this order, in the mesh."
+            )
 
     def _program(self, keys: tuple[tuple[str, str], ...]) -> Callable[..., dict[tuple[str, str], jax.Array]]:
         """Of tables and slots by stack, to some of the canonical arrays."""

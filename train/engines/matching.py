@@ -11,7 +11,7 @@ from jaxembed.lookup import Lookup, plan_lookup
 
 from .batch import BatchLayout, FeatureLayout, Skeleton, inner_size
 from .custom import as_sequence, is_custom
-from .placement import Stack
+from .placement import Stack, places_of
 
 
 class Plan(NamedTuple):
@@ -28,7 +28,8 @@ def plan_batch(
     """Matches inputs and weights to the stacks.
 
     Args:
-      inputs: the rows of this host, out of `num_hosts` equal ones.
+      inputs: the rows of this host, out of `num_hosts` equal ones; those of all hosts inside of a trace, where an
+        array is the whole one.
       weights: like `inputs`.
       feature_config: of the tables.
       stacks: by name.
@@ -42,6 +43,8 @@ def plan_batch(
     segments = dict.fromkeys(stacks, 0)
     features, lookups = [], []
     items = match(inputs, weights, feature_config)
+    if _are_traced(items):
+        num_hosts = 1
     for item in items:
         lookup, combined = plan_lookup(item, None), None
         stack = stack_of[item.feature.table.name]
@@ -80,11 +83,13 @@ def plan_batch(
         )
         segments[stack.name] += size
         lookups.append(lookup)
-    return Plan(BatchLayout(Skeleton(inputs), tuple(features)), items, lookups)
+    return Plan(BatchLayout(Skeleton(inputs), tuple(features), places_of(stacks)), items, lookups)
 
 
 def is_traced(plan: Plan) -> bool:
     """Whether an array of the batch is inside of a trace."""
-    return not all(
-        is_concrete(leaf) for item in plan.items for leaf in jax.tree.leaves((item.ids, item.weights))
-    )
+    return _are_traced(plan.items)
+
+
+def _are_traced(items: list[FeatureInput]) -> bool:
+    return not all(is_concrete(leaf) for item in items for leaf in jax.tree.leaves((item.ids, item.weights)))

@@ -65,8 +65,7 @@ def pack_on_host(
         else:
             on_sparsecores[name] = _with_slots(ids, stack, plan.layout, *joined[:2])
     batch = ShardedBatch(positions, segments, on_sparsecores, bad_ids, plan.layout, is_weighted=weighted)
-    needs_agreement = any(feature.bag.layout != "dense" for feature in plan.layout.features)
-    return PackedBatch(batch, values if weighted else None, needs_agreement)
+    return PackedBatch(batch, values if weighted else None)
 
 
 def widen(packed: PackedBatch, stacks: Mapping[str, Stack], room: Mapping[str, int]) -> PackedBatch:

@@ -19,7 +19,7 @@ that n counts SparseCores in the formula above, and in `rows`. `engines.sparseco
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +160,39 @@ class Stack:
         return range(vocabulary)
 
 
+class TablePlace(NamedTuple):
+    """All that positions of a table's ids depend on, as a key: attributes as of Stack and TablePlacement."""
+
+    table: str
+    stack: str
+    sharding: str
+    num_shards: int
+    cores: int
+    num_rows: int
+    first_row: int
+    rows: int
+    shift: int
+
+
+def places_of(stacks: Mapping[str, Stack]) -> tuple[TablePlace, ...]:
+    """Where each table of the stacks lies."""
+    return tuple(
+        TablePlace(
+            p.table.name,
+            stack.name,
+            p.sharding,
+            stack.num_shards,
+            stack.cores,
+            stack.num_rows,
+            p.first_row,
+            p.rows,
+            p.shift,
+        )
+        for stack in stacks.values()
+        for p in stack.placements
+    )
+
+
 def stack_tables(
     tables: Mapping[str, TableConfig],
     optimizer: Optimizer | None,
@@ -175,7 +208,7 @@ def stack_tables(
       num_shards: n.
 
     Raises:
-      ValueError: if a table has no optimizer, or its sharding does not fit it.
+      ValueError: if a table has no optimizer, its sharding does not fit it, or its positions do not fit int32.
     """
     groups: dict[tuple, list[TableConfig]] = {}
     for name, table in tables.items():
@@ -235,7 +268,7 @@ def _check_sharding(table: TableConfig, optimizer: Optimizer, sharding: str, num
 
 
 def _place(tables: list[TableConfig], shardings: Mapping[str, str], n: int, kind: str):
-    """Splits the tables of one group into stacks whose positions fit int32."""
+    """Splits the tables of one group into stacks whose positions fit int32; ValueError if those of one do not."""
     limit = MAX_POSITIONS // (n if kind == "row" else 1)
     done, placements, shared = [], [], 0
     whole = np.zeros(n, np.int64)
@@ -245,6 +278,11 @@ def _place(tables: list[TableConfig], shardings: Mapping[str, str], n: int, kind
         rows = table.vocabulary_size if sharding not in ("mod", "div") else -(-table.vocabulary_size // n)
         if sharding == "table":
             shift = int(np.argmin(whole))
+        if rows > limit:
+            raise ValueError(
+                f"table {table.name!r} cannot be sharded by {sharding!r} over {n} devices: it takes {rows} rows on each, "
+                f"positions in int32 leave {limit}; use 'mod', or fewer rows or devices."
+            )
         if placements and shared + whole[shift] + rows > limit:
             done.append((placements, shared + int(whole.max())))
             placements, shared, whole = [], 0, np.zeros(n, np.int64)

@@ -1,7 +1,7 @@
 """Chooses how each table is sharded, from sizes alone, and says why."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxembed.features import feature_tables
 from jaxembed.optimizers import Optimizer
 
 from .placement import SHARDINGS, Stack, stack_tables
+from .stacking import stacks_of
 from .traffic import cheaper_exchange, exchanged_bytes
 
 #: Narrower columns would fill a part of a TPU's lanes only, at the memory of whole ones.
@@ -25,7 +26,7 @@ class TablePlan:
     Attributes:
       name: of the table.
       sharding: "mod", "div", "table", "column" or "replicated".
-      bytes_per_device: of rows and slots on the fullest device.
+      bytes_per_device: of rows and slots on each device, of the table in a stack of its own.
       exchanged_bytes: a device and step, predicted.
       why: in words.
     """
@@ -45,9 +46,12 @@ class ShardingPlan:
       tables: one a table.
       num_shards: n it was made for.
       memory_per_device: bytes it was made for.
+      bytes_per_device: of all tables. Less than their sum where "table" ones of one stack lie on different devices:
+        a stack takes as many rows on all devices as on the fullest.
 
     Examples:
-      >>> plan = ShardingPlan((TablePlan("user", "mod", 16_000_000, 800_000, "rows spread"),), 8, 1 << 30)
+      >>> tables = (TablePlan("user", "mod", 16_000_000, 800_000, "rows spread"),)
+      >>> plan = ShardingPlan(tables, 8, 1 << 30, 16_000_000)
       >>> print(plan)
       table  sharding  MB a device  MB exchanged a step  why
       user   mod             16.00                0.800  rows spread
@@ -57,16 +61,12 @@ class ShardingPlan:
     tables: tuple[TablePlan, ...]
     num_shards: int
     memory_per_device: int
+    bytes_per_device: int
 
     @property
     def shardings(self) -> dict[str, str]:
         """Table name to sharding."""
         return {t.name: t.sharding for t in self.tables}
-
-    @property
-    def bytes_per_device(self) -> int:
-        """Of all tables."""
-        return sum(t.bytes_per_device for t in self.tables)
 
     def __str__(self) -> str:
         header = ("table", "sharding", "MB a device", "MB exchanged a step", "why")
@@ -93,6 +93,7 @@ def plan_tables(
     ids_per_batch: Mapping[str, int],
     bags_per_batch: Mapping[str, int],
     overrides: Mapping[str, str] | None = None,
+    cores: int = 0,
 ) -> ShardingPlan:
     """Chooses a sharding for every table.
 
@@ -109,6 +110,7 @@ def plan_tables(
       ids_per_batch: table name to number of ids a global batch looks up in it, over all features.
       bags_per_batch: likewise, the number of output rows.
       overrides: table name to sharding, kept as they are.
+      cores: SparseCores of a device that the `sparsecore` engine uses, which pads what they hold; 0 for `xla`.
 
     Raises:
       ValueError: if an argument is not of the form above, or the tables do not fit.
@@ -127,12 +129,12 @@ def plan_tables(
     """
     configs = feature_tables(feature_config)
     overrides = dict(overrides or {})
-    _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides)
+    _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides, cores)
     # Of numpy they would overflow.
-    num_shards, memory_per_device = int(num_shards), int(memory_per_device)
+    num_shards, memory_per_device, cores = int(num_shards), int(memory_per_device), int(cores)
     ids_per_batch = {name: int(count) for name, count in ids_per_batch.items()}
     bags_per_batch = {name: int(count) for name, count in bags_per_batch.items()}
-    choice = _Choice(optimizer, num_shards, ids_per_batch, bags_per_batch)
+    choice = _Choice(configs, optimizer, num_shards, cores, ids_per_batch, bags_per_batch)
     chosen: dict[str, TablePlan] = {}
     replicas: list[TablePlan] = []
     for name, table in configs.items():
@@ -144,8 +146,10 @@ def plan_tables(
         whole = choice.plan_if_it_suits(table, "replicated", why)
         if whole is not None and whole.exchanged_bytes < best.exchanged_bytes:
             replicas.append(whole)
-    _replicate(chosen, replicas, memory_per_device)
-    plan = ShardingPlan(tuple(chosen.values()), num_shards, memory_per_device)
+    _replicate(chosen, replicas, memory_per_device, choice.stored_bytes)
+    plan = ShardingPlan(
+        tuple(chosen.values()), num_shards, memory_per_device, choice.stored_bytes(chosen.values())
+    )
     if plan.bytes_per_device > memory_per_device:
         raise ValueError(
             f"the tables and slots need {plan.bytes_per_device:,} bytes a device, more than the "
@@ -160,14 +164,18 @@ class _Choice:
     """What a sharding of a table would cost.
 
     Attributes:
+      tables: by name.
       optimizer: of the tables that have none of their own.
       num_shards: n devices.
+      cores: SparseCores of each.
       ids_per_batch: by table.
       bags_per_batch: by table.
     """
 
+    tables: Mapping[str, TableConfig]
     optimizer: Optimizer | None
     num_shards: int
+    cores: int
     ids_per_batch: Mapping[str, int]
     bags_per_batch: Mapping[str, int]
 
@@ -179,7 +187,15 @@ class _Choice:
         exchange = cheaper_exchange(stack, bags, entries)
         moved = exchanged_bytes(stack, exchange, bags, entries)
         why = f"{why}, by {exchange}" if stack.kind == "row" else why
-        return TablePlan(table.name, sharding, _stored_bytes(stack), moved, why)
+        alone = TablePlan(table.name, sharding, 0, moved, why)
+        return dataclasses.replace(alone, bytes_per_device=self.stored_bytes([alone]))
+
+    def stored_bytes(self, plans: Iterable[TablePlan]) -> int:
+        """Of rows and slots of these tables together, on each device."""
+        shardings = {plan.name: plan.sharding for plan in plans}
+        tables = {name: self.tables[name] for name in shardings}
+        stacks = stacks_of(tables, self.optimizer, shardings, self.num_shards, self.cores)
+        return sum(map(_stored_bytes, stacks.values()))
 
     def plan_if_it_suits(self, table: TableConfig, sharding: str, why: str) -> TablePlan | None:
         """The same, or None if it does not suit the table."""
@@ -200,17 +216,25 @@ class _Choice:
         return min(filter(None, (best, column)), key=lambda plan: plan.exchanged_bytes)
 
 
-def _replicate(chosen: dict[str, TablePlan], replicas: list[TablePlan], memory: int) -> None:
+def _replicate(
+    chosen: dict[str, TablePlan],
+    replicas: list[TablePlan],
+    memory: int,
+    stored_bytes: Callable[[Iterable[TablePlan]], int],
+) -> None:
     """Makes tables replicated while there is memory, those first that save most bytes a byte of it."""
 
     def saved(p: TablePlan) -> float:
         return (chosen[p.name].exchanged_bytes - p.exchanged_bytes) / max(p.bytes_per_device, 1)
 
-    room = memory - sum(p.bytes_per_device for p in chosen.values())
+    room = memory - stored_bytes(chosen.values())
     for plan in sorted(replicas, key=saved, reverse=True):
-        more = plan.bytes_per_device - chosen[plan.name].bytes_per_device
-        if more <= room:
-            chosen[plan.name], room = plan, room - more
+        # What it took before becomes free, which is worth finding out only where it matters.
+        left = room - plan.bytes_per_device
+        if left < 0:
+            left = memory - stored_bytes({**chosen, plan.name: plan}.values())
+        if left >= 0:
+            chosen[plan.name], room = plan, left
 
 
 def _stored_bytes(stack: Stack) -> int:
@@ -224,7 +248,9 @@ def _stored_bytes(stack: Stack) -> int:
     return stack.num_rows * row // (stack.num_shards if stack.kind == "column" else 1)
 
 
-def _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides) -> None:
+def _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides, cores) -> None:
+    if not _is_count(cores) or cores < 0:
+        raise ValueError(f"cores must be an int of at least 0, got {cores!r}.")
     for what, value in (("num_shards", num_shards), ("memory_per_device", memory_per_device)):
         if not _is_count(value) or value < 1:
             raise ValueError(f"{what} must be a positive int, got {value!r}.")

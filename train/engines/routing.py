@@ -26,7 +26,7 @@ class Chunk(NamedTuple):
     """What a round brought for the entries of a shard, in their order.
 
     Attributes:
-      values: float32 [N, D], the row of each entry.
+      values: [N, D], the row of each entry, as `table_rows` gave it.
       valid: [N], whether this round was about the entry.
     """
 

@@ -70,7 +70,7 @@ def _cores_of(engine: str, device: Any) -> int:
 def refused_tables(
     tables: Mapping[str, TableConfig], optimizer: Optimizer | None, shardings: Mapping[str, str], blocks: int
 ) -> dict[str, str]:
-    """The tables that SparseCores cannot hold, and why not; says so.
+    """The tables that SparseCores cannot hold, and why not.
 
     Args:
       tables: by name.
@@ -83,13 +83,17 @@ def refused_tables(
         reason = _why_not(table, optimizer_of(table, optimizer), shardings[name], blocks)
         if reason:
             refused[name] = reason
-    if refused:
-        names: dict[str, list[str]] = {}
-        for name, reason in refused.items():
-            names.setdefault(reason, []).append(repr(name))
+    return refused
+
+
+def log_refused(refused: Mapping[str, str]) -> None:
+    """Warns of what `refused_tables` found, if anything."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        names.setdefault(reason, []).append(repr(name))
+    if names:
         reasons = "; ".join(f"{', '.join(those)}: {reason}" for reason, those in names.items())
         _LOG.warning("Tables that the sparsecore engine leaves to the xla engine: %s.", reasons)
-    return refused
 
 
 def stack_on_sparsecores(

@@ -1,4 +1,4 @@
-"""From a configuration to the stacks of both engines: the axes, the sharding of every table, and who holds it."""
+"""From a configuration to the stacks of both engines: the axes, and who holds every table."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,6 @@ from jaxembed.config import TableConfig
 from jaxembed.optimizers import Optimizer
 
 from .placement import Stack, stack_tables
-from .planner import ShardingPlan
 from .sparsecore_stacks import refused_tables, stack_on_sparsecores
 
 
@@ -26,28 +25,6 @@ def mesh_axes(mesh: Mesh, axis: str | tuple[str, ...] | None) -> tuple[str, ...]
     if not axes or len(set(axes)) != len(axes) or not set(axes) <= set(mesh.axis_names):
         raise ValueError(f"axis must name axes of the mesh, {mesh.axis_names}, got {axis!r}.")
     return axes
-
-
-def shardings_of(
-    plan: Mapping[str, str] | ShardingPlan | None, tables: Mapping[str, TableConfig], num_shards: int
-) -> dict[str, str]:
-    """The sharding of every table.
-
-    Raises:
-      ValueError: if the plan is for another number of devices, or names a table that is not there.
-    """
-    if isinstance(plan, ShardingPlan):
-        if plan.num_shards != num_shards:
-            raise ValueError(
-                f"the plan is for {plan.num_shards} devices, got a mesh of {num_shards}; make it with "
-                f"plan_tables(..., num_shards={num_shards})."
-            )
-        plan = plan.shardings
-    plan = dict(plan or {})
-    unknown = sorted(set(plan) - set(tables))
-    if unknown:
-        raise ValueError(f"plan names no table of the configuration: {unknown}; it has {list(tables)}.")
-    return {name: plan.get(name, "mod") for name in tables}
 
 
 def stacks_of(

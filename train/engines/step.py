@@ -221,6 +221,13 @@ class StepProgram:
                 mine, values = _local(name, entries, weights)
                 state = engine.update(table, kept, mine, values, gradient, step)
                 tables[name], slots[name] = jax.tree.map(stack.array_of, state)
+            for name, stack in self.stacks.items():
+                if name in engines or stack.optimizer.is_lazy:
+                    continue
+                # All rows take a step, looked up or not. SparseCores hold none of such a table.
+                optimizer = stack.optimizer.with_called(called[name]) if name in called else stack.optimizer
+                zeros, rate = jnp.zeros(tables[name].shape, jnp.float32), optimizer.learning_rate_at(step)
+                tables[name], slots[name] = optimizer.update_rows(zeros, tables[name], slots[name], rate, step)
             return tables, slots
 
         in_specs = (*specs, *(on_shards,) * 3, PartitionSpec(), PartitionSpec())

@@ -4,13 +4,14 @@ N entries and S segments a shard, n shards, C the window of all_to_all; a collec
 a shard gives and gets:
 
     row, all_gather    2 n (8 N + 4 S D)               entries and sums, both ways
-    row, all_to_all    n C (2 * 4 + (item + 4) D)      rows wanted, rows, and their gradients
+    row, all_to_all    k n C (2 * 4 + (item + 4) D)    rows wanted, rows, and their gradients, in k rounds
     column             2 n 8 N + 2 * 4 S D             entries; of the sums just a shard's own columns
     replicated         4 (R D + R)                     gradient of the whole table, and which rows it has
     sparsecore         C K U (4 + 2 * 4 W)             rows that each of C SparseCores wants of each of all K, at
                                                        most U of each, of W columns, and their gradients
 
-Entries with weights take 12 bytes in place of 8. `mod`, `div` and `table` placements are all rows.
+Entries with weights take 12 bytes in place of 8. `mod`, `div` and `table` placements are all rows. There is one round
+where ids are spread evenly over their owners, unless these are fewer than the shards, as those of `table` placements.
 """
 
 import math
@@ -50,7 +51,21 @@ def exchanged_bytes(
     if exchange == "all_gather":
         return 2 * n * (entry * capacity + 4 * num_segments * stack.dim)
     # Weights stay where they are.
-    return n * pair_window(capacity, n) * (8 + stack.dim * (jnp.dtype(stack.dtype).itemsize + 4))
+    return (
+        _rounds(stack, capacity)
+        * n
+        * pair_window(capacity, n)
+        * (8 + stack.dim * (jnp.dtype(stack.dtype).itemsize + 4))
+    )
+
+
+def _rounds(stack: Stack, capacity: int) -> int:
+    """Rounds of all_to_all for N different ids, evenly of the stack's owners."""
+    owners = {p.shift for p in stack.placements}
+    if any(p.sharding != "table" for p in stack.placements):
+        return 1
+    wanted = min(-(-capacity // len(owners)), stack.num_rows)
+    return max(-(-wanted // max(pair_window(capacity, stack.num_shards), 1)), 1)
 
 
 def sparsecore_bytes(stack: Stack, max_unique_ids: int) -> int:

@@ -130,10 +130,16 @@ def look_up(
     """
     stack, alone = ex.stack, jnp.int32(0)
 
-    def rows_of(rows):
-        values = take_rows(ex.row_kernels, table, rows).astype(jnp.float32)
+    def stored(rows):
+        return take_rows(ex.row_kernels, table, rows)
+
+    def decoded(values):
+        values = values.astype(jnp.float32)
         # Gradients pass it straight through: those below are of the rows themselves.
         return values if stack.quantization is None else simulate_quantization(values, stack.quantization)
+
+    def rows_of(rows):
+        return decoded(stored(rows))
 
     if stack.num_shards == 1 and stack.quantization is None and table.dtype == jnp.float32:
         # Nothing is exchanged: one bag a segment, which has a kernel of its own on CPU.
@@ -148,10 +154,12 @@ def look_up(
     if is_routed(ex):
 
         def add(sums, chunk):
-            values = chunk.values if weights is None else chunk.values * weights[:, None]
+            # Rows travel in the type of their table.
+            values = decoded(chunk.values)
+            values = values if weights is None else values * weights[:, None]
             return add_segments(sums, values, jnp.where(chunk.valid, segments, ex.num_segments), False)
 
-        return routing.for_each_round(add, zeros, rows_of, positions, stack, ex.axes, ex.window)
+        return routing.for_each_round(add, zeros, stored, positions, stack, ex.axes, ex.window)
     owned = _owned(ex, positions, segments, weights)
     sums = jnp.zeros((stack.num_shards * ex.num_segments, table.shape[1]), jnp.float32)
     sums = gathering.sum_owned(rows_of, owned, sums, stack.num_rows, ex.window)
