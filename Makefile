@@ -45,7 +45,7 @@ docs: $(VENV)/.docs
 SANITIZED := build/sanitize
 CXX ?= c++
 $(SANITIZED)/.built: $(VENV)/.installed $(SOURCES) tests/native/kernel_test.cc
-	cmake -S . -B $(SANITIZED) -DCMAKE_BUILD_TYPE=None "-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" \
+	cmake -S . -B $(SANITIZED) -DCMAKE_BUILD_TYPE=None "-DPython_EXECUTABLE=$$(cd "$(BIN)" && pwd)/python" \
 	  -DJAXEMBED_TESTS=ON -DJAXEMBED_SANITIZE=ON
 	env -u MAKEFLAGS cmake --build $(SANITIZED) --parallel
 	cmake --install $(SANITIZED) --prefix $(SANITIZED)/install

@@ -209,6 +209,18 @@ def _lower_on_cpu(context, *arrays, **parameters):
     return mlir.lower_fun(body, multiple_results=True)(context, *arrays, **parameters)
 
 
+@functools.partial(jax.jit, static_argnames=("bags", "tree", "places", "in_exports", "merged"))
+def _program(*arrays, **parameters):
+    bodies = [functools.partial(body, **parameters) for body in (_kernel, _portable)]
+    return jax.lax.platform_dependent(*arrays, cpu=bodies[0], default=bodies[1])
+
+
+def _eager(*arrays, **parameters):
+    """On the platform of the arrays. A program that binds the primitive would come here again under `jax.disable_jit`."""
+    with jax.disable_jit(False):
+        return _program(*arrays, **parameters)
+
+
 def _batch(arrays, axes, **parameters):
     moved = [
         array if axis is None else jnp.moveaxis(array, axis, 0)
@@ -229,7 +241,7 @@ def _batch(arrays, axes, **parameters):
 #: `jax.export`.
 _LOOKUP = Primitive(kernel.TARGET)
 _LOOKUP.multiple_results = True
-_LOOKUP.def_impl(jax.jit(_LOOKUP.bind, static_argnames=("bags", "tree", "places", "in_exports", "merged")))
+_LOOKUP.def_impl(_eager)
 _LOOKUP.def_abstract_eval(_abstract)
 mlir.register_lowering(_LOOKUP, _lower_on_cpu, platform="cpu")
 mlir.register_lowering(_LOOKUP, mlir.lower_fun(_portable, multiple_results=True))

@@ -142,11 +142,22 @@ def test_a_call_outside_of_a_jit_takes_the_path_of_its_platform():
     leaves, tree = jax.tree.flatten(operands)
     bags = (Bag("ragged", 1),)
     call = {"bags": bags, "tree": tree, "places": (0, 1, 2), "in_exports": False, "merged": False}
-    traced = bag_native._LOOKUP.impl.trace(*leaves, **call)
+    traced = bag_native._program.trace(*leaves, **call)
     calls = [
         "jaxembed_embedding_bags" in traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")
     ]
     assert calls == [True, False]
+
+
+def test_jax_finds_faults_in_lookups(path):
+    """By its switches that run programs call by call."""
+    ids = je.RaggedTensor.from_lists([[1, 2], [3]])
+    with jax.disable_jit():
+        np.testing.assert_array_equal(lookup(ids), [ROWS[1] + ROWS[2], ROWS[3]])
+        gradient = jax.grad(lambda rows: lookup(ids, table=rows).sum())(ROWS)
+    np.testing.assert_array_equal(gradient.sum(axis=1), [0, D, D, D, 0, 0])
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        lookup(ids, table=ROWS.at[1].set(jnp.nan))
 
 
 def test_other_rows_do_not_leak(path):

@@ -81,7 +81,8 @@ class ShardedInputs:
 
         With several hosts, each passes its own rows, in turn, and all get the one global batch. They agree
         on its shapes, so all of them must call it on the same batches in the same order, on one thread;
-        `pack_batch`, `agree` and `place_batch` are its parts.
+        `pack_batch`, `agree` and `place_batch` are its parts. That waits for the step that runs, but where `capacity` is
+        fixed, or `agree` is called a step or two before `place_batch`.
 
         Args:
           batch: inputs as of `serving_embedding_lookup`; raw ids where a feature has preprocessing.

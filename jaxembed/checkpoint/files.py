@@ -98,6 +98,11 @@ def write_file(file: pathlib.Path, parts: Iterable[Any]) -> None:
         os.fsync(f.fileno())
 
 
+def is_writing(name: str) -> bool:
+    """Whether `replace_file` gives such names to files that it is not done with."""
+    return re.fullmatch(r"\.writing-[0-9a-f]{32}-[0-9a-f]{16}", name) is not None
+
+
 def replace_file(file: pathlib.Path, content: bytes) -> None:
     """Writes a file that is whole, or stays what it was; a pipe or a device takes the content as it comes."""
     if file.exists() and not file.is_file():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 
 from jaxembed.checkpoint.digests import digest_bytes
-from jaxembed.checkpoint.files import sync_folder
+from jaxembed.checkpoint.files import is_writing, sync_folder
 
 PREFIX = ".writing-"
 #: Of what comes after the prefix, in bytes.
@@ -135,10 +135,13 @@ def _short(name: str) -> str:
 def _remove_if_abandoned(path: pathlib.Path) -> None:
     with contextlib.suppress(OSError):
         status = path.lstat()
-        if time.time() - status.st_mtime < GRACE_SECONDS:
+        age = time.time() - status.st_mtime
+        if stat.S_ISREG(status.st_mode):
+            # A file has no lock: `replace_file` has it for a moment, but the clock of a file server may be another.
+            if is_writing(path.name) and age > 60 * GRACE_SECONDS:
+                path.unlink()
             return
-        if stat.S_ISREG(status.st_mode):  # of `replace_file`, which has it for a moment
-            path.unlink()
+        if age < GRACE_SECONDS:
             return
         lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
         try:

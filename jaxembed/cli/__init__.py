@@ -90,9 +90,10 @@ def _load(name: str, command: Command) -> Any:
     except ImportError as e:
         if command.extra is None or e.name is None or e.name.startswith("jaxembed"):
             raise
-        # One that is there, but lacks a name, is too old.
-        lacks = "" if isinstance(e, ModuleNotFoundError) else f" in a newer version ({e})"
+        is_missing, is_old = isinstance(e, ModuleNotFoundError), str(e).startswith("cannot import name")
+        if not is_missing and not is_old:
+            raise  # one that is there, and cannot be loaded
         raise ValueError(
-            f"`jaxembed {name}` needs the package {e.name!r}{lacks}; install it with "
+            f"`jaxembed {name}` needs the package {e.name!r}{f' in a newer version ({e})' * is_old}; install it with "
             f"pip install 'jaxembed[{command.extra}]'."
         ) from e

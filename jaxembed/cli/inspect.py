@@ -53,9 +53,11 @@ def _check_file(place: pathlib.Path) -> None:
 
     Raises:
       ValueError: as `check_place`.
-      OSError: as `check_place`, or if a folder is there.
+      OSError: as `check_place`, or if a folder is there, or none to write it in.
     """
     if place.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
     if place.is_file() or not place.exists():
         check_place(place.resolve())
+    if not place.resolve().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place.parent))

@@ -258,6 +258,10 @@ def _joined(rows: list[Any], arrays: list[np.ndarray]) -> np.ndarray:
         )
 
     full = [array for array in arrays if array.size]
+    # Before numpy makes them all as long as the longest.
+    is_text = bool(full) and all(array.dtype.kind in "OUST" for array in full)
+    if is_text and all(isinstance(entry, str | bytes) for entry in entries()):
+        return np.array(list(entries()), object)
     values = np.concatenate(full) if full else np.zeros(0, np.int32)
     if values.dtype.kind in "fO" and all(isinstance(entry, int | np.integer) for entry in entries()):
         low, high = (int(edge(entries())) for edge in (min, max))
@@ -266,8 +270,6 @@ def _joined(rows: list[Any], arrays: list[np.ndarray]) -> np.ndarray:
                 f"RaggedTensor.from_lists: rows must hold int64 or uint64 numbers, got {low} to {high}."
             )
         return np.array(list(entries()), np.int64 if high < 2**63 else np.uint64)
-    if values.dtype.kind in "OUST" and all(isinstance(entry, str | bytes) for entry in entries()):
-        return np.array(list(entries()), object)
     if values.dtype.kind == "O":
         values = np.array(values.tolist())
     if values.dtype.kind not in "iufV":  # V: bfloat16

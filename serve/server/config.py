@@ -111,6 +111,13 @@ class ServerConfig:
             raise ValueError(
                 f"admin_token is {self.admin_token!r}, which anyone may send; unset JAXEMBED_ADMIN_TOKEN, or give it a value."
             )
+        if self.admin_token is not None and not (
+            self.admin_token == self.admin_token.strip() and self.admin_token.isprintable()
+        ):
+            raise ValueError(
+                "admin_token begins or ends with blanks or line ends, or holds one, which no header can carry; take them out of "
+                "JAXEMBED_ADMIN_TOKEN (a secret made by `echo` ends with one)."
+            )
         if self.tables not in TABLES:
             raise ValueError(f"tables must be one of {TABLES}, got {self.tables!r}.")
         for field in (

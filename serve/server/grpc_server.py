@@ -172,7 +172,10 @@ class Methods:
             if self._model(name, version) is current:
                 break
         if not isinstance(read, InferenceRequest):
-            raise RequestError(**read)
+            error = RequestError(**read)
+            if error.feature is not None:
+                self._service.metrics.bad_id(error.feature)
+            raise error
         return current, name, read
 
     def _model(self, name: str, version: str) -> Any:

@@ -169,7 +169,9 @@ class Supervisor:
                 self._lived |= now - started > _HEALTHY_SECONDS
                 self._failures = 0 if now - started > _HEALTHY_SECONDS else self._failures + 1
                 # One that lived is replaced at once, one that dies young more and more slowly.
-                delay = min(0.0 if self._failures <= 1 else 0.5 * 2**self._failures, _SLOWEST_RESTART)
+                delay = min(
+                    0.0 if self._failures <= 1 else 0.5 * 2 ** min(self._failures, 10), _SLOWEST_RESTART
+                )
                 self._due[slot] = now + delay
                 self._log.error(
                     "a worker died", extra={"worker": process.pid, "status": process.returncode, "delay": delay}

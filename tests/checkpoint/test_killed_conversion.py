@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxembed import FeatureConfig, TableConfig
-from jaxembed.checkpoint import convert_to_bundle, open_bundle, scratch
+from jaxembed.checkpoint import convert_to_bundle, files, open_bundle, scratch
 from jaxembed.checkpoint.digests import digest_bytes
 from jaxembed.checkpoint.files import replace_file
 from jaxembed.optimizers import SGD
@@ -89,13 +89,21 @@ def test_a_young_folder_stays(tmp_path):
         assert pathlib.Path(tmp_path / ".writing-1-1").is_dir()
 
 
-def test_an_old_file_goes(tmp_path):
+def test_an_old_file_goes(tmp_path, monkeypatch):
     """One that a process was killed over, while it replaced another."""
-    for name in ("old", "young"):
-        (tmp_path / f".writing-{name}").write_bytes(b"")
-    os.utime(tmp_path / ".writing-old", (0, 0))
+    left: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_file", lambda file, parts: left.append(file.name))
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError):
+                files.replace_file(tmp_path / "page", b"")
+    old, young = left
+    for name in (old, young, ".writing-mine"):
+        (tmp_path / name).write_bytes(b"")
+    for name in (old, ".writing-mine"):
+        os.utime(tmp_path / name, (0, 0))
     with scratch.scratch_folder(tmp_path, "2") as folder:
-        assert {path.name for path in tmp_path.iterdir()} == {".writing-young", folder.name}
+        assert {path.name for path in tmp_path.iterdir()} == {young, ".writing-mine", folder.name}
 
 
 def test_what_a_process_of_this_number_left_is_not_in_the_way(tmp_path):

@@ -102,7 +102,8 @@ def test_values_at_the_end_of_float32(tmp_path, others, capsys):
 
 
 @pytest.mark.parametrize(
-    ("place", "told"), [("folder", "Is a directory"), ("file/page.html", "file is no folder")]
+    ("place", "told"),
+    [("folder", "Is a directory"), ("file/page.html", "file is no folder"), ("none/page.html", "none'")],
 )
 def test_a_page_that_cannot_be_written_is_known_before_tables_are_read(
     tmp_path, place, told, monkeypatch, capsys

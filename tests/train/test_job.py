@@ -187,6 +187,15 @@ def test_sigterm_stops_an_evaluation(whole, tmp_path):
     result = train(config, sources)
     assert (result.preempted, result.step) == (False, 9)
     assert_same_bits(result.checkpoints, expected.checkpoints)
+    assert result.history == expected.history
+
+
+def test_sigterm_does_not_stop_the_last_evaluation(tmp_path):
+    config = job(tmp_path, **{"training.steps": 6})
+    sources = open_sources(config.data, config.model.dim)
+    result = train(config, dataclasses.replace(sources, evaluation=Interrupting(sources.evaluation, at=2)))
+    assert (result.preempted, result.step) == (False, 6)
+    assert [entry["step"] for entry in result.history] == [6]
 
 
 def test_epochs_are_passes_over_the_data(tmp_path):
@@ -371,7 +380,12 @@ def test_patterns_reach_all_folders_and_take_a_file_once(tmp_path, monkeypatch):
 
     assert files("2026/**/*.parquet") == files("2026/11/a.parquet") == [str(deep)]
     (tmp_path / "2026" / "old.parquet").mkdir()
+    assert files("2026/**") == [str(deep)]
     assert len(files("**/*.parquet")) == 4
+    (tmp_path / "2026" / "old.parquet" / "part-0").write_bytes(b"")
+    with pytest.raises(IsADirectoryError, match=r"2026/old\.parquet is a folder, .*: '.*/old\.parquet/\*'\."):
+        files("2026/**/*.parquet")
+    (tmp_path / "2026" / "old.parquet" / "part-0").unlink()
     monkeypatch.setenv("HOME", str(tmp_path))
     home = job(tmp_path, path, **{"data.train": ["~/data.parquet"], "data.evaluation": ["~/2026/**/*.parquet"]})
     assert list(open_sources(home.data, 4).evaluation.counts) == [str(deep)]

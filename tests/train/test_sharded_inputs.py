@@ -131,5 +131,9 @@ def test_a_batch_of_an_embedding_whose_tables_lie_elsewhere_is_refused():
         jax.jit(ours.lookup)(state, sharded)
     with pytest.raises(ValueError, match=message):
         ours.apply_gradients(state, sharded, {"t": jnp.ones((8, 8))})
+    # Only what it looks up is to lie the same.
+    more = {**config, "z": FeatureConfig(TableConfig(10, 16, name="z"))}
+    larger = ShardedEmbedding(more, SGD(1.0), mesh(), plan={"user": "mod"})
+    assert larger.lookup(larger.init(jax.random.key(0)), ours.shard_batch(batch)[0])["t"].shape == (8, 8)
     expected = ours.lookup(state, batch)["t"]
     np.testing.assert_array_equal(ours.lookup(state, same.shard_batch(batch)[0])["t"], expected)

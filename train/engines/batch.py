@@ -114,10 +114,14 @@ class BatchLayout:
         return sum(f.num_segments for f in self.of_stack(stack))
 
     def check_places(self, places: tuple[TablePlace, ...]) -> None:
-        """Raises ValueError if the tables of an embedding do not lie where those of this batch do."""
+        """Raises ValueError if the stacks that this batch looks up are not those of an embedding."""
         if self.places == places:
             return
-        theirs, ours = set(self.places) - set(places), set(places) - set(self.places)
+        used = {feature.stack for feature in self.features}
+        there, here = ({place for place in these if place.stack in used} for these in (self.places, places))
+        if there == here:
+            return
+        theirs, ours = there - here, here - there
         raise ValueError(
             "this ShardedBatch was laid out by a ShardedEmbedding whose tables lie elsewhere: there "
             f"{min(theirs, default=None)}, here {min(ours, default=None)}; call shard_batch of the embedding that looks "

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,8 @@ class Job:
         self._watch = Watch(self.trainer, self._checkpointer.directory)
         self._evaluation: dict[str, float] = {}
         self._history: list[dict[str, Any]] = []
+        #: Of an evaluation that SIGTERM stopped, what was trained until it: the run that goes on makes it up.
+        self._pending: dict[str, Any] | None = None
         self._news: list[str] = []
 
     def close(self) -> None:
@@ -129,6 +131,8 @@ class Job:
         self._write_config()
         preempted = False
         with Preemption() as preemption:
+            if self._pending is not None:
+                self._evaluate(state, self._pending)
             fed = self._batches(place)
             for batch, place in itertools.islice(fed, max(self._total - step, 0)):
                 state, metrics = self.trainer.step(state, batch)
@@ -140,7 +144,9 @@ class Job:
                 last = step == self._total
                 preempted = preemption.reached(step) and not last
                 if not preempted and (last or self._is_due(step, config.training.evaluate_every)):
-                    preempted = not self._evaluate(step, state, preemption)
+                    # The end evaluates, for no run goes on from there.
+                    stop = Preemption.never if last else preemption.asked
+                    preempted = not self._evaluate(state, self._trained(step, state), stop)
                 if preempted or last or self._is_due(step, config.checkpoints.every):
                     self._save(state, place)
                 if preempted:
@@ -176,6 +182,7 @@ class Job:
         self.trainer.embedding.reserve(restored.metadata.get("capacities", {}))
         self._watch.last_good = restored.step
         self._history = list(restored.metadata.get("history", []))
+        self._pending = restored.metadata.get("pending")
         return TrainState(restored.state, **restored.model), restored.data
 
     def _check_batch_size(self) -> None:
@@ -225,14 +232,22 @@ class Job:
             seed=training.seed,
         )
 
-    def _evaluate(self, step: int, state: TrainState, preemption: Preemption) -> bool:
-        """Evaluates and reports; False, without a report, where SIGTERM stops it."""
+    def _trained(self, step: int, state: TrainState) -> dict[str, Any]:
+        """What the steps since the last evaluation came to; the next ones are counted from zero."""
         assert self._report is not None
         self._report.pause()
         self._watch.finish(state)
-        trained = self._watch.result()
+        trained = {"step": step, "train": self._watch.result()}
         self._report.say(*self._watch.news())
         self._watch.reset()
+        return trained
+
+    def _evaluate(
+        self, state: TrainState, trained: dict[str, Any], stop: Callable[[], bool] = Preemption.never
+    ) -> bool:
+        """Evaluates and reports; False, without a report, where `stop` says so."""
+        assert self._report is not None
+        self._report.pause()
         if self._sources.evaluation is not None:
             found = evaluate(
                 self.trainer,
@@ -240,13 +255,15 @@ class Job:
                 self._sources.evaluation,
                 self._config.training.batch_size,
                 self._config.training.evaluation_batches,
-                stop=preemption.asked,
+                stop,
             )
             if found is None:
+                self._pending = trained
                 return False
             self._evaluation = found
-            self._report.evaluation(step, self._evaluation)
-        self._history.append({"step": step, "train": trained, "evaluation": self._evaluation})
+            self._report.evaluation(trained["step"], self._evaluation)
+        self._history.append({**trained, "evaluation": self._evaluation})
+        self._pending = None
         self._report.resume()
         return True
 
@@ -265,6 +282,7 @@ class Job:
                 "capacities": self.trainer.embedding.capacities,
                 "evaluation": self._evaluation,
                 "history": self._history,
+                "pending": self._pending,
                 "id_frequency": self._frequency.summary(self._first, jax.process_count()),
             },
             force=True,

@@ -189,8 +189,15 @@ def _paths(patterns: tuple[str, ...]) -> list[str]:
         # A file that is there is meant itself: a name may hold "[".
         paths = [pattern]
         if not os.path.exists(pattern):
-            # "**" finds folders, too.
-            paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+            matched = glob.glob(pattern, recursive=True)
+            paths = sorted(path for path in matched if not os.path.isdir(path))
+            # "**" finds the folders of its files, too; others may hold what Spark writes as one data set.
+            of_files = {folder for path in paths for folder in Path(path).parents}
+            for path in sorted(set(matched) - set(paths)):
+                if Path(path) not in of_files and any(file.is_file() for file in Path(path).rglob("*")):
+                    raise IsADirectoryError(
+                        f"{path} is a folder, not a Parquet file; name the files in it: {os.path.join(path, '*')!r}."
+                    )
         if not paths:
             raise FileNotFoundError(f"no Parquet file is at {pattern!r}.")
         for path in paths:

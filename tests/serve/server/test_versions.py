@@ -429,6 +429,8 @@ def test_configurations_that_are_of_no_use():
         ({"http_port": 70000}, "http_port must be a port"),
         ({"admin_token": ""}, "admin_token is '', which anyone may send; unset JAXEMBED_ADMIN_TOKEN"),
         ({"admin_token": " "}, "admin_token is ' ', which"),
+        ({"admin_token": "secret\n"}, "admin_token begins or ends with blanks or line ends"),
+        ({"admin_token": "sec\nret"}, "or holds one, which no header can carry"),
     ):
         with pytest.raises(ValueError, match=message):
             ServerConfig("x", **options)

@@ -67,6 +67,11 @@ def test_a_process_that_cannot_be_made_is_made_later(supervisor, monkeypatch):
     assert supervisor._workers[1] is other
     assert not supervisor._due
     assert supervisor._failures == 0  # it is not the command line's
+    supervisor._failures = 5000  # a slot that died young for weeks, beside others that serve
+    supervisor._workers[1][0].returncode = -9
+    supervisor._workers[1] = (supervisor._workers[1][0], time.monotonic())
+    supervisor._restart_dead()
+    assert supervisor._due[1] <= time.monotonic() + workers._SLOWEST_RESTART
 
 
 def test_a_supervisor_without_files_to_open_ends_nobody(supervisor, monkeypatch):
