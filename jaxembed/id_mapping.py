@@ -1,5 +1,6 @@
 """How raw ids become rows of a table: hashed to buckets, or looked up in a vocabulary file."""
 
+import codecs
 import dataclasses
 import functools
 import operator
@@ -265,6 +266,11 @@ def _parse(content: bytes, file: str, dtype: str) -> list[Any]:
     if not lines[-1]:
         lines.pop()  # the last line ends like the others
     lines = [line.removesuffix(b"\r") for line in lines]
+    if content.startswith(codecs.BOM_UTF8):
+        raise ValueError(
+            f"vocabulary file {file} begins with a byte order mark, which would be a part of its first id; write it "
+            "without one (encoding 'utf-8', not 'utf-8-sig')."
+        )
     if dtype == "string":
         try:
             content.decode()

@@ -15,7 +15,8 @@ from jaxembed import structure
 from jaxembed.config import FeatureConfig
 from jaxembed.features import flat_features
 from jaxembed.id_mapping import BadIdError
-from jaxembed.inputs import RaggedTensor, SparseTensor, as_input
+from jaxembed.inputs import RaggedTensor, SparseTensor
+from jaxembed.inputs.convert import converted
 from jaxembed.inputs.ids import is_concrete
 from jaxembed.shapes import Inputs
 
@@ -53,7 +54,7 @@ def preprocess_leaf(path: str, feature: FeatureConfig, leaf: Any) -> Any:
         return _from_lists(path, feature, leaf)
     if not isinstance(leaf, RaggedTensor | SparseTensor | np.ndarray | jax.Array):
         try:
-            leaf = as_input(leaf)
+            leaf = converted(leaf)
         except ValueError as e:
             raise ValueError(f"Feature {path!r}: {e}") from None
     if not all(map(is_concrete, _arrays(leaf))):

@@ -5,6 +5,7 @@ None must stay a leaf, so features are matched by path here.
 """
 
 import collections
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,14 +27,21 @@ def pack(tree: Any, leaves: Iterator[Any]) -> Any:
 
 
 def rebuild(tree: Any, values: list[Any]) -> Any:
-    """A dict, list or tuple like `tree` with `values` for its children, in the order of `children`."""
+    """A dict, list or tuple like `tree` with `values` for its children, in the order of `children`.
+
+    A dict comes in the order of its keys, as out of a program of JAX: a model that goes through its activations must find
+    them in one order in training and serving. An OrderedDict keeps its own, as JAX does.
+    """
     if isinstance(tree, Mapping):
         packed = dict(zip(sorted(tree, key=str), values, strict=True))
-        ordered = ((key, packed[key]) for key in tree)
+        if isinstance(tree, collections.OrderedDict):
+            return collections.OrderedDict((key, packed[key]) for key in tree)
+        with contextlib.suppress(TypeError):  # of keys that have no order, which are no pytree either
+            packed = {key: packed[key] for key in sorted(packed)}
         # Of these JAX tells a dict apart.
         if isinstance(tree, collections.defaultdict):
-            return collections.defaultdict(tree.default_factory, ordered)
-        return collections.OrderedDict(ordered) if isinstance(tree, collections.OrderedDict) else dict(ordered)
+            return collections.defaultdict(tree.default_factory, packed)
+        return packed
     return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 

@@ -84,7 +84,7 @@ class Computation:
         if self.resident is not None:
             tables = [ResidentTable(tables, row, form) for row, form in enumerate(self.resident)]
         tables = dict(zip(self.tables, tables, strict=True))
-        named = dict(zip(self.dense, dense, strict=True))
+        named = dict(sorted(zip(self.dense, dense, strict=True)))  # as a program's argument would be
         ragged, parallel = self.layout.inputs(rung, ids, splits, weights)
         if self.layout.shared:
             lookups = _plan(self.layout.features, ragged, parallel, tables)

@@ -72,10 +72,12 @@ class ExportedModel:
 
         Args:
           params: arrays in the order of `self.params`.
-          activations: as the feature configuration; [B, D], or [B, L, D] for sequences.
+          activations: as the feature configuration; [B, D], or [B, L, D] for sequences. Those of tables that are stored in
+            another type, as bundles may have them, become the model's.
           dense: by name, [B, ...] float32 arrays.
         """
-        leaves = [leaf for _, leaf in structure.flatten(activations)]
+        pairs = zip(structure.flatten(activations), self.activations, strict=True)
+        leaves = [leaf.astype(spec.dtype) for (_, leaf), spec in pairs]
         program = self._program(leaves[0].shape[0])
         results: Any = program.call(list(params), leaves, [dense[spec.name] for spec in self.dense])
         return build(self.outputs[0], results)

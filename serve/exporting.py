@@ -60,6 +60,10 @@ def export_model(
       >>> [spec.name for spec in ExportedModel.from_bytes(artefact).params]
       ['w']
     """
+    if batch_sizes is not None and not (
+        len(batch_sizes) and all(isinstance(b, int) and not isinstance(b, bool) and b >= 1 for b in batch_sizes)
+    ):
+        raise ValueError(f"batch_sizes must be None or ints of at least 1, got {batch_sizes!r}.")
     features = served_features(feature_config, max_ids_per_row, weighted)
     dense = DenseInputs(dense_inputs or {})
     named, treedef = flat_params(params), jax.tree.structure(params)
@@ -67,7 +71,9 @@ def export_model(
 
     def flat(params, activations, dense_arrays):
         packed = structure.pack(feature_config, iter(activations))
-        named_dense = dict(zip(dense.shapes, dense_arrays, strict=True))
+        named_dense = dict(
+            sorted(zip(dense.shapes, dense_arrays, strict=True))
+        )  # as a program's argument would be
         leaves: list[tuple[str, Any]] = []
         recipe["tree"] = describe(model(jax.tree.unflatten(treedef, params), packed, named_dense), leaves)
         recipe["leaves"] = leaves

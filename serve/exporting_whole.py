@@ -42,6 +42,7 @@ def export_whole(
     Raises:
       ValueError: if the kernel is asked for, but is not available.
     """
+    names = list(params)
     config, weights_of_combiners = embedding.feature_config, embedding.combiner_weights
     tables = {table.name: array for table, array in embedding.embedding_tables.items()}
     if batch_size is not None and not kernel.available():
@@ -65,7 +66,8 @@ def export_whole(
                 config,
                 combiner_weights=weights_of_combiners,
             )
-        return activations if model is None else model(list(params.values()), activations, dense)
+        # In a program dicts come in the order of their keys, which need not be the model's.
+        return activations if model is None else model([params[name] for name in names], activations, dense)
 
     kinds = {name: t.kind if isinstance(t, QuantizedTable) else None for name, t in tables.items()}
     arrays = {name: t.arrays if isinstance(t, QuantizedTable) else t for name, t in tables.items()}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxembed.checkpoint import Bundle, open_bundle
 from jaxembed.checkpoint.vocabularies import load_vocabularies
@@ -90,7 +91,8 @@ class ServingModel:
         )
         weighted, limits = _limits(exported, weighted, max_ids_per_row)
         self._features = features = served_features(bundle.feature_config, limits, weighted)
-        self._signature = make_signature(features, exported)
+        types = {name: np.dtype(table.dtype).name for name, table in bundle.tables.items()}
+        self._signature = make_signature(features, exported, types)
         self._embedding: EmbeddingForServing = EmbeddingForServing(
             bundle.feature_config, bundle.tables, bundle.combiner_weights
         )
@@ -265,9 +267,9 @@ def _limits(
         raise ValueError(f"weighted must be a list of paths of features, got {weighted!r}.")
     if weighted is None:
         weighted = () if exported is None else exported.weighted
-    if limits is None:
-        limits = DEFAULT_MAX_IDS if exported is None else exported.limits
-    return list(weighted), limits
+    if exported is not None and (limits is None or isinstance(limits, Mapping)):
+        limits = {**exported.limits, **(limits or {})}
+    return list(weighted), DEFAULT_MAX_IDS if limits is None else limits
 
 
 def _batch_sizes(exported: ExportedModel | None, largest: int) -> list[int] | None:

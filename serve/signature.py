@@ -1,7 +1,7 @@
 """What a served model takes and gives, for servers and their clients."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .exported import ArraySpec, ExportedModel
 from .exporting import activation_specs
@@ -60,8 +60,16 @@ class Signature:
     outputs: tuple[ArraySpec, ...]
 
 
-def make_signature(features: Sequence[ServedFeature], exported: ExportedModel | None) -> Signature:
-    """The signature of these features and of the exported model, or of the activations."""
+def make_signature(
+    features: Sequence[ServedFeature], exported: ExportedModel | None, types: Mapping[str, str] | None = None
+) -> Signature:
+    """The signature of these features and of the exported model, or of the activations.
+
+    Args:
+      features: in the order of the configuration.
+      exported: on top of them.
+      types: of lookups, by table, where they are not what the configuration says.
+    """
     described = tuple(
         FeatureSignature(
             path=feature.path,
@@ -75,5 +83,10 @@ def make_signature(features: Sequence[ServedFeature], exported: ExportedModel | 
         for feature in features
     )
     if exported is None:
-        return Signature(described, (), tuple(activation_specs(features)))
+        specs, types = activation_specs(features), types or {}
+        outputs = [
+            dataclasses.replace(spec, dtype=types.get(feature.config.table.name, spec.dtype))
+            for spec, feature in zip(specs, features, strict=True)
+        ]
+        return Signature(described, (), tuple(outputs))
     return Signature(described, exported.dense, exported.outputs[1])

@@ -519,3 +519,13 @@ def test_wide_ids_stay_wide_in_programs_of_64_bits(path, layout):
         )
     np.testing.assert_array_equal(out, [ROWS[1], np.zeros(D), np.zeros(D), ROWS[3]])
     assert int(bad) == 2
+
+
+def test_activations_come_in_the_order_of_their_keys():
+    """As out of a program: a model that goes through them finds one order in training and serving."""
+    features = {"user": FEATURE, "item": FEATURE, "later": {"b": FEATURE, "a": FEATURE}}
+    ids = {"user": np.array([1]), "item": np.array([2]), "later": {"b": np.array([3]), "a": np.array([4])}}
+    for wrap in (lambda call: call, jax.jit):
+        out = wrap(lambda ids: je.serving_embedding_lookup(ids, None, {"t": ROWS}, features))(ids)
+        assert list(out) == ["item", "later", "user"]
+        assert list(out["later"]) == ["a", "b"]

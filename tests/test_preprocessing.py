@@ -123,6 +123,7 @@ def test_vocabulary(words, tmp_path):
         (b"1\nx\n", "int64", r"line 2 must be an int64, got b'x'"),
         (b"1\n9223372036854775808\n", "int64", "line 2 must be an int64"),
         (b"1\n01\n", "int64", "line 2 repeats 1"),
+        (b"\xef\xbb\xbfa\nb\n", "string", "begins with a byte order mark, .* without one"),
     ],
 )
 def test_vocabularies_that_are_none(tmp_path, content, dtype, message):
@@ -177,6 +178,14 @@ def config(words):
     }
 
 
+class Foreign:
+    def __init__(self, array):
+        self._array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return self._array
+
+
 def test_every_form_of_input(words):
     feature = {"f": FeatureConfig(TABLE, preprocessing=words)}
     lists = [["film", "x"], [], ["映画"]]
@@ -198,6 +207,8 @@ def test_every_form_of_input(words):
     ids = np.array([[1, -5], [2**40, 7]])
     assert preprocess({"f": ids}, numbers)["f"].tolist() == HashBuckets(10).rows(ids).tolist()
     assert preprocess({"f": [[], []]}, numbers)["f"].to_lists() == [[], []]
+    # Of another library: as wide as they are, where `as_input` would saturate them.
+    assert preprocess({"f": Foreign(ids)}, numbers)["f"].tolist() == HashBuckets(10).rows(ids).tolist()
     plain = {"f": FeatureConfig(TABLE)}
     assert preprocess({"f": lists}, plain)["f"] is lists
 

@@ -57,7 +57,8 @@ def check_meaning(embedding: ShardedEmbedding, opened: OpenedCheckpoint, may_gro
       may_grow: whether a vocabulary file may have further lines.
 
     Raises:
-      ValueError: if a table is looked up through another quantization, or a feature's ids have become other rows.
+      ValueError: if a table is looked up through another quantization, its slots are of other numbers, or a feature's
+        ids have become other rows.
     """
     where = f"checkpoint {opened.directory} does not fit the feature configuration"
     what_to_do = "Use the configuration it was saved with, or pass reinterpret=True to go on with the new one."
@@ -69,6 +70,17 @@ def check_meaning(embedding: ShardedEmbedding, opened: OpenedCheckpoint, may_gro
                 f"{where}: lookups of table {name!r} go through {now or 'no quantization'}, those that it was trained with "
                 f"through {was or 'none'}, and give other values. {what_to_do}"
             )
+    linears = "multiply_linear_by_learning_rate"
+    trained = layout.optimizers(opened.manifest)
+    for stack in embedding.stacks.values():
+        for placement in stack.placements:
+            name, now = placement.table.name, getattr(stack.optimizer, linears, None)
+            was = trained.get(name, {}).get("arguments", {}).get(linears, now)
+            if was != now:
+                raise ValueError(
+                    f"{where}: the slot 'linears' of table {name!r} was saved with {linears}={was}, and means another number "
+                    f"with {now}. Train on with the optimizer it was saved with."
+                )
     before = flat_features(opened.feature_config)
     for path, feature in flat_features(embedding.feature_config).items():
         if path not in before or before[path].table.name != feature.table.name:

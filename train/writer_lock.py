@@ -86,7 +86,7 @@ class WriterLock:
                     if e.errno in _HELD_BY_OTHERS:
                         raise ValueError(
                             f"{directory} is being written to by {writer}. Wait until it has ended or end it, or take "
-                            "another folder (another `out` of a training job)."
+                            f"another folder (another `out` of a training job).{_if_gone(writer, directory / FILE)}"
                         ) from e
                     warnings.warn(
                         f"{directory / FILE} cannot be locked ({e.strerror}): make sure yourself that no other process "
@@ -128,6 +128,15 @@ def _open(file: pathlib.Path) -> int:
         return os.open(file, os.O_RDWR | os.O_CREAT | flags, 0o666)
     except PermissionError:  # another user's, in a folder of both
         return os.open(file, os.O_RDONLY | flags)
+
+
+def _if_gone(writer: str, file: pathlib.Path) -> str:
+    """What to do about the lock of a machine that is no more: some file servers keep it."""
+    if " on " not in writer or writer.endswith(f" on {socket.gethostname()}"):
+        return ""
+    return (
+        f" If that machine is gone for good, as a preempted one is, and no other writes there, remove {file}."
+    )
 
 
 def _writer(descriptor: int) -> str:

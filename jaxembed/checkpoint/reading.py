@@ -213,13 +213,22 @@ def check_model(directory: pathlib.Path, model: Any, stored: Mapping[str, Any]) 
         )
     for key, leaf in leaves.items():
         what = f"checkpoint {directory}: model leaf {key!r}"
-        digests, found = Digests.from_json(stored[key], what), np.asarray(leaf)
+        digests, found = Digests.from_json(stored[key], what), _whole(leaf)
         if (found.shape, found.dtype.name) != (digests.shape, digests.dtype):
             raise CheckpointError(
                 f"{what} is damaged: saved as {digests.dtype}{list(digests.shape)}, on disk it is "
                 f"{found.dtype.name}{list(found.shape)}; restore another step."
             )
         digests.check(found, what)
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """On this host; of an array that is spread over several, all of them call this."""
+    if not getattr(leaf, "is_fully_addressable", True):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
 
 
 def _from_bundle(bundle: Bundle, slots: bool, model: bool, verify: bool) -> Checkpoint:

@@ -36,6 +36,12 @@ def as_input(x: Any) -> Any:
       >>> as_input(np.array([2, 2**40])).tolist()
       [2, 2147483647]
     """
+    x = converted(x)
+    return x if isinstance(x, RaggedTensor | SparseTensor) else narrow_ids(x)
+
+
+def converted(x: Any) -> Any:
+    """`as_input` with ids as wide as they are: raw ids are not rows yet."""
     if isinstance(x, RaggedTensor | SparseTensor):
         return x
     module = type(x).__module__.partition(".")[0]
@@ -54,7 +60,7 @@ def as_input(x: Any) -> Any:
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         array = x if isinstance(x, jax.Array) else np.asarray(x)
         if array.dtype.kind in "iufV":
-            return narrow_ids(array)
+            return array
     raise ValueError(
         f"as_input cannot convert {type(x).__name__}; pass a list of lists, a numpy or jax array, a BCOO, a scipy "
         "sparse matrix, a pyarrow list array, or a TensorFlow tensor."
@@ -127,4 +133,4 @@ def _from_tensorflow(x: Any) -> Any:
         raise ValueError(
             f"as_input: a TensorFlow tensor must be eager, got {name}; convert outside of tf.function."
         )
-    return narrow_ids(x.numpy())
+    return x.numpy()

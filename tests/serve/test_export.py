@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxembed import RaggedTensor, kernel
-from jaxembed.serve import ServingModel
+from jaxembed.serve import ServingModel, export_model
 from tests.serve import bundles, requests
 
 PROGRAM = """
@@ -103,6 +103,24 @@ def test_fixed_batch_with_the_kernel(served, tmp_path):
 
 def test_runs_on_both_platforms(served):
     assert jax.export.deserialize(bytearray(served.export())).platforms == ("cpu", "tpu")
+
+
+def test_parameters_of_many_layers_keep_their_order(tmp_path):
+    """Of dicts JAX makes sorted ones, in which layer 10 comes before layer 2."""
+    params = {"layers": [np.float32(i) for i in range(12)]}
+
+    def model(params, activations, dense):
+        weights = jnp.stack(params["layers"])
+        return activations["user"][:, 0] * 0 + (weights * jnp.arange(12.0) ** 2).sum()
+
+    exported = export_model(model, params, requests.FEATURE_CONFIG, max_ids_per_row=6)
+    bundles.make_checkpoint(tmp_path / "many", params=params)
+    bundles.convert(tmp_path / "many", tmp_path / "bundle", exported=exported)
+    served = ServingModel(tmp_path / "bundle", max_batch_size=2)
+    _, (tables, _, inputs, _, _) = arguments(served, 0, 2)
+    named = {f"layers.{i}": layer for i, layer in enumerate(params["layers"])}
+    result = jax.jit(jax.export.deserialize(bytearray(served.export())).call)(tables, named, inputs, {}, {})
+    np.testing.assert_array_equal(result, served(requests.random_inputs(0, 2)))
 
 
 def test_without_a_model(checkpoint, tmp_path):

@@ -283,3 +283,26 @@ def test_artefact_round_trip(artefact):
 def test_models_that_cannot_be_exported(model, message):
     with pytest.raises(ValueError, match=message):
         export_model(model, bundles.PARAMS, requests.FEATURE_CONFIG)
+    for sizes in ((), (0,), (True,), np.array([1, 2])):
+        with pytest.raises(ValueError, match="batch_sizes must be None or ints of at least 1, got"):
+            export_model(bundles.model, bundles.PARAMS, requests.FEATURE_CONFIG, batch_sizes=sizes)
+
+
+def test_tables_of_another_type_below_a_model(checkpoint, artefact, reference, tmp_path):
+    """What they are stored as is not what the model was exported for."""
+    bundles.convert(checkpoint, tmp_path / "bundle", exported=artefact, quantize="bfloat16")
+    inputs, dense = requests.random_inputs(1, 3), bundles.dense_rows(3)
+    model = ServingModel(tmp_path / "bundle", max_batch_size=4).warm_up()
+    score, expected = model(inputs, dense=dense)["score"], reference(inputs, dense=dense)["score"]
+    assert score.dtype == np.float32
+    np.testing.assert_allclose(score, expected, rtol=0.05, atol=0.01)
+    bundles.convert(checkpoint, tmp_path / "tables", quantize="bfloat16")
+    tables = ServingModel(tmp_path / "tables", max_batch_size=4, max_ids_per_row=6)
+    outputs = jax.tree.leaves(tables(inputs))
+    assert [spec.dtype for spec in tables.signature.outputs] == [out.dtype.name for out in outputs]
+
+
+def test_limits_of_some_features_leave_the_others(bundle):
+    exported = ServingModel(bundle).signature.features
+    changed = ServingModel(bundle, max_ids_per_row={exported[0].path: 5}).signature.features
+    assert [f.max_ids for f in changed] == [5, *(f.max_ids for f in exported[1:])]

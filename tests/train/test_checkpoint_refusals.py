@@ -10,7 +10,7 @@ import pytest
 from jaxembed import FeatureConfig, QuantizationConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, layout, read_checkpoint, whole_steps
 from jaxembed.id_mapping import HashBuckets, VocabularyFile
-from jaxembed.optimizers import SGD, Adam
+from jaxembed.optimizers import FTRL, SGD, Adam
 from jaxembed.train import Checkpointer
 
 from .checkpoint_programs import at_step, embedding, feature_config, same
@@ -262,3 +262,19 @@ def test_vocabularies_grow_at_their_end(tmp_path):
             pytest.raises(ValueError, match="rows would be those of other ids"),
         ):
             checkpointer.restore(**growth)
+
+
+def test_slots_that_mean_another_number_are_refused(tmp_path):
+    def with_option(value):
+        optimizer = FTRL(0.1, multiply_linear_by_learning_rate=value)
+        return embedding(1, {"x": FeatureConfig(TableConfig(4, 8, name="t", optimizer=optimizer))})
+
+    with Checkpointer(tmp_path, with_option(False)) as checkpointer:
+        checkpointer.save(at_step(with_option(False), 1))
+        assert checkpointer.restore().step == 1
+    with Checkpointer(tmp_path, with_option(True)) as checkpointer:
+        with pytest.raises(
+            ValueError, match=r"'linears' of table 't' was saved with .*=False, and means another"
+        ):
+            checkpointer.restore()
+        assert checkpointer.restore(reinterpret=True).step == 1

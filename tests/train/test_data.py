@@ -56,6 +56,16 @@ def test_batches_hold_their_examples_in_fixed_shapes():
     assert found[-1].mask.sum() == 4
 
 
+def test_raw_ids_stay_as_wide_as_they_are():
+    """They are hashed later, or looked up in a vocabulary."""
+    wide = np.array([2**40, -(2**40), 7])
+    column = RaggedColumn(wide, np.arange(3), np.ones(3, np.int64))
+    examples = Examples({"one": wide, "bag": column}, np.zeros((3, 0)), np.zeros(3))
+    (batch,) = batches(examples, 4, shuffle=False, num_epochs=1)
+    assert batch.features["one"].tolist() == [*wide, 7]  # padding looks up no other row
+    assert batch.features["bag"].values[:3].tolist() == wide.tolist()
+
+
 def test_batch_is_a_pytree_that_compiles_once():
     examples, traces = make_examples(), []
 

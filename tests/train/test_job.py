@@ -190,6 +190,16 @@ def test_sigterm_stops_an_evaluation(whole, tmp_path):
     assert result.history == expected.history
 
 
+def test_an_evaluation_that_is_due_when_sigterm_comes_is_made_up(whole, tmp_path):
+    _, expected = whole
+    config = job(tmp_path, **{"training.prefetch": 0})
+    sources = open_sources(config.data, config.model.dim)
+    result = train(config, dataclasses.replace(sources, train=Interrupting(sources.train, at=6)))
+    assert (result.preempted, result.step, result.history) == (True, 6, [])
+    result = train(job(tmp_path))
+    assert (result.step, result.history) == (9, expected.history)
+
+
 def test_sigterm_does_not_stop_the_last_evaluation(tmp_path):
     config = job(tmp_path, **{"training.steps": 6})
     sources = open_sources(config.data, config.model.dim)
@@ -218,17 +228,20 @@ def test_epochs_are_passes_over_the_data(tmp_path):
 def test_data_that_a_host_cannot_open_stop_all(tmp_path, monkeypatch):
     """Others would wait for it."""
     failed = []
-    monkeypatch.setattr(hosts, "processes_where", lambda condition: failed.append(condition) or [1])
+    # Another host can write, but not read.
+    monkeypatch.setattr(
+        hosts, "processes_where", lambda condition: failed.append(condition) or [1] * (len(failed) != 1)
+    )
     with pytest.raises(ValueError, match=r"processes \[1\] cannot open the data; their errors say why"):
         train(job(tmp_path))
     with pytest.raises(FileNotFoundError, match="no Parquet file"):
-        train(job(tmp_path, tmp_path / "none.parquet"))
-    assert failed == [False, True]
+        hosts.on_all(lambda: open_sources(job(tmp_path, tmp_path / "none.parquet").data, 4), "open the data")
+    assert failed == [False, False, True]
     # Process 1, where process 0 does not convert.
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(ValueError, match=r"cannot open the data"):
         open_sources(CriteoData(path=str(tmp_path / "columns"), text=("none.txt",)), 4)
-    assert failed == [False, True, False]
+    assert failed == [False, False, True, False]
 
 
 def test_logs_of_a_run_without_a_checkpoint_are_taken_back(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ import pytest
 
 from jaxembed.checkpoint import whole_steps
 from jaxembed.cli import main
-from jaxembed.train import Checkpointer
+from jaxembed.train import Checkpointer, writer_lock
 from jaxembed.train.writer_lock import WriterLock
 
 from .checkpoint_programs import at_step, embedding
@@ -57,6 +58,7 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path, capsys):
 FORKED = """
 import os, pathlib, signal, sys, warnings
 
+from jaxembed.train import writer_lock
 from jaxembed.train.writer_lock import WriterLock
 
 warnings.simplefilter("ignore")  # of JAX, which this child has no use of
@@ -148,3 +150,10 @@ def test_a_writer_that_is_not_known(tmp_path, said):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="is being written to by another process"):
             WriterLock(tmp_path)
+
+
+def test_the_lock_of_a_machine_that_is_gone(tmp_path):
+    told = writer_lock._if_gone("process 7 on elsewhere", tmp_path / ".writer")
+    assert told.endswith(f"remove {tmp_path / '.writer'}.")
+    for here in (f"process 7 on {socket.gethostname()}", "another process"):
+        assert writer_lock._if_gone(here, tmp_path / ".writer") == ""

@@ -14,7 +14,8 @@ class Batch:
 
     Attributes:
       features: feature name to ids: [B] int32 for one id an example, a RaggedTensor of B bags for any
-        number. This is the `inputs` of a lookup, or what a trainer laid out of it.
+        number; of a wider type where their column is, which a `jax.jit` of your own takes through `jaxembed.as_input`.
+        This is the `inputs` of a lookup, or what a trainer laid out of it.
       weights: feature name to a RaggedTensor parallel to the ids, or None where ids have no weights.
       dense: [B, K] float32 dense features; K may be 0.
       labels: [B] float32.

@@ -104,8 +104,9 @@ class RaggedColumn:
                 f"{lengths.size * self.max_length}, always suffices)."
             )
         at, _ = _positions(starts, lengths)
-        ids = np.zeros(capacity, np.int32)
-        ids[:total] = _int32(self.values[at])
+        values = _ids(self.values[at])
+        ids = np.zeros(capacity, values.dtype)
+        ids[:total] = values
         if self.weights is None:
             return RaggedTensor(ids, splits), None
         weights = np.zeros(capacity, np.float32)
@@ -205,7 +206,7 @@ class Examples:
             if isinstance(column, RaggedColumn):
                 features[name], weights[name] = column.take(rows, capacities[name], padding, name)
             else:
-                features[name], weights[name] = _pad(_int32(column[rows]), padding, np.int32), None
+                features[name], weights[name] = _pad_ids(_ids(column[rows]), padding), None
         return Batch(
             features=features,
             weights=weights,
@@ -223,11 +224,15 @@ def _positions(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total), ends - lengths
 
 
-def _int32(ids: np.ndarray) -> np.ndarray:
-    """Saturated, so that an id beyond 2**31 stays out of every vocabulary instead of wrapping into it."""
-    if ids.dtype in (np.int64, np.uint64, np.uint32):
-        ids = np.clip(ids, -(2**31) if ids.dtype == np.int64 else 0, 2**31 - 1)
-    return ids.astype(np.int32)
+def _ids(ids: np.ndarray) -> np.ndarray:
+    """As int32, or where a column is wider as it is: raw ids are not rows yet, and what is cut off would be another's."""
+    return ids if ids.dtype in (np.int64, np.uint64, np.uint32) else ids.astype(np.int32)
+
+
+def _pad_ids(ids: np.ndarray, padding: int) -> np.ndarray:
+    """With one more of a row that the batch looks up, so that optimizers whose steps are no zeros move no other."""
+    of_rows = ids[ids >= 0]
+    return np.pad(ids, (0, padding), constant_values=of_rows.min() if of_rows.size else 0) if padding else ids
 
 
 def _pad(array: np.ndarray, rows: int, dtype: Any) -> np.ndarray:

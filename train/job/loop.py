@@ -15,7 +15,7 @@ from jaxembed.checkpoint.files import absolute_path
 from jaxembed.checkpoint.scratch import check_place
 
 from ..checkpoint import Checkpointer, Restored
-from ..hosts import on_all
+from ..hosts import from_first_process, on_all
 from ..trainer import Trainer, TrainState
 from .building import build_trainer, start_processes
 from .config import JobConfig
@@ -36,8 +36,8 @@ class Result:
     Attributes:
       step: number of steps taken.
       preempted: whether SIGTERM stopped it; the same job started again goes on.
-      history: for each evaluation since step 0, its step, the training loss and AUC since the one before,
-        and its figures, as "step", "train" and "evaluation".
+      history: for each evaluation since step 0, its step, the training loss and AUC since the one before, or since
+        the job went on, and its figures, as "step", "train" and "evaluation".
       checkpoints: where they are.
       trainer: what trained.
       state: after the last step.
@@ -64,7 +64,8 @@ def train(config: JobConfig, sources: Sources | None = None) -> Result:
     """
     start_processes(config)
     # Of a step: that there can be a folder of them is part of it.
-    check_place(absolute_path(config.out) / "checkpoints" / "0")
+    place = absolute_path(config.out) / "checkpoints" / "0"
+    on_all(lambda: check_place(place), "write to `out`")
     sources = sources or on_all(lambda: open_sources(config.data, config.model.dim), "open the data")
     job = Job(config, sources)
     try:
@@ -143,7 +144,10 @@ class Job:
                     report.training(step, self._watch.result(), self._watch.news())
                 last = step == self._total
                 preempted = preemption.reached(step) and not last
-                if not preempted and (last or self._is_due(step, config.training.evaluate_every)):
+                is_due = last or self._is_due(step, config.training.evaluate_every)
+                if preempted and is_due:
+                    self._pending = self._trained(step, state)
+                elif is_due:
                     # The end evaluates, for no run goes on from there.
                     stop = Preemption.never if last else preemption.asked
                     preempted = not self._evaluate(state, self._trained(step, state), stop)
@@ -167,7 +171,8 @@ class Job:
 
     def _start(self) -> tuple[TrainState, Any]:
         """The state to go on from, and the place in the input."""
-        latest = self._checkpointer.latest_step()
+        # Listings of one folder may differ for a while from host to host.
+        latest = from_first_process(self._checkpointer.latest_step())
         if latest is None:
             return self.trainer.init(jax.random.key(self._config.training.seed)), None
         try:
@@ -179,7 +184,8 @@ class Job:
                 f"{e} To go on from the step before it, move it away: mv {folder} {folder}.damaged"
             ) from e
         self._check_batches(restored)
-        self.trainer.embedding.reserve(restored.metadata.get("capacities", {}))
+        if restored.metadata.get("num_shards") == self.trainer.embedding.num_shards:
+            self.trainer.embedding.reserve(restored.metadata.get("capacities", {}))
         self._watch.last_good = restored.step
         self._history = list(restored.metadata.get("history", []))
         self._pending = restored.metadata.get("pending")
@@ -280,6 +286,7 @@ class Job:
                 "batches": _json(self._config.batches_key()),
                 "data": self._sources.origin,
                 "capacities": self.trainer.embedding.capacities,
+                "num_shards": self.trainer.embedding.num_shards,
                 "evaluation": self._evaluation,
                 "history": self._history,
                 "pending": self._pending,

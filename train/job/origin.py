@@ -82,6 +82,8 @@ def difference(before: Any, now: Any) -> str | None:
             f"its generator made examples with XXH3 {before.get('made')}, with these versions of jaxembed and numpy "
             f"({np.__version__}) {now.get('made')}"
         )
+    if "examples" not in before or "examples" not in now:
+        return f"it was {before}, now it is {now}"
     return f"it had examples {_text(before['examples'])}, now {_text(now['examples'])}"
 
 

@@ -1,5 +1,6 @@
 """What a job shows: a progress bar, lines, and TensorBoard logs."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,12 @@ class Report:
     def __init__(self, config: Logs, out: Path, batch_size: int, start: int, total: int):
         first = jax.process_index() == 0
         self._bar = tqdm(
-            total=total, initial=start, unit="step", disable=not (config.progress and first), dynamic_ncols=True
+            total=total,
+            initial=start,
+            unit="step",
+            disable=not (config.progress and first),
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # seconds; a file keeps all that is drawn
         )
         self._writer = _writer(out / "logs", start) if config.tensorboard and first else None
         self._batch_size, self._quiet = batch_size, not first
@@ -43,7 +49,7 @@ class Report:
         self._bar.update()
 
     def training(self, step: int, figures: Mapping[str, float], news: Sequence[str] = ()) -> dict[str, float]:
-        """Shows the figures of the steps since the last call, their speed, and news; returns figures and speed."""
+        """Shows figures, the speed since the last call, and news; returns figures and speed."""
         now = time.perf_counter()
         speed = self._batch_size * self._steps / max(now - self._since, 1e-9)
         self._since, self._steps = now, 0
