@@ -71,10 +71,6 @@ class Packer:
         self.features: tuple[ServedFeature, ...] = tuple(features)
         sequences = [f.config.max_sequence_length for f in self.features]
         self._cut = sequences if any(sequences) else None
-        self._bags = [
-            bool(length) or not isinstance(f.config.table.combiner, str)
-            for f, length in zip(self.features, sequences, strict=True)
-        ]
         self._limits = np.array([[f.max_ids] for f in self.features], np.int32)
         self._sizes = np.array([f.config.table.vocabulary_size for f in self.features], np.uint32)
         self._identity = list(range(len(self.features)))
@@ -95,7 +91,7 @@ class Packer:
                 continue
             first = type(leaf[0]) if leaf else list
             if first is not list and first is not tuple:
-                if first is not int or self._bags[i]:  # which `arrays` refuses
+                if first is not int:
                     arrayed.append(i)
                     continue
                 leaf = list(zip(leaf, strict=True))  # one id a row

@@ -76,7 +76,7 @@ def check_meaning(embedding: ShardedEmbedding, opened: OpenedCheckpoint, may_gro
         for placement in stack.placements:
             name, now = placement.table.name, getattr(stack.optimizer, linears, None)
             was = trained.get(name, {}).get("arguments", {}).get(linears, now)
-            if was != now:
+            if now is not None and was != now:
                 raise ValueError(
                     f"{where}: the slot 'linears' of table {name!r} was saved with {linears}={was}, and means another number "
                     f"with {now}. Train on with the optimizer it was saved with."

@@ -132,11 +132,9 @@ def _open(file: pathlib.Path) -> int:
 
 def _if_gone(writer: str, file: pathlib.Path) -> str:
     """What to do about the lock of a machine that is no more: some file servers keep it."""
-    if " on " not in writer or writer.endswith(f" on {socket.gethostname()}"):
+    if writer.endswith(f" on {socket.gethostname()}"):
         return ""
-    return (
-        f" If that machine is gone for good, as a preempted one is, and no other writes there, remove {file}."
-    )
+    return f" If its machine is gone for good, as a preempted one is, and no other writes there, remove {file}."
 
 
 def _writer(descriptor: int) -> str:

@@ -224,7 +224,7 @@ def check_model(directory: pathlib.Path, model: Any, stored: Mapping[str, Any]) 
 
 def _whole(leaf: Any) -> np.ndarray:
     """On this host; of an array that is spread over several, all of them call this."""
-    if not getattr(leaf, "is_fully_addressable", True):
+    if not getattr(leaf, "is_fully_addressable", True) and not leaf.is_fully_replicated:
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

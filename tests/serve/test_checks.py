@@ -171,7 +171,6 @@ def test_sequences(serve):
         serve, f"{recent} is a sequence feature but a dense array was passed", items__recent=np.array([1, 2])
     )
     holes = SparseTensor([[0, 0], [1, 1]], [1, 2], (2, 2))
-    refused(serve, f"{recent} is a sequence feature but a dense array was passed", items__recent=[1, 2])
     refused(serve, f"{recent}: a sparse sequence must fill columns", items__recent=holes)
     refused(serve, f"{recent}, row 1, position 2: id 70 is outside", items__recent=[[], [1, 2, 70, 71]])
     # Beyond max_sequence_length nothing is looked at.

@@ -278,3 +278,6 @@ def test_slots_that_mean_another_number_are_refused(tmp_path):
         ):
             checkpointer.restore()
         assert checkpointer.restore(reinterpret=True).step == 1
+    adagrad = embedding(1, {"x": FeatureConfig(TableConfig(4, 8, name="t"))})
+    with Checkpointer(tmp_path, adagrad) as checkpointer:
+        assert checkpointer.restore(partial=True).step == 1

@@ -1,5 +1,6 @@
 """Columns, batches and the Grain pipeline."""
 
+import dataclasses
 import itertools
 
 import grain
@@ -64,6 +65,14 @@ def test_raw_ids_stay_as_wide_as_they_are():
     (batch,) = batches(examples, 4, shuffle=False, num_epochs=1)
     assert batch.features["one"].tolist() == [*wide, 7]  # padding looks up no other row
     assert batch.features["bag"].values[:3].tolist() == wide.tolist()
+    none = examples.take(np.zeros(0, np.int64), 2, {"bag": 3})
+    assert none.features["one"].tolist() == [2**40, 2**40]
+    unsigned = dataclasses.replace(examples, features={"one": wide.clip(0).astype(np.uint64), "bag": column})
+    both = Examples.concatenate([examples, unsigned])
+    assert both.features["one"].tolist() == [2**40, -(2**40), 7, 2**40, 0, 7]
+    huge = dataclasses.replace(examples, features={"one": np.full(3, 2**63, np.uint64), "bag": column})
+    with pytest.raises(ValueError, match=r"int64 in some files and uint64 beyond 2\*\*63 - 1"):
+        Examples.concatenate([examples, huge])
 
 
 def test_batch_is_a_pytree_that_compiles_once():

@@ -200,12 +200,15 @@ def test_an_evaluation_that_is_due_when_sigterm_comes_is_made_up(whole, tmp_path
     assert (result.step, result.history) == (9, expected.history)
 
 
-def test_sigterm_does_not_stop_the_last_evaluation(tmp_path):
+def test_sigterm_stops_the_last_evaluation_and_the_next_start_makes_it_up(tmp_path):
     config = job(tmp_path, **{"training.steps": 6})
     sources = open_sources(config.data, config.model.dim)
     result = train(config, dataclasses.replace(sources, evaluation=Interrupting(sources.evaluation, at=2)))
-    assert (result.preempted, result.step) == (False, 6)
-    assert [entry["step"] for entry in result.history] == [6]
+    assert (result.preempted, result.step, result.history) == (True, 6, [])
+    for _ in range(2):
+        result = train(config, sources)
+        assert (result.preempted, result.step) == (False, 6)
+        assert [entry["step"] for entry in result.history] == [6]
 
 
 def test_epochs_are_passes_over_the_data(tmp_path):

@@ -153,7 +153,7 @@ def test_a_writer_that_is_not_known(tmp_path, said):
 
 
 def test_the_lock_of_a_machine_that_is_gone(tmp_path):
-    told = writer_lock._if_gone("process 7 on elsewhere", tmp_path / ".writer")
-    assert told.endswith(f"remove {tmp_path / '.writer'}.")
-    for here in (f"process 7 on {socket.gethostname()}", "another process"):
-        assert writer_lock._if_gone(here, tmp_path / ".writer") == ""
+    for writer in ("process 7 on elsewhere", "another process"):
+        told = writer_lock._if_gone(writer, tmp_path / ".writer")
+        assert told.endswith(f"remove {tmp_path / '.writer'}.")
+    assert writer_lock._if_gone(f"process 7 on {socket.gethostname()}", tmp_path / ".writer") == ""

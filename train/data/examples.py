@@ -77,7 +77,7 @@ class RaggedColumn:
             values, weights, shifts = first.values, first.weights, [0] * len(parts)
         else:
             parts = [part.compact() for part in parts]
-            values = np.concatenate([part.values for part in parts])
+            values = _join([part.values for part in parts])
             weights = None
             if first.weights is not None:
                 weights = np.concatenate([part.weights for part in parts if part.weights is not None])
@@ -167,7 +167,7 @@ class Examples:
             columns = [part.features[name] for part in parts]
             bags = [column for column in columns if isinstance(column, RaggedColumn)]
             ids = [column for column in columns if not isinstance(column, RaggedColumn)]
-            features[name] = RaggedColumn.concatenate(bags) if bags else np.concatenate(ids)
+            features[name] = RaggedColumn.concatenate(bags) if bags else _join(ids)
         return cls(
             features,
             np.concatenate([part.dense for part in parts]),
@@ -206,7 +206,7 @@ class Examples:
             if isinstance(column, RaggedColumn):
                 features[name], weights[name] = column.take(rows, capacities[name], padding, name)
             else:
-                features[name], weights[name] = _pad_ids(_ids(column[rows]), padding), None
+                features[name], weights[name] = _pad_ids(column, rows, padding), None
         return Batch(
             features=features,
             weights=weights,
@@ -229,10 +229,26 @@ def _ids(ids: np.ndarray) -> np.ndarray:
     return ids if ids.dtype in (np.int64, np.uint64, np.uint32) else ids.astype(np.int32)
 
 
-def _pad_ids(ids: np.ndarray, padding: int) -> np.ndarray:
-    """With one more of a row that the batch looks up, so that optimizers whose steps are no zeros move no other."""
-    of_rows = ids[ids >= 0]
-    return np.pad(ids, (0, padding), constant_values=of_rows.min() if of_rows.size else 0) if padding else ids
+def _pad_ids(column: np.ndarray, rows: np.ndarray, padding: int) -> np.ndarray:
+    """Those of `rows`, and one of them again and again, so that optimizers whose steps are no zeros move no other row."""
+    ids = _ids(column[rows])
+    if not padding:
+        return ids
+    others = ids if ids.size else _ids(column[:1])
+    of_rows = others[others >= 0]
+    return np.pad(ids, (0, padding), constant_values=of_rows.min() if of_rows.size else others.min(initial=0))
+
+
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One after the other; of signed and unsigned ones numpy would make floats."""
+    wide = any(part.dtype == np.uint64 for part in parts) and any(part.dtype.kind == "i" for part in parts)
+    if not wide:
+        return np.concatenate(parts)
+    if any(part.dtype == np.uint64 and part.max(initial=0) >= 2**63 for part in parts):
+        raise ValueError(
+            "ids of one feature are int64 in some files and uint64 beyond 2**63 - 1 in others; store them as one type."
+        )
+    return np.concatenate([part.astype(np.int64) for part in parts])
 
 
 def _pad(array: np.ndarray, rows: int, dtype: Any) -> np.ndarray:

@@ -148,9 +148,7 @@ class Job:
                 if preempted and is_due:
                     self._pending = self._trained(step, state)
                 elif is_due:
-                    # The end evaluates, for no run goes on from there.
-                    stop = Preemption.never if last else preemption.asked
-                    preempted = not self._evaluate(state, self._trained(step, state), stop)
+                    preempted = not self._evaluate(state, self._trained(step, state), preemption.asked)
                 if preempted or last or self._is_due(step, config.checkpoints.every):
                     self._save(state, place)
                 if preempted:
@@ -172,7 +170,7 @@ class Job:
     def _start(self) -> tuple[TrainState, Any]:
         """The state to go on from, and the place in the input."""
         # Listings of one folder may differ for a while from host to host.
-        latest = from_first_process(self._checkpointer.latest_step())
+        latest = from_first_process(on_all(self._checkpointer.latest_step, "list its checkpoints"))
         if latest is None:
             return self.trainer.init(jax.random.key(self._config.training.seed)), None
         try:
@@ -249,7 +247,7 @@ class Job:
         return trained
 
     def _evaluate(
-        self, state: TrainState, trained: dict[str, Any], stop: Callable[[], bool] = Preemption.never
+        self, state: TrainState, trained: dict[str, Any], stop: Callable[[], bool] = lambda: False
     ) -> bool:
         """Evaluates and reports; False, without a report, where `stop` says so."""
         assert self._report is not None

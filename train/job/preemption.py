@@ -27,11 +27,6 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked.is_set()
 
-    @staticmethod
-    def never() -> bool:
-        """In place of `asked` where nothing is to stop."""
-        return False
-
     def asked(self) -> bool:
         """Whether to stop even between steps; never of several processes, which stop together."""
         return self._asked.is_set()
