@@ -93,6 +93,7 @@ there_and_back()
 CONTROL = "CanonicalTables._gathered = lambda self, stack, key, array: array\n"
 
 
+@pytest.mark.slow
 def test_the_compiler_warns_of_no_copies():
     programs = [CONVERT, CONVERT.replace("there_and_back()\n", f"{CONTROL}there_and_back()\n")]
     commands = [("-c", program) for program in programs]
