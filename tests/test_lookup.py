@@ -1,7 +1,6 @@
 """What serving_embedding_lookup promises beyond TensorFlow's answers: ids, padding, errors, gradients."""
 
 import collections
-import warnings
 
 import hypothesis
 import jax
@@ -12,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxembed as je
-from jaxembed import backends, bag_native, kernel
+from jaxembed import kernel
 from jaxembed.bag import Bag, BagOperands, embedding_bags, row_gradients
 from jaxembed.quantization import quantize
 from tests.generate import lookups
@@ -133,20 +132,6 @@ def test_weights_do_nothing_to_dense_ids(path, prune):
     (out,), counts = embedding_bags([Bag("dense", 2, prune_weights=prune)], [operands])
     np.testing.assert_array_equal(out, ROWS[1:3])
     assert counts.tolist() == [0]
-
-
-def test_a_call_outside_of_a_jit_takes_the_path_of_its_platform():
-    if not kernel.available():
-        pytest.skip("no native kernel")
-    operands = [BagOperands(jnp.asarray(ROWS), jnp.array([1]), jnp.array([0, 1]))]
-    leaves, tree = jax.tree.flatten(operands)
-    bags = (Bag("ragged", 1),)
-    call = {"bags": bags, "tree": tree, "places": (0, 1, 2), "in_exports": False, "merged": False}
-    traced = bag_native._program.trace(*leaves, **call)
-    calls = [
-        "jaxembed_embedding_bags" in traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")
-    ]
-    assert calls == [True, False]
 
 
 def test_jax_finds_faults_in_lookups(path):
@@ -295,51 +280,6 @@ def test_vmap(path):
     np.testing.assert_array_equal(out[1], [ROWS[1] + ROWS[2], ROWS[3]])
 
 
-@pytest.mark.parametrize("backend", ["auto", "xla"])
-def test_export_with_symbolic_sizes_and_without_custom_calls(backend):
-    @jax.jit
-    def f(values, splits, table):
-        return lookup(je.RaggedTensor(values, splits), table=table)
-
-    n, b = jax.export.symbolic_shape("n, b")
-    arguments = (
-        jax.ShapeDtypeStruct((n,), jnp.int32),
-        jax.ShapeDtypeStruct((b,), jnp.int32),
-        jax.ShapeDtypeStruct(ROWS.shape, ROWS.dtype),
-    )
-    concrete = (jnp.array([1, 2, 3], jnp.int32), jnp.array([0, 1, 1, 3], jnp.int32), ROWS)
-    with je.use_backend(backend):
-        direct = f(*concrete)
-        # What a program has been compiled as says nothing of what it is exported as.
-        assert (kernel.TARGET in f.lower(*concrete).as_text()) == (je.backend() == "native")
-        fixed = jax.export.export(f)(*concrete)
-        exported = jax.export.export(f, platforms=("cpu", "tpu"))(*arguments)
-    np.testing.assert_array_equal(jax.export.deserialize(fixed.serialize()).call(*concrete), direct)
-    loaded = jax.export.deserialize(exported.serialize())
-    for out in (direct, loaded.call(*concrete)):
-        np.testing.assert_array_equal(out, [ROWS[1], [0, 0, 0], ROWS[2] + ROWS[3]])
-
-
-def test_export_with_the_kernel():
-    if not kernel.available():
-        pytest.skip("the kernel was not built")
-    ids = je.RaggedTensor.from_lists([[1], [2, 3]])
-    arguments = (ids.values, ids.row_splits, ROWS)
-    f = jax.jit(lambda values, splits, table: lookup(je.RaggedTensor(values, splits), table=table))
-    with je.use_backend("native"):
-        exported = jax.export.export(
-            f, disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(kernel.TARGET)]
-        )(*arguments)
-    assert kernel.TARGET in exported.mlir_module()
-    np.testing.assert_array_equal(exported.call(*arguments), [ROWS[1], ROWS[2] + ROWS[3]])
-    (b,) = jax.export.symbolic_shape("b")
-    symbolic = (ids.values, jax.ShapeDtypeStruct((b + 1,), jnp.int32), ROWS)
-    with je.use_backend("native"), pytest.raises(ValueError, match="need batches of fixed sizes, got symbolic"):
-        jax.export.export(f, disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(kernel.TARGET)])(
-            *symbolic
-        )
-
-
 def test_a_sequence_length_that_is_ignored_is_logged_once(caplog):
     feature = je.FeatureConfig(TABLE, max_sequence_length=2)
     ids = je.SparseTensor([[0, 0, 0], [0, 0, 1]], [1, 2], (1, 2, 2))
@@ -416,34 +356,6 @@ def test_arrays_of_the_other_byte_order(path, quantized):
         table=quantize(np.asarray(ROWS), "int8") if quantized else ROWS,
     )
     np.testing.assert_array_equal(swapped, native)
-
-
-def test_an_empty_environment_variable_is_as_none(monkeypatch):
-    monkeypatch.setenv("JAXEMBED_BACKEND", "")
-    wanted = "native" if kernel.available() else "xla"
-    with warnings.catch_warnings(action="ignore"):
-        assert je.backend() == wanted
-
-
-def test_the_fallback_is_said_at_the_line_of_the_user(monkeypatch):
-    monkeypatch.delenv("JAXEMBED_BACKEND", raising=False)
-    monkeypatch.setattr(kernel, "_load", lambda: "the kernel was not built")
-    monkeypatch.setattr(backends, "_said", set())
-    with pytest.warns(RuntimeWarning, match="plain JAX: the kernel was not built") as caught:
-        lookup(je.RaggedTensor.from_lists([[1], [2, 3]]))
-    assert [warning.filename for warning in caught] == [__file__]
-
-
-def test_native_refuses_tables_that_the_kernel_does_not_have():
-    if not kernel.available():
-        pytest.skip("the kernel was not built")
-    ids, table = je.RaggedTensor.from_lists([[1], [2, 3]]), ROWS.astype(jnp.float8_e4m3fn)
-    assert lookup(ids, table=table).dtype == table.dtype
-    with (
-        je.use_backend("native"),
-        pytest.raises(ValueError, match=r"no tables of float8_e4m3fn; .*use_backend\(\"auto"),
-    ):
-        lookup(ids, table=table)
 
 
 def test_bags_are_checked():

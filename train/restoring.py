@@ -70,17 +70,7 @@ def check_meaning(embedding: ShardedEmbedding, opened: OpenedCheckpoint, may_gro
                 f"{where}: lookups of table {name!r} go through {now or 'no quantization'}, those that it was trained with "
                 f"through {was or 'none'}, and give other values. {what_to_do}"
             )
-    linears = "multiply_linear_by_learning_rate"
-    trained = layout.optimizers(opened.manifest)
-    for stack in embedding.stacks.values():
-        for placement in stack.placements:
-            name, now = placement.table.name, getattr(stack.optimizer, linears, None)
-            was = trained.get(name, {}).get("arguments", {}).get(linears, now)
-            if now is not None and was != now:
-                raise ValueError(
-                    f"{where}: the slot 'linears' of table {name!r} was saved with {linears}={was}, and means another number "
-                    f"with {now}. Train on with the optimizer it was saved with."
-                )
+    _check_linears(embedding, opened, where)
     before = flat_features(opened.feature_config)
     for path, feature in flat_features(embedding.feature_config).items():
         if path not in before or before[path].table.name != feature.table.name:
@@ -93,6 +83,21 @@ def check_meaning(embedding: ShardedEmbedding, opened: OpenedCheckpoint, may_gro
                 f"{now or 'nothing'}, when it was saved by {was or 'nothing'}, so that rows would be those of other ids. "
                 f"{what_to_do}"
             )
+
+
+def _check_linears(embedding: ShardedEmbedding, opened: OpenedCheckpoint, where: str) -> None:
+    """FTRL keeps other numbers in the slot "linears" under one of its options."""
+    option, trained = "multiply_linear_by_learning_rate", layout.optimizers(opened.manifest)
+    for stack in embedding.stacks.values():
+        now = getattr(stack.optimizer, option, None)
+        for placement in stack.placements if now is not None else ():
+            name = placement.table.name
+            was = trained.get(name, {}).get("arguments", {}).get(option, now)
+            if was != now:
+                raise ValueError(
+                    f"{where}: the slot 'linears' of table {name!r} was saved with {option}={was}, and means another number "
+                    f"with {now}. Train on with the optimizer it was saved with."
+                )
 
 
 def check_slots(embedding: ShardedEmbedding, opened: OpenedCheckpoint, partial: bool) -> None:

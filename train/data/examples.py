@@ -241,10 +241,10 @@ def _pad_ids(column: np.ndarray, rows: np.ndarray, padding: int) -> np.ndarray:
 
 def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
     """One after the other; of signed and unsigned ones numpy would make floats."""
-    wide = any(part.dtype == np.uint64 for part in parts) and any(part.dtype.kind == "i" for part in parts)
-    if not wide:
+    unsigned = [part for part in parts if part.dtype == np.uint64]
+    if not unsigned or not any(part.dtype.kind == "i" for part in parts):
         return np.concatenate(parts)
-    if any(part.dtype == np.uint64 and part.max(initial=0) >= 2**63 for part in parts):
+    if any(part.max(initial=0) >= 2**63 for part in unsigned):
         raise ValueError(
             "ids of one feature are int64 in some files and uint64 beyond 2**63 - 1 in others; store them as one type."
         )

@@ -17,6 +17,7 @@ that n counts SparseCores in the formula above, and in `rows`. `engines.sparseco
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -55,6 +56,20 @@ class TablePlacement:
     first_row: int
     rows: int
     shift: int = 0
+
+
+class TablePlace(NamedTuple):
+    """All that positions of a table's ids depend on, as a key: attributes as of Stack and TablePlacement."""
+
+    table: str
+    stack: str
+    sharding: str
+    num_shards: int
+    cores: int
+    num_rows: int
+    first_row: int
+    rows: int
+    shift: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,38 +174,28 @@ class Stack:
             return range(vocabulary if shard == p.shift else 0)
         return range(vocabulary)
 
-
-class TablePlace(NamedTuple):
-    """All that positions of a table's ids depend on, as a key: attributes as of Stack and TablePlacement."""
-
-    table: str
-    stack: str
-    sharding: str
-    num_shards: int
-    cores: int
-    num_rows: int
-    first_row: int
-    rows: int
-    shift: int
+    @functools.cached_property
+    def places(self) -> tuple[TablePlace, ...]:
+        """Where each of its tables lies: made once, for every batch has them."""
+        return tuple(
+            TablePlace(
+                p.table.name,
+                self.name,
+                p.sharding,
+                self.num_shards,
+                self.cores,
+                self.num_rows,
+                p.first_row,
+                p.rows,
+                p.shift,
+            )
+            for p in self.placements
+        )
 
 
 def places_of(stacks: Mapping[str, Stack]) -> tuple[TablePlace, ...]:
     """Where each table of the stacks lies."""
-    return tuple(
-        TablePlace(
-            p.table.name,
-            stack.name,
-            p.sharding,
-            stack.num_shards,
-            stack.cores,
-            stack.num_rows,
-            p.first_row,
-            p.rows,
-            p.shift,
-        )
-        for stack in stacks.values()
-        for p in stack.placements
-    )
+    return tuple(place for stack in stacks.values() for place in stack.places)
 
 
 def stack_tables(
