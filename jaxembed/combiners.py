@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxembed.initializers import initializer_class
+from jaxembed.names import unregistered
 from jaxembed.optimizers.learning_rate import number
 from jaxembed.shapes import Activations, CombinerWeights, Sequences, Valencies
 
@@ -114,6 +115,8 @@ class CustomCombiner:
 def register_combiner(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: names a combiner_computation, so that a configuration with it can be stored.
 
+    Whoever opens what was stored, to serve it too, imports the module that registers it: `jaxembed serve --import MODULE`.
+
     Raises:
       ValueError: if the name is taken by another function.
     """
@@ -131,15 +134,12 @@ def combiner_from_dict(data: dict[str, Any]) -> CustomCombiner:
     """The inverse of `CustomCombiner.to_dict`.
 
     Raises:
-      ValueError: if the function is not registered.
+      UnregisteredError: if the function is not registered.
     """
     arguments = dict(data)
     name, initializer = arguments.pop("combiner_computation"), arguments.pop("initializer")
     if name not in _REGISTRY:
-        raise ValueError(
-            f"unknown combiner {name!r}; known: {sorted(_REGISTRY)}. Import the module that registers it "
-            "with jaxembed.combiners.register_combiner before loading."
-        )
+        raise unregistered("combiner", name, _REGISTRY, "jaxembed.combiners.register_combiner")
     if initializer is not None:
         initializer = initializer_class(initializer["name"])(**initializer["arguments"])
     return CustomCombiner(_REGISTRY[name], initializer=initializer, **arguments)

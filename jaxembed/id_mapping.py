@@ -3,6 +3,7 @@
 import codecs
 import dataclasses
 import functools
+import logging
 import operator
 import os
 import pathlib
@@ -120,6 +121,11 @@ class VocabularyFile:
         object.__setattr__(self, "file", os.path.abspath(os.path.expanduser(os.fspath(self.file))))
         if not self.digest:
             content = self.read()
+            if content.startswith(codecs.BOM_UTF8):
+                raise ValueError(
+                    f"vocabulary file {self.file} begins with a byte order mark, which would be a part of its first id; "
+                    "write it without one (encoding 'utf-8', not 'utf-8-sig')."
+                )
             object.__setattr__(self, "digest", xxhash.xxh3_128_hexdigest(content))
             object.__setattr__(self, "size", len(_parse(content, self.file, self.dtype)))
 
@@ -185,7 +191,14 @@ class VocabularyFile:
         Raises:
           ValueError: as `read`, or if it is not of the form above.
         """
-        return _parse(self.read(), self.file, self.dtype)
+        content = self.read()
+        if content.startswith(codecs.BOM_UTF8):
+            # Recorded by a version that took it; its rows stay what they are.
+            logging.getLogger("jaxembed").warning(
+                "vocabulary file %s begins with a byte order mark, a part of its first id, which is not found without it.",
+                self.file,
+            )
+        return _parse(content, self.file, self.dtype)
 
     def continues(self, other: "VocabularyFile") -> bool:
         """Whether every id of `other` has the row that it has there, and new ones have the rows after them.
@@ -266,11 +279,6 @@ def _parse(content: bytes, file: str, dtype: str) -> list[Any]:
     if not lines[-1]:
         lines.pop()  # the last line ends like the others
     lines = [line.removesuffix(b"\r") for line in lines]
-    if content.startswith(codecs.BOM_UTF8):
-        raise ValueError(
-            f"vocabulary file {file} begins with a byte order mark, which would be a part of its first id; write it "
-            "without one (encoding 'utf-8', not 'utf-8-sig')."
-        )
     if dtype == "string":
         try:
             content.decode()

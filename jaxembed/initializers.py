@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxembed.names import unregistered
+
 __all__ = [
     "Constant",
     "Initializer",
@@ -113,11 +115,8 @@ def initializer_class(name: str) -> type:
     """The registered initializer of that name.
 
     Raises:
-      ValueError: if there is none.
+      UnregisteredError: if there is none.
     """
     if name not in _REGISTRY:
-        raise ValueError(
-            f"unknown initializer {name!r}; known: {sorted(_REGISTRY)}. "
-            "Register your own with jaxembed.initializers.register_initializer before loading."
-        )
+        raise unregistered("initializer", name, _REGISTRY, "jaxembed.initializers.register_initializer")
     return _REGISTRY[name]

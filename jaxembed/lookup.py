@@ -1,5 +1,6 @@
 """serving_embedding_lookup: replays a feature configuration on plain arrays."""
 
+import dataclasses
 import functools
 import logging
 import math
@@ -16,8 +17,9 @@ from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.combiners import CustomCombiner, positions_in_rows
 from jaxembed.features import FeatureInput, match, table_of
 from jaxembed.inputs import RaggedTensor, SparseTensor
-from jaxembed.inputs.ids import is_concrete, is_host, is_on_device, narrow_ids, signed_ids
+from jaxembed.inputs.ids import is_concrete, is_host, narrow_ids, signed_ids
 from jaxembed.inputs.sparse import check_indices
+from jaxembed.quantized_table import QuantizedTable
 from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, Inputs, Weights
 from jaxembed.validation import check_ids, check_splits
 
@@ -47,7 +49,8 @@ def serving_embedding_lookup(
 
     Args:
       inputs: any structure of dicts, lists, tuples and namedtuples with a dense array of ids (any
-        rank), a RaggedTensor or a SparseTensor at each leaf; a subset of `feature_config`. A dense 64-bit
+        rank), a RaggedTensor or a SparseTensor at each leaf; a subset of `feature_config`. Ids are rows of the
+        tables: raw ids of features with `preprocessing` go through `jaxembed.preprocess` first. A dense 64-bit
         array that goes through a `jax.jit` of the caller is wrapped to 32 bits by JAX, unseen: use int32.
       weights: None, or a structure like `inputs` with a RaggedTensor, a SparseTensor or None each.
       tables: dict of TableConfig (or table name) to [V, D] array or QuantizedTable.
@@ -57,9 +60,9 @@ def serving_embedding_lookup(
       combiner_weights: by table name, the [num_weights] weights of its CustomCombiner.
 
     Returns:
-      A structure like `inputs` of activations in their tables' types: [B, D]; ids.shape + [D] for dense
-      ids; [B, L, D] for sequence features; output_shape + [D] for ragged ids where that is set; leading
-      dimensions + [D] for sparse ids of rank above 2.
+      A structure like `inputs`, its dicts in the order of their keys, of activations in their tables' types: [B, D];
+      ids.shape + [D] for dense ids; [B, L, D] for sequence features; output_shape + [D] for ragged ids where that
+      is set; leading dimensions + [D] for sparse ids of rank above 2.
 
     Raises:
       ValueError: if inputs, weights or tables do not fit the configuration, or an id outside [0, V)
@@ -105,12 +108,12 @@ def serving_embedding_lookup(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(bags, shapes, combiners, path, operands, customs):
     outputs, counts = embedding_bags(bags, operands, path)
-    for i, (combiner, custom) in enumerate(zip(combiners, customs, strict=True)):
-        if combiner is not None:
-            valency, scale, weights = custom
+    for i, (static, custom) in enumerate(zip(combiners, customs, strict=True)):
+        if static is not None:
+            (combiner, dtype), (valency, scale, weights) = static, custom
             vectors = outputs[i].astype(jnp.float32)
             vectors = vectors if scale is None else vectors * scale[..., None]
-            outputs[i] = combiner(valency, vectors, weights).astype(outputs[i].dtype)
+            outputs[i] = combiner(valency, vectors, weights).astype(dtype)
     outputs = [out.reshape(shape) for out, shape in zip(outputs, shapes, strict=True)]
     return outputs, list(counts)
 
@@ -129,9 +132,12 @@ def _plan_custom(item: FeatureInput, lookup: Lookup, combiner_weights: Mapping[s
             )
     ids, place = narrow_ids(operands.ids), _place_ragged if bag.layout == "ragged" else _place_sparse
     placed, counts, scale = place(bag, operands._replace(ids=ids), combiner.max_valency)
+    dtype = jax.dtypes.canonicalize_dtype(operands.table.dtype)
+    if isinstance(operands.table, QuantizedTable):  # rows are weighted before they are rounded, as in training
+        placed = placed._replace(table=dataclasses.replace(operands.table, dtype=np.float32))
     sequence = Bag(bag.layout, bag.num_bags, sequence_length=combiner.max_valency)
     valency = jnp.minimum(counts, combiner.max_valency)
-    return Lookup(sequence, placed, lookup.output_shape), (combiner, valency, scale, weights)
+    return Lookup(sequence, placed, lookup.output_shape), ((combiner, dtype), valency, scale, weights)
 
 
 def _place_ragged(bag: Bag, operands: BagOperands, length: int) -> tuple[BagOperands, Any, Any]:
@@ -186,14 +192,14 @@ def plan_lookup(item: FeatureInput, table: Any) -> Lookup:
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"Input {path} must hold integer ids, got {ids.dtype}; look strings up in a vocabulary or "
-            "hash them first."
+            "hash them first: jaxembed.preprocess does, for features with preprocessing."
         )
     if weights is not None:
         _check_weights(path, feature, ids, weights)
     if isinstance(ids, RaggedTensor):
         return _plan_ragged(path, feature, ids, weights, table)
     if isinstance(ids, SparseTensor):
-        if is_on_device(ids.indices):
+        if is_concrete(ids.indices):
             check_indices(np.asarray(ids.indices), ids.dense_shape, f"Feature {path!r}")
         return _plan_sparse(path, feature, ids, weights, table)
     if feature.max_sequence_length > 0:

@@ -15,7 +15,9 @@ from jaxembed.config import FeatureConfig, QuantizationConfig, TableConfig
 from jaxembed.features import feature_tables, flat_features
 from jaxembed.id_mapping import preprocessing_from_dict, preprocessing_to_dict
 from jaxembed.initializers import initializer_class
-from jaxembed.optimizers import optimizer_from_dict
+from jaxembed.names import UnregisteredError
+from jaxembed.optimizers import Optimizer, optimizer_from_dict
+from jaxembed.unregistered import UnregisteredInitializer, UnregisteredOptimizer
 
 FORMAT_VERSION = 1
 
@@ -40,14 +42,20 @@ def feature_config_to_json(feature_config: Any) -> str:
     )
 
 
-def feature_config_from_json(text: str) -> Any:
+def feature_config_from_json(text: str, *, keep_unregistered: bool = False) -> Any:
     """The feature configuration that `feature_config_to_json` wrote.
 
-    A namedtuple comes back as a namedtuple of the same name and fields. Names are looked up among what
-    is registered; nothing is imported or run.
+    A namedtuple comes back as a namedtuple of the same name and fields, any other kind of dict as a dict: activations
+    come in the order of their keys from each. Names are looked up among what is registered; nothing is imported or run.
+
+    Args:
+      text: JSON.
+      keep_unregistered: whether optimizers and initializers that are not registered are kept as stored, an error only
+        where they are used. Combiners are looked up with, so are never.
 
     Raises:
-      ValueError: if `text` is no such JSON, is of a newer version, or names an unregistered class.
+      UnregisteredError: if it names a function or class that is not registered.
+      ValueError: if `text` is no such JSON, or is of a newer version.
     """
     try:
         data = strict_json(text)
@@ -58,7 +66,7 @@ def feature_config_from_json(text: str) -> Any:
                 f"{FORMAT_VERSION}; upgrade jaxembed."
             )
         tables: dict[str, TableConfig] = {}
-        for table in map(_table_from_dict, data["tables"]):
+        for table in (_table_from_dict(stored, keep_unregistered) for stored in data["tables"]):
             if table.name in tables:
                 raise ValueError(f"not a feature configuration: it has two tables named {table.name!r}.")
             tables[table.name] = table
@@ -112,9 +120,8 @@ def _table_to_dict(table: TableConfig) -> dict[str, Any]:
     }
 
 
-def _table_from_dict(data: dict[str, Any]) -> TableConfig:
-    optimizer, combiner = data["optimizer"], data["combiner"]
-    quantization, initializer = data["quantization_config"], data["initializer"]
+def _table_from_dict(data: dict[str, Any], keep_unregistered: bool) -> TableConfig:
+    combiner, quantization = data["combiner"], data["quantization_config"]
     if not _is_size(data["vocabulary_size"]) or not _is_size(data["dim"]) or not isinstance(data["dtype"], str):
         raise ValueError(
             "not a feature configuration: vocabulary_size and dim must be ints below 2**31 and dtype a name, "
@@ -123,8 +130,8 @@ def _table_from_dict(data: dict[str, Any]) -> TableConfig:
     return TableConfig(
         data["vocabulary_size"],
         data["dim"],
-        initializer=initializer_class(initializer["name"])(**initializer["arguments"]),
-        optimizer=None if optimizer is None else optimizer_from_dict(optimizer),
+        initializer=_initializer_from_dict(data["initializer"], keep_unregistered),
+        optimizer=_optimizer_from_dict(data["optimizer"], keep_unregistered),
         combiner=combiner if isinstance(combiner, str) else combiner_from_dict(combiner),
         name=data["name"],
         quantization_config=None if quantization is None else QuantizationConfig(**quantization),
@@ -132,8 +139,28 @@ def _table_from_dict(data: dict[str, Any]) -> TableConfig:
     )
 
 
+def _optimizer_from_dict(data: dict[str, Any] | None, keep_unregistered: bool) -> Optimizer | None:
+    try:
+        return None if data is None else optimizer_from_dict(data)
+    except UnregisteredError as e:
+        if not keep_unregistered:
+            raise
+        return UnregisteredOptimizer(stored=json.dumps(data), reason=str(e))
+
+
+def _initializer_from_dict(data: dict[str, Any], keep_unregistered: bool) -> Any:
+    try:
+        return initializer_class(data["name"])(**data["arguments"])
+    except UnregisteredError as e:
+        if not keep_unregistered:
+            raise
+        return UnregisteredInitializer(json.dumps(data), str(e))
+
+
 def _initializer_to_dict(table: TableConfig) -> dict[str, Any]:
     initializer = table.initializer
+    if isinstance(initializer, UnregisteredInitializer):
+        return json.loads(initializer.stored)
     name = getattr(type(initializer), "name", None)
     try:
         registered = isinstance(name, str) and initializer_class(name) is type(initializer)

@@ -29,16 +29,17 @@ def pack(tree: Any, leaves: Iterator[Any]) -> Any:
 def rebuild(tree: Any, values: list[Any]) -> Any:
     """A dict, list or tuple like `tree` with `values` for its children, in the order of `children`.
 
-    A dict comes in the order of its keys, as out of a program of JAX: a model that goes through its activations must find
-    them in one order in training and serving. An OrderedDict keeps its own, as JAX does.
+    Any dict comes in the order of its keys, as out of a program of JAX: a model that goes through its activations must
+    find them in one order in training and serving. So does an OrderedDict, whose order JAX would keep: batches, and
+    configurations that were stored, hold dicts in its place.
     """
     if isinstance(tree, Mapping):
         packed = dict(zip(sorted(tree, key=str), values, strict=True))
-        if isinstance(tree, collections.OrderedDict):
-            return collections.OrderedDict((key, packed[key]) for key in tree)
         with contextlib.suppress(TypeError):  # of keys that have no order, which are no pytree either
             packed = {key: packed[key] for key in sorted(packed)}
-        # Of these JAX tells a dict apart.
+        # JAX tells these apart from a dict.
+        if isinstance(tree, collections.OrderedDict):
+            return collections.OrderedDict(packed)
         if isinstance(tree, collections.defaultdict):
             return collections.defaultdict(tree.default_factory, packed)
         return packed

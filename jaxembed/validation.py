@@ -5,14 +5,17 @@ from typing import Any
 import numpy as np
 
 from jaxembed.config import TableConfig
-from jaxembed.inputs.ids import is_concrete, is_on_device
+from jaxembed.inputs.ids import is_concrete
 from jaxembed.inputs.ragged import check_row_splits
 
 
 def check_splits(path: str, lookup: Any) -> None:
-    """Raises ValueError if the row splits of a `Lookup` lie on a device, where none looked, and are malformed."""
+    """Raises ValueError if the row splits of a `Lookup` are malformed, as far as they can be looked at.
+
+    A constructor has looked at those of the host, but not where `jax.device_get` or `jax.tree.map` made them.
+    """
     bag, operands = lookup.bag, lookup.operands
-    if bag.layout == "ragged" and is_on_device(operands.bags):
+    if bag.layout == "ragged" and is_concrete(operands.bags):
         check_row_splits(np.asarray(operands.bags), operands.ids.shape[0], f"Feature {path!r}")
 
 

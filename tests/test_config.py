@@ -12,9 +12,6 @@ import pytest
 import jaxembed as je
 from jaxembed.features import feature_tables
 from jaxembed.initializers import Constant, TruncatedNormal
-from tests.lazy import lazily
-
-tf = lazily("tensorflow")
 
 TABLE = je.TableConfig(10, 4, name="t")
 
@@ -131,6 +128,7 @@ def test_tables_of_one_name_must_be_equal():
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["TableConfig", "FeatureConfig", "QuantizationConfig"])
 def test_arguments_and_defaults_are_those_of_tensorflow(name):
+    tf = pytest.importorskip("tensorflow")
     theirs = inspect.signature(getattr(tf.tpu.experimental.embedding, name)).parameters
     ours = inspect.signature(getattr(je, name)).parameters
     shared = [argument for argument in theirs if argument != "layout"]

@@ -23,8 +23,9 @@ def test_lists_and_arrays():
     assert je.as_input(ragged) is ragged
     with pytest.raises(ValueError, match="as_input cannot convert set"):
         je.as_input({1})
-    with pytest.raises(ValueError, match="as_input cannot convert"):
-        je.as_input(["a"])
+    for text in (["a"], np.array(["a"]), np.array([b"a"], object)):
+        with pytest.raises(ValueError, match=r"cannot convert .*: dense ids must be .*jaxembed.preprocess"):
+            je.as_input(text)
 
 
 @pytest.mark.parametrize("large", [False, True])

@@ -107,6 +107,7 @@ def test_lists_of_strings():
         ragged = je.RaggedTensor.from_lists(rows, dtype)
         assert (ragged.to_lists(), ragged.dtype) == (rows, object)
     assert je.RaggedTensor.from_lists([["a"], ["bc"]], str).values.dtype == "<U2"
+    assert je.RaggedTensor.from_lists([["a"], ["bc"]], "S2").to_lists() == [[b"a"], [b"bc"]]
     assert je.as_input([np.array(["a", "bc"])]).to_lists() == [["a", "bc"]]
     assert je.RaggedTensor.from_lists([[], []], object).to_lists() == [[], []]
 
@@ -149,6 +150,13 @@ def test_lists_of_arrays_are_rows_whoever_made_them():
         (lambda: je.RaggedTensor.from_lists([[2.0**63]], np.int64), "must hold int64 numbers, got float64"),
         (lambda: je.RaggedTensor.from_lists([[[1]]]), "row 0 must be a flat list"),
         (lambda: je.RaggedTensor.from_row_lengths([1], [-1]), "row_lengths must be"),
+        (
+            lambda: je.RaggedTensor.from_row_lengths([1, 2], np.array([2**62] * 4 + [2])),  # 2 in 64 bits
+            f"must add up to the number of values, got {2**64 + 2} for 2",
+        ),
+        (lambda: je.RaggedTensor.from_lists([["abc"], ["abcd"]], "U3"), "that <U3 can hold whole, got 'abcd'"),
+        (lambda: je.RaggedTensor.from_lists([["a\0"]], "U3"), "can hold whole, got 'a"),
+        (lambda: je.RaggedTensor.from_lists([[b"abcd"]], "S3"), "can hold whole, got b'abcd'"),
         (
             lambda: je.RaggedTensor.from_row_lengths([1, 2, 3], [1]),
             "must add up to the number of values, got 1 for 3",

@@ -109,6 +109,18 @@ def test_bad_ids_leave_a_mean_alone(path):
     assert int(count) == 2
 
 
+@pytest.mark.parametrize("host", [jax.device_get, lambda x: jax.tree.map(np.asarray, x), lambda x: x])
+def test_what_no_constructor_has_seen_is_checked(path, host):
+    for splits, wrong in (([0, 3, 1], "must not decrease"), ([1, 2, 3], "start at 0"), ([0, 1, 9], "end at 9")):
+        ids = host(je.RaggedTensor(jnp.array([1, 2, 3]), jnp.array(splits)))
+        with pytest.raises(ValueError, match=f"Feature 'f': row_splits .*{wrong}"):
+            je.serving_embedding_lookup({"f": ids}, None, {"t": ROWS}, {"f": FEATURE})
+    for row in (-1, 7):
+        ids = host(je.SparseTensor(jnp.array([[0, 0], [row, 0]]), jnp.array([1, 2]), (2, 4)))
+        with pytest.raises(ValueError, match=rf"Feature 'f': entry 1 lies at \[{row}, 0\]"):
+            je.serving_embedding_lookup({"f": ids}, None, {"t": ROWS}, {"f": FEATURE})
+
+
 @pytest.mark.parametrize("weight", [1e38, -1e38, 3.0])
 def test_a_mean_by_a_large_weight(path, weight):
     """Whose reciprocal is no normal number."""
@@ -143,6 +155,23 @@ def test_jax_finds_faults_in_lookups(path):
     np.testing.assert_array_equal(gradient.sum(axis=1), [0, D, D, D, 0, 0])
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
         lookup(ids, table=ROWS.at[1].set(jnp.nan))
+
+
+@pytest.mark.parametrize("bad", [-1, V, 2**40])
+def test_ids_of_a_ragged_sequence_from_l_on_are_not_looked_up(path, bad):
+    feature = je.FeatureConfig(TABLE, max_sequence_length=2)
+    ids = je.RaggedTensor(np.array([1, 2, bad, 4, 3]), np.array([0, 4, 5]))
+    expected = [[ROWS[1], ROWS[2]], [ROWS[3], [0] * D]]
+    np.testing.assert_array_equal(lookup(ids, feature=feature), expected)
+    for call in (lookup, jax.jit(lookup, static_argnames=("feature", "count_bad_ids"))):
+        out, count = call(ids, feature=feature, count_bad_ids=True)
+        np.testing.assert_array_equal(out, expected)
+        assert int(count) == 0
+
+
+def test_a_quantization_config_is_not_applied(path):
+    coarse = je.TableConfig(V, D, combiner="sum", name="t", quantization_config=je.QuantizationConfig(2, 0, 1))
+    np.testing.assert_array_equal(lookup(np.arange(V), feature=je.FeatureConfig(coarse)), ROWS)
 
 
 def test_other_rows_do_not_leak(path):
@@ -212,6 +241,7 @@ def test_refusals():
     refused("is a sequence feature but a dense array was passed", np.array([1]), feature=sequence)
     refused("is type str. A dense array, a SparseTensor or a RaggedTensor expected", "abc")
     refused("must hold integer ids, got float32", np.ones(2, np.float32))
+    refused("must hold integer ids, got <U1; look strings up .* jaxembed.preprocess does", np.array(["a"]))
     refused("must be parallel to its input", ragged, je.RaggedTensor.from_lists([[1.0]]))
     refused("must be floating point, got int64", ragged, ragged)
     refused(
@@ -249,7 +279,8 @@ def test_native_equals_plain_jax_with_gradients(case):
         with je.use_backend(name):
             outputs[name] = run(case.table, case.weights)
             arguments = (0, 1) if case.weights is not None else (0,)
-            gradients[name] = jax.grad(loss, arguments, allow_int=True)(jnp.asarray(case.table), case.weights)
+            gradient = jax.jit(jax.grad(loss, arguments, allow_int=True))
+            gradients[name] = gradient(jnp.asarray(case.table), case.weights)
     np.testing.assert_allclose(outputs["native"], outputs["xla"], rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(*(jax.tree.leaves(gradients[n]) for n in ("native", "xla")), strict=True):
         if ours.dtype == jnp.float32:
@@ -320,7 +351,10 @@ def test_empty(path, ids):
 
 def test_structures_of_other_kinds_of_dicts():
     config = {"b": FEATURE, "a": FEATURE}
-    ids = collections.OrderedDict(b=jnp.array([1]), a=jnp.array([2]))
+    ids = collections.OrderedDict(a=jnp.array([2]), b=jnp.array([1]))
+    turned = collections.OrderedDict(reversed(ids.items()))
+    turned = je.serving_embedding_lookup(turned, None, {"t": ROWS}, config)
+    assert (type(turned), list(turned)) == (collections.OrderedDict, ["a", "b"])
     for inputs in (ids, collections.defaultdict(list, ids)):
         out = je.serving_embedding_lookup(inputs, None, {"t": ROWS}, config)
         assert type(out) is type(inputs)

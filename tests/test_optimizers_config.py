@@ -21,6 +21,7 @@ from jaxembed.optimizers import (
     Adam,
     CosineDecay,
     CustomOptimizer,
+    ExponentialDecay,
     Optimizer,
     PolynomialDecay,
     as_optax,
@@ -138,7 +139,9 @@ BUILTIN = [SGD(), Adagrad(), AdagradMomentum(), FTRL(), Adam(), CustomOptimizer(
             lambda: SGD(lambda: [1.0]).learning_rate_at(0),
             r"learning_rate must be a scalar, got an array of shape \[1\] from",
         ),
-        (lambda: PolynomialDecay(0.1, 0), "decay_steps must be at least 1"),
+        (lambda: PolynomialDecay(0.1, 0), "decay_steps must be at least 1, got 0"),
+        (lambda: PolynomialDecay(0.1, 1, warmup_steps=-1), "warmup_steps must be at least 0, got -1"),
+        (lambda: ExponentialDecay(0.1, 0, 0.5), "decay_steps must be at least 1, got 0"),
     ],
 )
 def test_errors(make, message):
@@ -214,24 +217,31 @@ def test_learning_rates():
 
 
 def test_schedules_equal_those_of_optax():
-    cosine = optax.warmup_cosine_decay_schedule(0.0, 0.5, 4, 14, 0.1)
+    cosine = optax.warmup_cosine_decay_schedule(0.25, 0.5, 4, 14, 0.1)
+    stairs = optax.exponential_decay(0.5, 4, 0.8, staircase=True)
     power = optax.polynomial_schedule(0.5, 0.1, 2.0, 10)
     linear = optax.join_schedules([optax.linear_schedule(0.0, 0.5, 4), power], [4])
-    for step in range(20):
-        ours = CosineDecay(0.5, 10, 0.1, warmup_steps=4)(step)
-        np.testing.assert_allclose(ours, cosine(jnp.asarray(step)), rtol=1e-6, atol=1e-7)
-        ours = PolynomialDecay(0.5, 10, 0.1, warmup_steps=4, power=2.0)(step)
-        np.testing.assert_allclose(ours, linear(jnp.asarray(step)), rtol=1e-6, atol=1e-7)
-        ours = PolynomialDecay(0.5, 10, 0.1, power=2.0)(step)
-        np.testing.assert_allclose(ours, power(jnp.asarray(step)), rtol=1e-6, atol=1e-7)
+    steps = jnp.arange(20.0)
+    for ours, theirs in (
+        (CosineDecay(0.25, 10, 0.2, warmup_target=0.5, warmup_steps=4), cosine),
+        (PolynomialDecay(0.5, 10, 0.1, warmup_steps=4, power=2.0), linear),
+        (PolynomialDecay(0.5, 10, 0.1, power=2.0), power),
+        (ExponentialDecay(0.5, 4, 0.8, staircase=True), stairs),
+    ):
+        np.testing.assert_allclose(ours(steps), theirs(steps), rtol=1e-6, atol=1e-7)
 
 
 finite = st.floats(-1e3, 1e3)
 positive = st.floats(1e-6, 1e3)
 rate = st.one_of(
     positive,
-    st.builds(PolynomialDecay, positive, st.integers(1, 9), finite, st.integers(0, 9), power=positive),
-    st.builds(CosineDecay, positive, st.integers(1, 9)),
+    st.builds(
+        PolynomialDecay,
+        *(positive, st.integers(1, 9), finite, positive, st.booleans()),
+        warmup_steps=st.integers(0, 9),
+    ),
+    st.builds(CosineDecay, positive, st.integers(1, 9), warmup_target=st.none() | positive),
+    st.builds(ExponentialDecay, positive, st.integers(1, 9), positive, st.booleans()),
     st.just(halving),
 )
 options = st.fixed_dictionaries(
@@ -304,6 +314,26 @@ def test_what_has_no_name_cannot_be_stored():
     ]:
         with pytest.raises(ValueError, match=message):
             optimizer_from_dict(data)
+
+
+def test_another_rule_inherits_no_promises():
+    """Rows of its own would be left out of it, where the parent's rule only adds to them."""
+
+    @dataclasses.dataclass(frozen=True)
+    class L2(SGD):
+        def rule(self, gradient, rows, slots, learning_rate, step):
+            return rows - learning_rate * (gradient + 0.5 * rows), {}
+
+    assert (SGD.is_additive, SGD.is_elementwise) == (True, True)
+    assert (L2.is_additive, L2.is_elementwise) == (False, False)
+    table, _ = sparse_update(L2(0.1), jnp.full((3, 1), 10.0), {}, np.array([2]), jnp.ones((1, 1)), 0)
+    np.testing.assert_allclose(table[:, 0], [10.0, 10.0, 9.4], rtol=1e-6)
+
+    @dataclasses.dataclass(frozen=True)
+    class Renamed(SGD):
+        name = "renamed"
+
+    assert Renamed.is_additive
 
 
 def test_registering_classes():

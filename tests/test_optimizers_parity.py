@@ -198,3 +198,28 @@ def test_slot_names_are_those_of_tensorflow():
         values = [float(initializer([])) for initializer in theirs._slot_initializers()]
         np.testing.assert_allclose(list(ours.slot_initial_values.values()), values, rtol=1e-7)
     assert CustomOptimizer(max, 0.1, ["a"], [0.0]).slot_names == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("PolynomialDecay", (0.3, 10)),
+        ("PolynomialDecay", (0.3, 10, 0.1, 0.5)),
+        ("PolynomialDecay", (0.3, 10, 0.01, 2.0, True)),
+        ("CosineDecay", (0.3, 10)),
+        ("CosineDecay", (0.3, 10, 0.2, {"warmup_target": 0.7, "warmup_steps": 6})),
+        ("CosineDecay", (0.3, 10, {"warmup_steps": 6})),
+        ("CosineDecay", (0.3, 10, {"warmup_target": 0.7})),
+        ("ExponentialDecay", (0.3, 10, 0.9)),
+        ("ExponentialDecay", (0.3, 10, 0.9, True)),
+    ],
+)
+def test_schedules_are_those_of_tensorflow(name, arguments):
+    classes = getattr(tf.keras.optimizers.schedules, name), getattr(optimizers, name)
+    positional = [value for value in arguments if not isinstance(value, dict)]
+    theirs, ours = (cls(*positional, **dict(*arguments[len(positional) :])) for cls in classes)
+    steps = np.arange(45)
+    np.testing.assert_allclose(ours(steps), [float(theirs(step)) for step in steps], rtol=1e-6, atol=1e-7)
+    own = inspect.signature(classes[1]).parameters
+    for argument, parameter in inspect.signature(classes[0]).parameters.items():
+        assert argument == "name" or own[argument].default == parameter.default, argument

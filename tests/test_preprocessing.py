@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,6 +145,15 @@ def test_a_vocabulary_that_changed_is_refused(words, tmp_path):
         VocabularyFile(tmp_path / "nothing")
 
 
+def test_a_byte_order_mark_of_a_recorded_vocabulary(tmp_path, caplog):
+    """Its digest is that of a file with the mark, so it cannot be written without."""
+    content = b"\xef\xbb\xbfa\nb\n"
+    (tmp_path / "file").write_bytes(content)
+    recorded = VocabularyFile(tmp_path / "file", 0, digest=xxhash.xxh3_128_hexdigest(content), size=2)
+    assert recorded.rows(["b", "\ufeffa"]).tolist() == [1, 0]
+    assert "begins with a byte order mark" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -207,6 +217,8 @@ def test_every_form_of_input(words):
     ids = np.array([[1, -5], [2**40, 7]])
     assert preprocess({"f": ids}, numbers)["f"].tolist() == HashBuckets(10).rows(ids).tolist()
     assert preprocess({"f": [[], []]}, numbers)["f"].to_lists() == [[], []]
+    for array in (np.array(flat), np.array(flat, object)):  # as of a column of a data frame
+        assert preprocess({"f": Foreign(array)}, feature)["f"].tolist() == words.rows(flat).tolist()
     # Of another library: as wide as they are, where `as_input` would saturate them.
     assert preprocess({"f": Foreign(ids)}, numbers)["f"].tolist() == HashBuckets(10).rows(ids).tolist()
     plain = {"f": FeatureConfig(TABLE)}
@@ -223,28 +235,28 @@ IDS, ROWS = np.array([1, 2, 3]), [5, 0, 3]
 
 
 @pytest.mark.parametrize(
-    ("features", "inputs"),
+    ("features", "inputs", "refusal"),
     [
-        ([A, B], [IDS]),
-        ((A, B), [IDS, IDS]),
-        ([A, B], {"0": IDS, "1": IDS}),
-        ({"a": [A, B], "b": A}, {"a": [IDS]}),
-        ({0: A}, {"0": IDS}),
-        ({"0": A}, {0: IDS}),
-        ({"0": A, "1": B}, [IDS, IDS]),
-        (Pair(A, B), {"left": IDS}),
-        (Pair(A, B), {"left": IDS, "right": IDS}),
-        ({"left": A, "right": B}, Pair(IDS, IDS)),
-        ({"a/b": A}, {"a": {"b": IDS}}),
-        ({"a": {"b": A}, "c": FeatureConfig(TABLE)}, {"a/b": IDS}),
-        (collections.OrderedDict(b=A, a=B), collections.OrderedDict(b=IDS)),
-        ({"": A}, {"": IDS}),
-        ({"": A}, IDS),
-        (A, IDS),
+        ([A, B], [IDS], "must be a list or tuple of 2 entries, got 1 entries"),
+        ((A, B), [IDS, IDS], None),
+        ([A, B], {"0": IDS, "1": IDS}, "must be a list or tuple of 2 entries, got dict"),
+        ({"a": [A, B], "b": A}, {"a": [IDS]}, "at 'a' must be a list or tuple of 2 entries, got 1 entries"),
+        ({0: A}, {"0": IDS}, None),
+        ({"0": A}, {0: IDS}, None),
+        ({"0": A, "1": B}, [IDS, IDS], r"must be a dict with \['0', '1'\], got list"),
+        (Pair(A, B), {"left": IDS}, "'right' is missing"),
+        (Pair(A, B), {"left": IDS, "right": IDS}, None),
+        ({"left": A, "right": B}, Pair(IDS, IDS), None),
+        ({"a/b": A}, {"a": {"b": IDS}}, "has no feature 'a'"),
+        ({"a": {"b": A}, "c": FeatureConfig(TABLE)}, {"a/b": IDS}, "has no feature 'a/b'"),
+        (collections.OrderedDict(b=A, a=B), collections.OrderedDict(b=IDS), "'a' is missing"),
+        ({"": A}, {"": IDS}, None),
+        ({"": A}, IDS, r"must be a dict with \[''\], got ndarray"),
+        (A, IDS, None),
     ],
 )
-def test_ids_that_match_a_feature_are_never_taken_for_rows(features, inputs):
-    """However the containers of both sides are made."""
+def test_ids_that_match_a_feature_are_never_taken_for_rows(features, inputs, refusal):
+    """However the containers of both sides are made; a ServingFunction takes the structure of the configuration alone."""
     table = np.arange(40, dtype=np.float32).reshape(10, 4)
     rows = preprocess(inputs, features)
     assert type(rows) is type(inputs) or isinstance(inputs, np.ndarray)
@@ -258,11 +270,12 @@ def test_ids_that_match_a_feature_are_never_taken_for_rows(features, inputs):
     batch, _ = sharded.shard_batch(inputs)
     for leaf in jax.tree.leaves(sharded.lookup(state, batch)):
         np.testing.assert_array_equal(leaf, np.asarray(trained)[ROWS])
-    try:
-        served = ServingFunction(embedding, batch_sizes=(3,))(inputs)
-    except ValueError:  # it takes the structure of the configuration alone
+    function = ServingFunction(embedding, batch_sizes=(3,))
+    if refusal is not None:
+        with pytest.raises(ValueError, match=refusal):
+            function(inputs)
         return
-    for leaf in jax.tree.leaves(served):
+    for leaf in jax.tree.leaves(function(inputs)):
         np.testing.assert_array_equal(leaf, table[ROWS])
 
 

@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 
 import flax.nnx as nnx
 import jax
@@ -30,8 +31,8 @@ MODULES = (
     "jaxembed.train",
     "jaxembed.serve",
 )
-#: Keys of random numbers, and arrays of any shape.
-OTHERS = {"key", "learning_rate", "agreed"}
+#: Arguments and results: keys of random numbers, arrays of any shape, and addresses, which are for programs of ours.
+OTHERS = {"key", "agreed", "model", "params", "addresses"}
 
 
 def public_functions():
@@ -49,10 +50,31 @@ def public_functions():
                     yield f"{module}.{name}.{attribute}", member
 
 
+def is_bare(hint):
+    """Whether an array without a shape is in it, however deep."""
+    parts = hint if isinstance(hint, list) else typing.get_args(hint)  # a list: the arguments of a Callable
+    return hint in (jax.Array, np.ndarray) or any(map(is_bare, parts))
+
+
 @pytest.mark.parametrize(("name", "function"), list(public_functions()))
 def test_arrays_have_shapes(name, function):
-    bare = {k: hint for k, hint in function.__annotations__.items() if hint in (jax.Array, np.ndarray)}
-    assert not set(bare) - OTHERS
+    bare = {k for k, hint in function.__annotations__.items() if is_bare(hint)}
+    assert not {function.__name__ if k == "return" else k for k in bare} - OTHERS
+
+
+@pytest.mark.parametrize(
+    ("hint", "bare"),
+    [
+        (jax.Array, True),
+        (jax.Array | None, True),
+        (dict[str, list[np.ndarray]], True),
+        (Callable[[jax.Array], int], True),
+        (shapes.Table, False),
+        (dict[str, shapes.Table] | None, False),
+    ],
+)
+def test_arrays_without_shapes_are_found(hint, bare):
+    assert is_bare(hint) == bare
 
 
 def check(function, result):

@@ -1,5 +1,6 @@
 """The tutorials of docs/ as they stand: each page is one program, run in a process and a folder of its own."""
 
+import ast
 import os
 import pathlib
 import re
@@ -13,6 +14,17 @@ TUTORIALS = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "sharding.md"]
 # What other tests do as well, with files of their own.
 SLOW = ("criteo", "tensorflow")
 NEEDS = {"torchrec": ["torch"], "tensorflow": ["tensorflow"]}
+
+
+def test_the_first_example_of_the_readme_gives_what_it_says():
+    text = (DOCS.parent / "README.md").read_text()
+    block = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert block
+    *lines, call, said = block[1].splitlines()
+    names = {}
+    exec("\n".join(lines), names)
+    found = {name: rows.tolist() for name, rows in eval(call, names).items()}
+    assert found == ast.literal_eval(said.removeprefix("# "))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxembed.cli.importing import import_modules
+
 
 class Command(NamedTuple):
     """A subcommand: the module that has `add_arguments(parser)` and `run(options) -> int`, and its help.
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sub.description = module.__doc__
                 module.add_arguments(sub)
         options = parser.parse_args(arguments)
+        import_modules(getattr(options, "imports", ()))
         return modules[options.command].run(options)
     except (ValueError, OSError, ImportError) as e:
         if isinstance(e, ImportError) and e.name is not None:

@@ -9,6 +9,8 @@ from jaxembed.inputs.ids import narrow_ids
 from jaxembed.inputs.ragged import RaggedTensor
 from jaxembed.inputs.sparse import SparseTensor
 
+#: Of arrays of strings, or of objects, which may be strings.
+_TEXT_KINDS = "OUST"
 #: Types of pyarrow whose values are strings.
 _TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
 
@@ -36,8 +38,15 @@ def as_input(x: Any) -> Any:
       >>> as_input(np.array([2, 2**40])).tolist()
       [2, 2147483647]
     """
-    x = converted(x)
-    return x if isinstance(x, RaggedTensor | SparseTensor) else narrow_ids(x)
+    kind, x = type(x).__name__, converted(x)
+    if isinstance(x, RaggedTensor | SparseTensor):
+        return x
+    if x.dtype.kind in _TEXT_KINDS:
+        raise ValueError(
+            f"as_input cannot convert {kind} of {x.dtype}: dense ids must be numbers; look strings up in a vocabulary or "
+            "hash them first: jaxembed.preprocess does, for features with preprocessing."
+        )
+    return narrow_ids(x)
 
 
 def converted(x: Any) -> Any:
@@ -59,7 +68,7 @@ def converted(x: Any) -> Any:
         x = np.asarray(x) if x else np.zeros(0, np.int32)
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         array = x if isinstance(x, jax.Array) else np.asarray(x)
-        if array.dtype.kind in "iufV":
+        if array.dtype.kind in ("i", "u", "f", "V", *_TEXT_KINDS):
             return array
     raise ValueError(
         f"as_input cannot convert {type(x).__name__}; pass a list of lists, a numpy or jax array, a BCOO, a scipy "
@@ -133,4 +142,4 @@ def _from_tensorflow(x: Any) -> Any:
         raise ValueError(
             f"as_input: a TensorFlow tensor must be eager, got {name}; convert outside of tf.function."
         )
-    return x.numpy()
+    return np.asarray(x.numpy())

@@ -18,11 +18,6 @@ def is_concrete(array: Any) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
-def is_on_device(array: Any) -> bool:
-    """Whether `array` has values that can be looked at, but only now, where a host array's were before."""
-    return is_concrete(array) and not is_host(array)
-
-
 def native_order(array: Any) -> Any:
     """A host array in this processor's order of bytes, which is all that JAX takes."""
     if isinstance(array, np.ndarray) and not array.dtype.isnative:

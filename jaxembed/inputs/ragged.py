@@ -165,12 +165,15 @@ class RaggedTensor:
             raise ValueError(
                 f"from_row_lengths: row_lengths must be [B] ints of at least 0, got {row_lengths!r}."
             )
+        num_values = np.shape(values)[0]
         splits = np.zeros(lengths.size + 1, np.int64)
-        np.cumsum(lengths, out=splits[1:])
-        if splits[-1] != np.shape(values)[0]:
+        fits = not lengths.size or lengths.max() <= num_values  # the sum of longer ones may wrap to it
+        if fits:
+            np.cumsum(lengths, out=splits[1:])
+        if not fits or splits[-1] != num_values:
             raise ValueError(
-                f"from_row_lengths: row_lengths must add up to the number of values, got {splits[-1]} for "
-                f"{np.shape(values)[0]}; for values that are padding give row_splits to RaggedTensor."
+                f"from_row_lengths: row_lengths must add up to the number of values, got {sum(lengths.tolist())} for "
+                f"{num_values}; for values that are padding give row_splits to RaggedTensor."
             )
         return cls(values, splits.astype(np.int32) if splits[-1] < 2**31 else splits)
 
@@ -280,12 +283,21 @@ def _joined(rows: list[Any], arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _as_type(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Refuses what an integer type cannot hold: an id that wraps is another one."""
+    """Refuses what a type of integers or strings cannot hold: an id that wraps or is cut is another one."""
     if values.dtype.kind == "O" and dtype.kind not in "OUST":
         raise ValueError(
             f"RaggedTensor.from_lists: rows must hold numbers for {dtype.name}, got strings; look them up in a "
             "vocabulary or hash them first."
         )
+    if dtype.kind in "UST":
+        cut = values.astype(dtype)
+        changed = [value for value, held in zip(values, cut, strict=True) if _text(value) != _text(held)]
+        if changed:
+            raise ValueError(
+                f"RaggedTensor.from_lists: rows must hold strings that {dtype} can hold whole, got {changed[0]!r:.80}; "
+                "pass a longer dtype, or object."
+            )
+        return cut
     if dtype.kind not in "iu" or not values.size:
         return values.astype(dtype)
     limits, low, high = np.iinfo(dtype), values.min(), values.max()
@@ -303,3 +315,7 @@ def _as_type(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
             f"{high}; pass another dtype."
         )
     return values.astype(dtype)
+
+
+def _text(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()

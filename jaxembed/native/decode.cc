@@ -207,7 +207,7 @@ std::string Decode(const int64_t* meta, const ffi::RemainingArgs& args, ffi::Rem
   const auto ids = read.Get(meta[kIds]);
   if (!ids) return "ids must be int32 or int64 [N], got none";
   const int64_t n = bag->num_ids = ids->element_count();
-  if (n > INT32_MAX) return "at most 2^31 - 1 ids, got " + std::to_string(n);
+  if (n > INT32_MAX) return "at most 2^31 - 1 ids, got " + std::to_string(n) + "; look the batch up in parts";
   bag->ids = read.Integers(kIds, n, "ids must be int32 or int64 [N] =");
   if (bag->layout == Layout::kRagged) {
     bag->bags = read.Splits(bag->num_bags + 1);

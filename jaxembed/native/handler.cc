@@ -48,6 +48,12 @@ ffi::Error Invalid(int64_t feature, const std::string& what) {
   return ffi::Error::InvalidArgument("jaxembed: embedding_bag of feature " + std::to_string(feature) + ": " + what);
 }
 
+// What is wrong with operands, and what to do where that is not said.
+std::string WithAdvice(const std::string& wrong) {
+  if (wrong.find(';') != std::string::npos) return wrong;
+  return wrong + "; make the operands fit the Bag, or export the program anew with this jaxembed";
+}
+
 // Small calls: all on this thread.
 void RunInline(const std::vector<Bag>& bags, const std::vector<Placed>& all_placed, int32_t* bad) {
   for (size_t f = 0; f < bags.size(); ++f) {
@@ -113,7 +119,7 @@ ffi::Error EmbeddingBags(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   for (int64_t f = 0; f < features; ++f) {
     Bag& bag = bags[f];
     std::string wrong = Decode(meta.begin() + f * kFields, args, rets, outs, &bag);
-    if (!wrong.empty()) return Invalid(f, wrong + "; make the operands fit the Bag, or export the program anew with this jaxembed");
+    if (!wrong.empty()) return Invalid(f, WithAdvice(wrong));
     wrong = Place(bag, scratch[f], &placed[f]);
     if (!wrong.empty()) return Invalid(f, wrong);
     cost += Cost(bag, placed[f]);

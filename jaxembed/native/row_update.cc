@@ -154,8 +154,9 @@ void Cut(size_t num_tasks, Work* work) {
   work->borders = {0};
   for (size_t t = 1; t <= num_tasks; ++t) {
     size_t at = size * t / num_tasks;
+    if (at <= work->borders.back()) continue;  // in a row that the task before ends with
     while (at && at < size && RowOf(work->keys[at]) == RowOf(work->keys[at - 1])) ++at;
-    if (at > work->borders.back()) work->borders.push_back(at);
+    work->borders.push_back(at);
   }
 }
 

@@ -11,7 +11,7 @@ from jaxembed.optimizers.registry import (
     register_schedule,
 )
 from jaxembed.optimizers.rules import FTRL, SGD, Adagrad, AdagradMomentum, Adam
-from jaxembed.optimizers.schedules import CosineDecay, PolynomialDecay, Schedule
+from jaxembed.optimizers.schedules import CosineDecay, ExponentialDecay, PolynomialDecay, Schedule
 from jaxembed.optimizers.sparse import dedupe, dedupe_ids, sparse_update, update_unique
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Adam",
     "CosineDecay",
     "CustomOptimizer",
+    "ExponentialDecay",
     "OptaxState",
     "Optimizer",
     "PolynomialDecay",

@@ -67,7 +67,7 @@ class Optimizer:
 
     name: ClassVar[str]
     #: Whether each component of a row is updated by itself, so that a table may be split along its width.
-    is_elementwise: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = False
     #: Whether the rule only adds to a row what does not depend on it.
     is_additive: ClassVar[bool] = False
 
@@ -80,6 +80,12 @@ class Optimizer:
     clipvalue: float | tuple[float | None, float | None] | None = dataclasses.field(default=None, kw_only=True)
     slot_variable_creation_fn: Callable[..., Any] | None = dataclasses.field(default=None, kw_only=True)
     low_dimensional_packing_status: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if {"rule", "update_rows"} & vars(cls).keys():  # what is known of the parent's rule is not of this one
+            for promise in {"is_elementwise", "is_additive"} - vars(cls).keys():
+                setattr(cls, promise, False)
 
     def __post_init__(self) -> None:
         self._check_switches()

@@ -42,7 +42,6 @@ class CustomOptimizer(Optimizer):
     """
 
     name: ClassVar[str] = "custom"
-    is_elementwise: ClassVar[bool] = False
 
     custom_computation: Callable[..., Any]
     # The default hides the base's property of this name.

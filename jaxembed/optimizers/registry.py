@@ -4,15 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from jaxembed.names import unregistered
 from jaxembed.optimizers.base import Optimizer
 from jaxembed.optimizers.custom import CustomOptimizer
 from jaxembed.optimizers.rules import RULES
-from jaxembed.optimizers.schedules import CosineDecay, PolynomialDecay
+from jaxembed.optimizers.schedules import CosineDecay, ExponentialDecay, PolynomialDecay
 
 T = TypeVar("T")
 
 _OPTIMIZERS: dict[str, Any] = {c.name: c for c in (*RULES, CustomOptimizer)}
-_SCHEDULES: dict[str, Any] = {c.name: c for c in (PolynomialDecay, CosineDecay)}
+_SCHEDULES: dict[str, Any] = {c.name: c for c in (PolynomialDecay, CosineDecay, ExponentialDecay)}
 _FUNCTIONS: dict[str, Any] = {}
 
 
@@ -34,7 +35,7 @@ def optimizer_from_dict(data: dict[str, Any]) -> Optimizer:
     """The optimizer that `Optimizer.to_dict` described.
 
     Raises:
-      ValueError: if it names an unregistered class or function.
+      UnregisteredError: if it names an unregistered class or function.
     """
     arguments = {name: _from_json(value) for name, value in data["arguments"].items()}
     return optimizer_class(data["name"])(**arguments)
@@ -44,7 +45,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
     """The registered optimizer of that name.
 
     Raises:
-      ValueError: if there is none.
+      UnregisteredError: if there is none.
     """
     return _find(_OPTIMIZERS, name, "optimizer")
 
@@ -112,10 +113,7 @@ def _from_json(value: Any) -> Any:
 
 def _find(registry: dict[str, Any], name: str, kind: str) -> Any:
     if name not in registry:
-        raise ValueError(
-            f"unknown {kind} {name!r}; known: {sorted(registry)}. "
-            f"Register your own with jaxembed.optimizers.register_{kind} before loading."
-        )
+        raise unregistered(kind, name, registry, f"jaxembed.optimizers.register_{kind}")
     return registry[name]
 
 

@@ -23,6 +23,7 @@ class SGD(Optimizer):
     """
 
     name: ClassVar[str] = "sgd"
+    is_elementwise: ClassVar[bool] = True
     is_additive: ClassVar[bool] = True
     learning_rate: LearningRate = 0.01
 
@@ -48,6 +49,7 @@ class Adagrad(Optimizer):
     """
 
     name: ClassVar[str] = "adagrad"
+    is_elementwise: ClassVar[bool] = True
     is_additive: ClassVar[bool] = True
     initial_accumulator_value: float = 0.1
 
@@ -99,6 +101,7 @@ class AdagradMomentum(Optimizer):
     """
 
     name: ClassVar[str] = "adagrad_momentum"
+    is_elementwise: ClassVar[bool] = True
     is_additive: ClassVar[bool] = True
     momentum: float = 0.0
     use_nesterov: bool = False
@@ -167,6 +170,7 @@ class FTRL(Optimizer):
     """
 
     name: ClassVar[str] = "ftrl"
+    is_elementwise: ClassVar[bool] = True
     learning_rate_power: float = -0.5
     l1_regularization_strength: float = 0.0
     l2_regularization_strength: float = 0.0
@@ -244,6 +248,7 @@ class Adam(Optimizer):
     """
 
     name: ClassVar[str] = "adam"
+    is_elementwise: ClassVar[bool] = True
     is_additive: ClassVar[bool] = True
     beta_1: float = 0.9
     beta_2: float = 0.999

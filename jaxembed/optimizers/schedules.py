@@ -1,4 +1,7 @@
-"""Learning rate schedules that can be stored with a configuration; optax's cannot, being closures."""
+"""Learning rate schedules that can be stored with a configuration; optax's cannot, being closures.
+
+Their arguments and values are those of `tf.keras.optimizers.schedules`.
+"""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -10,54 +13,123 @@ from jaxembed.shapes import Scalar
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Linear from 0 to `learning_rate` in `warmup_steps`, then down to `end_learning_rate` in `decay_steps`.
+    """Called with the step, gives the rate there: a float32 scalar.
+
+    Args:
+      initial_learning_rate: the rate that it starts from.
+      decay_steps: how many steps it decays over.
 
     Raises:
-      ValueError: if a number of steps is negative, or `decay_steps` is 0.
+      ValueError: if `decay_steps` is less than 1, or `warmup_steps`, where it has them, less than 0.
     """
 
     name: ClassVar[str]
 
-    learning_rate: float
+    initial_learning_rate: float
     decay_steps: int
-    end_learning_rate: float = 0.0
-    warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.decay_steps < 1 or self.warmup_steps < 0:
-            raise ValueError(
-                "decay_steps must be at least 1 and warmup_steps at least 0, got "
-                f"{self.decay_steps} and {self.warmup_steps}."
-            )
+        for name, least in (("decay_steps", 1), ("warmup_steps", 0)):
+            value = getattr(self, name, least)
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
 
     def __call__(self, step: Any) -> Scalar:
-        step = jnp.asarray(step).astype(jnp.float32)
-        left = self.left(jnp.clip((step - self.warmup_steps) / self.decay_steps, 0, 1))
-        decayed = self.end_learning_rate + (self.learning_rate - self.end_learning_rate) * left
-        warming = self.learning_rate * step / max(self.warmup_steps, 1)
-        return jnp.where(step < self.warmup_steps, warming, decayed)
+        return self.rate(jnp.asarray(step).astype(jnp.float32))
 
-    def left(self, done: Scalar) -> Scalar:
-        """What is left of the way down, from 1 to 0, when `done` of the decay steps, from 0 to 1, are."""
+    def rate(self, step: Scalar) -> Scalar:
+        """The rate at a float32 step."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class PolynomialDecay(Schedule):
-    """Down as (1 - done)^power."""
+    """Down to `end_learning_rate` as (1 - step / decay_steps)^power, and then constant.
+
+    Args:
+      initial_learning_rate: the rate that it starts from.
+      decay_steps: how many steps it decays over.
+      end_learning_rate: the rate that it ends with.
+      power: of the polynomial; 1 is linear.
+      cycle: start again instead of being constant, each time over one more `decay_steps` in all.
+      warmup_steps: before the decay, linear from 0 to `initial_learning_rate`. TensorFlow has none here.
+
+    References:
+      `tf.keras.optimizers.schedules.PolynomialDecay`.
+    """
 
     name: ClassVar[str] = "polynomial_decay"
-    power: float = 1.0
 
-    def left(self, done: Scalar) -> Scalar:
-        return (1 - done) ** self.power
+    end_learning_rate: float = 0.0001
+    power: float = 1.0
+    cycle: bool = False
+    warmup_steps: int = dataclasses.field(default=0, kw_only=True)
+
+    def rate(self, step: Scalar) -> Scalar:
+        """The rate at a float32 step."""
+        at = step - self.warmup_steps
+        rounds = jnp.maximum(jnp.ceil(at / self.decay_steps), 1) if self.cycle else 1
+        left = 1 - jnp.clip(at / (self.decay_steps * rounds), 0, 1)
+        span = self.initial_learning_rate - self.end_learning_rate
+        decayed = span * left**self.power + self.end_learning_rate
+        warming = self.initial_learning_rate * step / max(self.warmup_steps, 1)
+        return jnp.where(step < self.warmup_steps, warming, decayed)
 
 
 @dataclasses.dataclass(frozen=True)
 class CosineDecay(Schedule):
-    """Down as half a cosine."""
+    """Down to `alpha` of where it started, as half a cosine, and then constant.
+
+    Args:
+      initial_learning_rate: the rate that it starts from.
+      decay_steps: how many steps it decays over, after those of the warmup.
+      alpha: what is left in the end, as a fraction of the rate that decays.
+      warmup_target: the rate that decays, after a warmup from `initial_learning_rate`; None for no warmup.
+      warmup_steps: how many steps the warmup, which is linear, takes; of no effect without a `warmup_target`.
+
+    References:
+      `tf.keras.optimizers.schedules.CosineDecay`.
+    """
 
     name: ClassVar[str] = "cosine_decay"
 
-    def left(self, done: Scalar) -> Scalar:
-        return 0.5 * (1 + jnp.cos(jnp.pi * done))
+    alpha: float = 0.0
+    warmup_target: float | None = dataclasses.field(default=None, kw_only=True)
+    warmup_steps: int = dataclasses.field(default=0, kw_only=True)
+
+    def rate(self, step: Scalar) -> Scalar:
+        """The rate at a float32 step."""
+        initial, target = self.initial_learning_rate, self.warmup_target
+        if target is None:
+            return self._decayed(initial, step)
+        warming = (target - initial) * step / max(self.warmup_steps, 1) + initial
+        return jnp.where(step < self.warmup_steps, warming, self._decayed(target, step - self.warmup_steps))
+
+    def _decayed(self, start: float, step: Scalar) -> Scalar:
+        left = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / self.decay_steps, 0, 1)))
+        return start * ((1 - self.alpha) * left + self.alpha)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExponentialDecay(Schedule):
+    """Times `decay_rate` every `decay_steps`, for ever.
+
+    Args:
+      initial_learning_rate: the rate that it starts from.
+      decay_steps: how many steps one `decay_rate` takes.
+      decay_rate: what is left after them, as a fraction.
+      staircase: whether the rate stays the same until the steps are over.
+
+    References:
+      `tf.keras.optimizers.schedules.ExponentialDecay`.
+    """
+
+    name: ClassVar[str] = "exponential_decay"
+
+    decay_rate: float
+    staircase: bool = False
+
+    def rate(self, step: Scalar) -> Scalar:
+        """The rate at a float32 step."""
+        decays = step / self.decay_steps
+        return self.initial_learning_rate * self.decay_rate ** (jnp.floor(decays) if self.staircase else decays)

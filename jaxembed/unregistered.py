@@ -1,0 +1,58 @@
+"""Optimizers and initializers that nothing registered in this process: kept as they are stored.
+
+Whoever serves, converts or inspects has no use for them, and need not have the modules that define them.
+"""
+
+import dataclasses
+import json
+from typing import Any, ClassVar, Never
+
+from jaxembed.names import UnregisteredError
+from jaxembed.optimizers.base import Optimizer
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class UnregisteredOptimizer(Optimizer):
+    """An optimizer that can be stored again, and not be trained with.
+
+    Args:
+      stored: JSON of what `Optimizer.to_dict` gave.
+      reason: why it is not known.
+    """
+
+    name: ClassVar[str] = "unregistered"
+    stored: str = ""
+    reason: str = dataclasses.field(default="", compare=False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.stored})"
+
+    @property
+    def slot_initial_values(self) -> Never:
+        """Raises:
+        UnregisteredError: always, as all that trains asks for it.
+        """
+        raise UnregisteredError(self.reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it was stored."""
+        return json.loads(self.stored)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnregisteredInitializer:
+    """An initializer that can be stored again, and not be called.
+
+    Args:
+      stored: JSON of its name and arguments.
+      reason: why it is not known.
+    """
+
+    stored: str
+    reason: str = dataclasses.field(compare=False, repr=False)
+
+    def __call__(self, *_: Any) -> Never:
+        """Raises:
+        UnregisteredError: always.
+        """
+        raise UnregisteredError(self.reason)
