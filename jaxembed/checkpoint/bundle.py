@@ -22,9 +22,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
-import numpy as np
-
 from jaxembed.checkpoint import layout
+from jaxembed.checkpoint.bundle_model import model_file, write_model
 from jaxembed.checkpoint.bundle_reading import (
     EXPORTED_FILE,
     FORMAT,
@@ -37,10 +36,9 @@ from jaxembed.checkpoint.bundle_reading import (
     read_bundle,
 )
 from jaxembed.checkpoint.bundle_tables import TableReport, plan_table, write_table
-from jaxembed.checkpoint.digests import digest_arrays, digest_bytes
+from jaxembed.checkpoint.digests import digest_bytes
 from jaxembed.checkpoint.files import absolute_path, sync_folder, write_file
-from jaxembed.checkpoint.reading import OpenedCheckpoint, flat_arrays, open_checkpoint
-from jaxembed.checkpoint.safetensors_file import header_of
+from jaxembed.checkpoint.reading import OpenedCheckpoint, open_checkpoint
 from jaxembed.checkpoint.scratch import check_place, publish, scratch_folder
 from jaxembed.checkpoint.stored import StoredArray, WatchedArray
 from jaxembed.checkpoint.table_form import QUANTIZATIONS, Form, forms_of
@@ -96,8 +94,8 @@ def convert_to_bundle(
 
     Raises:
       FileNotFoundError: if there is no such whole step.
-      ValueError: if the checkpoint is damaged, the version is there already, a table cannot be quantized, or
-        `quantize` is not how `delta_from` stores one.
+      ValueError: if the checkpoint is damaged, the version is there already, a table cannot be quantized,
+        `quantize` is not how `delta_from` stores one, or that one holds an exported model and this one is given none.
     """
     refuse_bundle(checkpoint)
     opened = open_checkpoint(checkpoint, step)
@@ -199,10 +197,19 @@ def _checked_forms(
     """The form of each table, once nothing but the rows could be refused."""
     read_vocabularies(feature_config)
     if model is not None:
-        _model_file(model)
+        model_file(model)
     if exported is not None and not callable(exported):
         _check_exported(exported)
-    return forms_of(tables, feature_tables(feature_config), quantize, base)
+    if exported is None and base is not None and base.has_exported:
+        raise ValueError(
+            f"version {base.directory.name} holds an exported model, and a delta takes over rows alone: this one would serve "
+            "embeddings in its place. Pass exported=... (--exported FILE) again, or leave delta_from out."
+        )
+    forms = forms_of(tables, feature_tables(feature_config), quantize, base)
+    layout.check_digests(
+        part for name, array in tables.items() for part in forms[name].arrays(array.shape[0]).values()
+    )
+    return forms
 
 
 def _plan(
@@ -236,7 +243,7 @@ def _write_arrays(
         "combiner_weights": opened.manifest.get("combiner_weights", {}),
         "tables": tables,
         "base": None if base is None else {"version": int(base.directory.name), "digest": base.digest},
-        "model": None if model is None else _write_model(scratch / MODEL_FILE, model),
+        "model": None if model is None else write_model(scratch / MODEL_FILE, model),
     }
 
 
@@ -249,24 +256,6 @@ def _selected_model(opened: OpenedCheckpoint, select_model: Callable[[Any], Any]
             f"{opened.directory} has no dense model to take a part of; leave select_model (--model-key) out."
         )
     return select_model(model)
-
-
-def _model_file(model: Any) -> tuple[bytes, dict[str, np.ndarray]]:
-    """The beginning of the file of a dense model, and the leaves that follow."""
-    leaves = {key: np.asarray(leaf) for key, leaf in flat_arrays(model).items()}
-    if "__metadata__" in leaves:
-        raise ValueError("the model has a leaf '__metadata__', which safetensors keeps for itself; rename it.")
-    return header_of({key: (leaf.dtype, leaf.shape) for key, leaf in leaves.items()}), leaves
-
-
-def _write_model(file: pathlib.Path, model: Any) -> dict[str, Any]:
-    header, leaves = _model_file(model)
-    write_file(file, [header, *(np.ascontiguousarray(leaf).tobytes() for leaf in leaves.values())])
-    digests = digest_arrays(list(leaves.values()))
-    return {
-        "structure": _structure(model, ()),
-        "leaves": {key: digest.to_json() for key, digest in zip(leaves, digests, strict=True)},
-    }
 
 
 def _write_exported(
@@ -287,13 +276,3 @@ def _check_exported(content: Any) -> None:
             "exported must be, or return, the bytes that jax.export's Exported.serialize() gives, got "
             f"{type(content).__name__} of length {len(content) if isinstance(content, Sized) else 'none'}."
         )
-
-
-def _structure(tree: Any, path: tuple[str, ...]) -> Any:
-    if tree is None:
-        return None
-    if isinstance(tree, Mapping):
-        return {"dict": {key: _structure(child, (*path, str(key))) for key, child in tree.items()}}
-    if isinstance(tree, list | tuple):
-        return {"list": [_structure(child, (*path, str(i))) for i, child in enumerate(tree)]}
-    return {"leaf": ".".join(path)}

@@ -64,6 +64,11 @@ class Bundle:
     base_version: int | None = None
     deltas: int = 0
 
+    @property
+    def has_exported(self) -> bool:
+        """Whether it has the model as `jax.export` serialized it."""
+        return self._exported is not None
+
     @functools.cached_property
     def exported(self) -> bytes | None:
         """The model as `jax.export` serialized it, tables as arguments; None if the bundle has none.
@@ -155,6 +160,7 @@ def open_bundle(path: str | pathlib.Path, version: int | None = None) -> Bundle:
     Raises:
       FileNotFoundError: if there is no such version.
       CheckpointError: if it is damaged or not a bundle.
+      UnregisteredError: if a combiner is not registered.
     """
     directory = _followed(_directory(absolute_path(path), version))
     (directory, manifest), *deltas = reversed(_chain(directory))
@@ -173,6 +179,7 @@ def read_bundle(directory: pathlib.Path, manifest: dict[str, Any], base: Bundle 
 
     Raises:
       CheckpointError: if it is damaged.
+      UnregisteredError: if a combiner is not registered.
     """
     try:
         feature_config = locate_vocabularies(layout.read_feature_config(manifest, directory), directory)

@@ -18,22 +18,25 @@ import json
 import math
 import pathlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
 
-from jaxembed.checkpoint.digests import CheckpointError, digest_bytes
+from jaxembed.checkpoint.digests import HEX_DIGITS, CheckpointError, block_rows, digest_bytes, num_rows
 from jaxembed.checkpoint.files import read_regular, refuse_pointer
+from jaxembed.names import UnregisteredError
 from jaxembed.serialization import feature_config_from_json, strict_json
 
 FORMAT = "jaxembed-checkpoint"
 VERSION = 1
 MANIFEST, TABLES, SLOTS, MODEL, DATA = "manifest", "tables", "slots", "model", "data"
 DELETING, UNFINISHED = ".deleting", ".orbax-checkpoint-tmp"
-#: In bytes: digests of 2 TB of tables.
+#: In bytes: digests of 1 to 2 TB of tables and slots, by the width of their rows.
 MAX_JSON = 64 << 20
+#: In bytes, of it for what else a manifest says.
+ROOM = 1 << 20
 #: In commas and brackets. Without their digests, tables take few; a second goes by while a million are read.
 MAX_VALUES = 1 << 20
 #: In bytes: Git LFS makes no larger ones.
@@ -56,6 +59,24 @@ def check_files(directory: pathlib.Path) -> None:
                 refuse_pointer(path, path.read_bytes())
     except OSError as e:
         raise CheckpointError(f"{e.filename} cannot be opened: {e.strerror}; restore another step.") from e
+
+
+def check_digests(arrays: Iterable[tuple[Sequence[int], Any]]) -> None:
+    """Before arrays of these shapes and types are written: whether one manifest has room for their digests.
+
+    Raises:
+      ValueError: if it has none, so that nothing could read it.
+    """
+    count = num_bytes = 0
+    for shape, dtype in arrays:
+        count += -(-num_rows(shape) // block_rows(shape, dtype))
+        num_bytes += math.prod(shape) * np.dtype(dtype).itemsize
+    limit = (MAX_JSON - ROOM) // HEX_DIGITS
+    if count > limit:
+        raise ValueError(
+            f"{num_bytes:,} bytes of tables and slots have {count:,} digests, one for each megabyte or less, and a manifest "
+            f"has room for {limit:,}; leave slots out, take a smaller type (--dtype), or spread the tables over several."
+        )
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -133,13 +154,16 @@ def read_manifest(
 
 
 def read_feature_config(manifest: dict[str, Any], directory: pathlib.Path) -> Any:
-    """The feature configuration in a manifest.
+    """The feature configuration in a manifest; optimizers and initializers that are not registered are kept as stored.
 
     Raises:
-      CheckpointError: if it is none that this program knows.
+      CheckpointError: if it is none.
+      UnregisteredError: if a combiner is not registered.
     """
     try:
-        return feature_config_from_json(manifest["feature_config"])
+        return feature_config_from_json(manifest["feature_config"], keep_unregistered=True)
+    except UnregisteredError as e:
+        raise UnregisteredError(f"{directory}: {e}") from e
     except ValueError as e:
         raise CheckpointError(f"{directory}: {e}") from e
 

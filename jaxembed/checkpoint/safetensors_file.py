@@ -72,16 +72,19 @@ def map_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a file by name, read-only and mapped: no data is read, none is copied.
 
     Raises:
-      CheckpointError: if it is no such file, or a symbolic link.
+      CheckpointError: if it is no such file, or a symbolic link, or has tensors that numpy has no type for.
     """
-    return map_file(file)[0]
+    tensors, _, others = map_file(file)
+    if others:
+        raise CheckpointError(f"{file} is damaged: it has {others[0]!r:.80}, of a type that is not known.")
+    return tensors
 
 
-def map_file(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """As `map_tensors`, and what the file says of itself.
+def map_file(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
+    """As `map_tensors`; what the file says of itself; and the names, with their types, of tensors that numpy has no type for.
 
     Raises:
-      CheckpointError: as `map_tensors`.
+      CheckpointError: if it is no such file, or a symbolic link.
     """
     descriptor, size = open_regular(file)
     try:
@@ -93,7 +96,7 @@ def map_file(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         header = os.pread(descriptor, length, 8)
         try:
             entries = strict_json(header)
-            tensors = _parse(entries, size - 8 - length)
+            tensors, others = _parse(entries, size - 8 - length)
             metadata = {str(key): str(value) for key, value in (entries.get("__metadata__") or {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
             raise CheckpointError(f"{file} is no safetensors file, or is damaged: {e}") from e
@@ -104,11 +107,11 @@ def map_file(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         name: np.frombuffer(mapped, dtype, math.prod(shape), 8 + length + offset).reshape(shape)
         for name, (dtype, shape, offset) in tensors.items()
     }
-    return arrays, metadata
+    return arrays, metadata, others
 
 
-def _parse(header: Any, data_size: int) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
-    tensors, used = {}, 0
+def _parse(header: Any, data_size: int) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], list[str]]:
+    tensors, others, used = {}, [], 0
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
     # Other programs need not list them in order.
     for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
@@ -116,11 +119,15 @@ def _parse(header: Any, data_size: int) -> dict[str, tuple[np.dtype, tuple[int, 
         numbers = (*shape, begin, end)
         if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 2**62 for n in numbers):
             raise ValueError(f"tensor {name!r:.80} has impossible sizes.")
-        dtype = _DTYPES[entry["dtype"]]
-        if begin != used or end > data_size or end - begin != math.prod(shape) * dtype.itemsize:
+        dtype = _DTYPES.get(str(entry["dtype"]))
+        is_whole = dtype is None or end - begin == math.prod(shape) * dtype.itemsize
+        if begin != used or not begin <= end <= data_size or not is_whole:
             raise ValueError(f"tensor {name!r:.80} does not lie where its shape says.")
-        tensors[name] = (dtype, shape, begin)
+        if dtype is None:
+            others.append(f"{name} ({entry['dtype']})")
+        else:
+            tensors[name] = (dtype, shape, begin)
         used = end
     if used != data_size:
         raise ValueError(f"it has {data_size} bytes of data, its header describes {used}.")
-    return tensors
+    return tensors, others

@@ -7,6 +7,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from jaxembed.checkpoint.digests import digest_bytes
 from jaxembed.checkpoint.files import is_writing, sync_folder
 
 PREFIX = ".writing-"
-#: Of what comes after the prefix, in bytes.
-MAX_NAME = 200
+#: Of what comes after the prefix, in bytes; then come a number and the host.
+MAX_NAME = 150
 #: In a path, for the names of files below it.
 ROOM = 600
 #: A folder that is being made is not locked yet.
@@ -32,8 +33,9 @@ _NO_LINKS = (
 def scratch_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """A new folder below `parent`, to be renamed once it is whole; what is left of it is removed.
 
-    A process that is killed leaves its folder behind, and the next one to write here removes it: it takes the
-    lock, which the kernel gave back. Where the file system has no locks, it stays. What `replace_file` left goes by its age.
+    A process that is killed leaves its folder behind, and the next one of its host to write here removes it: it takes the
+    lock, which the kernel gave back. Where the file system has no locks, it stays, and so does that of another host, whose
+    locks this one may not see. What `replace_file` left goes by its age.
     Folders above it that were made for it and are empty in the end go, too.
 
     Raises:
@@ -41,7 +43,7 @@ def scratch_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """
     made = [path for path in (parent, *parent.parents) if not path.exists()]
     # Not the process's number, which in a container is that of the process killed there before.
-    folder, lock = parent / f"{PREFIX}{_short(name)}-{secrets.token_hex(8)}", None
+    folder, lock = parent / f"{PREFIX}{_short(name)}-{secrets.token_hex(8)}{_of_host()}", None
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for other in parent.glob(f"{PREFIX}*"):
@@ -132,6 +134,11 @@ def _short(name: str) -> str:
     return name if len(os.fsencode(name)) <= MAX_NAME else digest_bytes(os.fsencode(name))
 
 
+def _of_host() -> str:
+    """The end of the names of folders that this host makes."""
+    return f"@{socket.gethostname()[:64]}"
+
+
 def _remove_if_abandoned(path: pathlib.Path) -> None:
     with contextlib.suppress(OSError):
         status = path.lstat()
@@ -141,7 +148,7 @@ def _remove_if_abandoned(path: pathlib.Path) -> None:
             if is_writing(path.name) and age > 60 * GRACE_SECONDS:
                 path.unlink()
             return
-        if age < GRACE_SECONDS:
+        if age < GRACE_SECONDS or not path.name.endswith(_of_host()):
             return
         lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
         try:

@@ -84,11 +84,12 @@ def step_directory(path: str | pathlib.Path, step: int | None = None) -> pathlib
         raise FileNotFoundError(f"no checkpoint at {path}: it is not a directory.")
     if step is None and _missing(path) is None:
         return path
+    # On a network's file system the listing of a folder may lag behind what is in it.
+    if step is not None and _is_whole(path / str(step)):
+        return path / str(step)
     steps = whole_steps(path)
     if step is None and steps:
-        step = steps[-1]
-    if step in steps:
-        return path / str(step)
+        return path / str(steps[-1])
     named = path if step is None else path / str(step)
     if (named / METADATA).is_file() and _missing(named) is None:
         raise FileNotFoundError(

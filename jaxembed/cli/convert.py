@@ -16,6 +16,7 @@ from jaxembed.checkpoint.bundle import BundleReport, plan_bundle, refuse_bundle
 from jaxembed.checkpoint.files import read_named
 from jaxembed.checkpoint.reading import open_checkpoint
 from jaxembed.checkpoint.scratch import scratch_folder
+from jaxembed.cli.importing import add_import
 from jaxembed.config import COMBINERS
 from jaxembed.convert import FORMATS, ConversionReport
 from jaxembed.convert.conversion import DTYPES, Conversion, plan_conversion
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="read what there is, write nothing")
     parser.add_argument("--json", action="store_true", help="report as JSON")
     parser.add_argument("--no-progress", action="store_true", help="no bar, even on a terminal")
+    add_import(parser)
     foreign = parser.add_argument_group("between frameworks")
     foreign.add_argument(
         "--feature-config", metavar="FILE", help="JSON of jaxembed.serialization.feature_config_to_json"

@@ -12,6 +12,7 @@ import pathlib
 
 from jaxembed.checkpoint.files import absolute_path, replace_file
 from jaxembed.checkpoint.scratch import check_place
+from jaxembed.cli.importing import add_import
 from jaxembed.convert.keys import keys_in_file
 from jaxembed.inspection import describe, html_report
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--html", metavar="FILE", help="write a page of that, with plots and similar rows")
     parser.add_argument("--no-progress", action="store_true", help="no bar, even on a terminal")
+    add_import(parser)
 
 
 def run(options: argparse.Namespace) -> int:

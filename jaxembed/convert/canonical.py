@@ -27,8 +27,15 @@ def read(path: pathlib.Path, options: Options) -> Source:
     """Opens it; what is read is verified."""
     if is_bundle(path):
         bundle = open_bundle(path, options.step)
+        parts = {"the dense model": bundle.model is not None, "the exported model": bundle.has_exported}
         return Source(
-            bundle.stored(), {}, bundle.step, bundle.feature_config, bundle.metadata, bundle.combiner_weights
+            bundle.stored(),
+            {},
+            bundle.step,
+            bundle.feature_config,
+            bundle.metadata,
+            bundle.combiner_weights,
+            notes=tuple(f"left out: {part}" for part, is_there in parts.items() if is_there),
         )
     opened = open_checkpoint(path, options.step)
     notes = ()
@@ -48,10 +55,12 @@ def read(path: pathlib.Path, options: Options) -> Source:
 
 
 def check(out: pathlib.Path, contents: Contents) -> None:
-    """Of types, those that Orbax reads back; of names, those that its store takes."""
+    """Of types, those that Orbax reads back; of names, those that its store takes; of sizes, those that a manifest has digests
+    for."""
     del out
     refuse_types(contents, "a canonical checkpoint", ("float32", "float16", "bfloat16", "float64"))
     sidecar_of(contents)
+    layout.check_digests((stream.shape, stream.dtype) for stream in contents.streams)
     for stream in contents.streams:
         length = sum(len(layout.encode_name(name)) + 1 for name in (stream.table, stream.slot or ""))
         if length > MAX_NAME:

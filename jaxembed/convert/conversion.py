@@ -9,6 +9,7 @@ from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert import formats
 from jaxembed.convert.configuration import combiner_weights_of, fit
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, path_of
+from jaxembed.convert.keys import show_place
 from jaxembed.convert.progress import progress_bar
 from jaxembed.convert.publishing import check_new, published
 from jaxembed.convert.reporting import ConversionReport
@@ -42,7 +43,8 @@ def convert(
       target_format: likewise; None takes what the suffix of `out` says, else "jaxembed".
       step: of a checkpoint, which one to read, default the latest; of other formats, the step that it becomes.
       feature_config: of the tables. None takes that of the source, else one feature for each table.
-      keys: (table, slot or None) of the arrays by their names in the foreign file; None guesses, and says so.
+      keys: (table, slot or None) of arrays by their names in `source`; None guesses, and says so. Where the source is
+        jaxembed's own, which says itself what its arrays are, the tables' names in `out`, of torchrec and keras-rs.
       dtype: to round tables to; None keeps their type.
       combiner: of the features that are made up for a source without a feature configuration.
       combiner_weights: by table, the [num_weights] of its CustomCombiner; where given, in place of the source's.
@@ -140,6 +142,7 @@ def plan_conversion(
     place = _new_place(target, target_format, found.step)
     tables = feature_tables(config)
     slots = _slots_for(target_format, target, found, notes)
+    target_keys = _target_keys(keys, source_format, target_format, tables)
     stored_weights = {name: value for name, value in found.combiner_weights.items() if name in tables}
     weights = combiner_weights_of(tables, {**stored_weights, **(combiner_weights or {})}, path)
     if weights and not getattr(formats.load(target_format), "COMBINER_WEIGHTS", True):
@@ -156,7 +159,7 @@ def plan_conversion(
         found.metadata,
         weights,
         {name: optimizer for name, optimizer in found.optimizers.items() if name in tables},
-        options,
+        dataclasses.replace(options, keys=target_keys),
     )
     formats.load(target_format).check(place, contents)
     return Conversion(place, source_format, target_format, contents, tuple(notes))
@@ -189,6 +192,30 @@ def _open_for(path: pathlib.Path, source_format: str, target_format: str, option
         )
     found = open_source(path, source_format, options)
     return found if source_format == "jaxembed" or step is None else dataclasses.replace(found, step=step)
+
+
+def _target_keys(
+    keys: Mapping[str, Place] | None, source_format: str, target_format: str, tables: Mapping[str, Any]
+) -> Mapping[str, Place] | None:
+    """Those that are of the target: the others have been followed in reading.
+
+    Raises:
+      ValueError: if the target takes none, or one is of no table.
+    """
+    if keys is None or source_format != "jaxembed":
+        return None
+    if not getattr(formats.load(target_format), "KEYS", False):
+        raise ValueError(
+            f"keys are neither for reading {source_format}, which says itself what its arrays are, nor for writing "
+            f"{target_format}; leave keys (--keys) out."
+        )
+    for key, (table, slot) in keys.items():
+        if table not in tables or slot is not None:
+            raise ValueError(
+                f"keys[{key!r}] must be one of the tables {sorted(tables)}, which {target_format} is to have by that name, "
+                f"got {show_place((table, slot))}."
+            )
+    return keys
 
 
 def _new_place(target: pathlib.Path, target_format: str, step: int) -> pathlib.Path:

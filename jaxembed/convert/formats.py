@@ -89,7 +89,16 @@ def guess_source(path: pathlib.Path) -> str:
 
 
 def guess_target(path: pathlib.Path) -> str:
-    """The format that a name asks for; without a suffix that says so, a checkpoint."""
+    """The format that a name asks for; without a suffix that says so, a checkpoint.
+
+    Raises:
+      ValueError: if it is that of one array.
+    """
+    if path.suffix == ".npy":
+        raise ValueError(
+            f"{path} would be one array; pass a name without {path.suffix}, with target_format (--to) npy for a folder of "
+            ".npy files, or one that ends in .npz."
+        )
     for name, form in FORMATS.items():
         if path.suffix and path.suffix in form.suffixes:
             return name

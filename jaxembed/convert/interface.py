@@ -8,8 +8,8 @@ A format is a module of this package with
     write(out, contents) -> list[str]      writes a new file or folder `out`, checked; what there is to say of it
 
 and may have COMBINER, what its tables are combined by where no feature configuration says so (default "mean"),
-COMBINER_WEIGHTS, whether it writes the weights of custom combiners (default True), LAYOUT, which of "read" and "write" take
-`Options.layout` (default none), and
+COMBINER_WEIGHTS, whether it writes the weights of custom combiners (default True), KEYS, whether it writes tables by the names
+of `Options.keys` (default False), LAYOUT, which of "read" and "write" take `Options.layout` (default none), and
 
     without_slots(out) -> str | None       why it writes no slots there (default None: it does)
 """
@@ -36,7 +36,7 @@ class Options:
 
     Attributes:
       step: which step to read, of formats that have several.
-      keys: where the arrays belong, by the names they have in the file; None guesses.
+      keys: where the arrays belong, by the names they have in the file that is read or written; None guesses.
       layout: a file that the format takes besides: of jax-tpu-embedding its EmbeddingSpecProto; to write keras-rs, a
         weights file of the model; to write stacks of TensorFlow, its SparseCoreTableLayouts, serialized or in a checkpoint.
     """

@@ -9,7 +9,6 @@ jax-tpu-embedding makes: a file `embedding_spec.pb` beside the arrays, or the on
 """
 
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from jaxembed.convert.arrays import refuse_types
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
 from jaxembed.convert.keys import place_arrays
-from jaxembed.convert.mapped import new_mapped
+from jaxembed.convert.mapped import temporary_mapped
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
 from jaxembed.convert.stacks import common_slots, new_stack
 from jaxembed.serialization import strict_json
@@ -137,11 +136,12 @@ class _Stack:
     """A stack, whose rows are asked for in the order of its tables, each from all of its shards.
 
     Orbax's chunks are as large as a shard may be, and one is unpacked as a whole for any row. So it is copied, chunk
-    by chunk, to a temporary file that has no name, where rows are at hand.
+    by chunk, to a temporary file that has no name, where rows are at hand, until the last row of each table was read.
     """
 
     def __init__(self, array: StoredArray):
         self._array, self._rows = array, None
+        self._members, self._read = set[str](), set[str]()
         # With pmap there is an axis of devices before the rows.
         self._shape = (-1, *array.shape[-1:]) if len(array.shape) == 3 else array.shape
 
@@ -154,18 +154,24 @@ class _Stack:
                 f"{what} must be of a stack {list(table.stack_shape)}, got {list(self._array.shape)}."
             )
 
+        self._members.add(table.name)
+
         def read_rows(start: int, stop: int) -> np.ndarray:
             if self._rows is None:
                 self._rows = self._copy().reshape(self._shape)
-            return table.read_rows(self._rows, start, stop)
+            rows = table.read_rows(self._rows, start, stop)
+            if stop == table.shape[0]:
+                self._read.add(table.name)
+            if self._read == self._members:
+                self._rows, self._read = None, set()
+            return rows
 
         return stored(what, table.shape, self._array.dtype, read_rows)
 
     def _copy(self) -> np.ndarray:
         source = self._array.source
         chunk = source.chunk_layout.read_chunk.shape[0] or source.shape[0]
-        with tempfile.TemporaryFile() as file:
-            rows = new_mapped(file, self._array.dtype, self._array.shape)
+        rows = temporary_mapped(self._array.dtype, self._array.shape)
         for start in range(0, source.shape[0], chunk):
             part = source[start : min(start + chunk, source.shape[0])]
             try:

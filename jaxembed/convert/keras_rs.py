@@ -23,6 +23,7 @@ from jaxembed.convert.keys import key_for, place_arrays
 #: What takes `Options.layout`.
 LAYOUT = ("write",)
 COMBINER_WEIGHTS = False
+KEYS = True
 LAYERS = "_default_device_embedding_layers/"
 
 

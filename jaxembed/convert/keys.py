@@ -38,7 +38,7 @@ def keys_from_json(text: str | bytes) -> dict[str, Place]:
         ):
             raise ValueError(f'keys[{key!r}] must be "table" or ["table", "slot"], got {value!r:.80}.')
         if place in keys.values():
-            raise ValueError(f"keys has {_show(place)} twice.")
+            raise ValueError(f"keys has {show_place(place)} twice.")
         keys[key] = place
     return keys
 
@@ -104,7 +104,10 @@ def place_arrays(
     else:
         missing = [key for key in options.keys if key not in arrays]
         if missing:
-            raise ValueError(f"{where} has no array {missing[0]!r}; it has {_some(sorted(arrays))}.")
+            raise ValueError(
+                f"{where} has no array {missing[0]!r}; it has {_some(sorted(arrays))}. Keys name arrays of the source; to "
+                "name those of a target, convert from a checkpoint."
+            )
         unnamed = [key for key, place in options.keys.items() if "" in place]
         if unnamed:
             raise ValueError(
@@ -122,7 +125,9 @@ def place_arrays(
     for key, (table, slot) in found.items():
         if slot is not None:
             if slot in slots.get(table, {}):
-                raise ValueError(f"{where}: two arrays are {_show((table, slot))}; say which one with keys.")
+                raise ValueError(
+                    f"{where}: two arrays are {show_place((table, slot))}; say which one with keys."
+                )
             _check_slot(where, key, arrays[key], (table, slot), tables)
             slots.setdefault(table, {})[slot] = arrays[key]
     if not tables:
@@ -131,12 +136,17 @@ def place_arrays(
             f"It has {_some([f'{key} {array.dtype.name}{list(array.shape)}' for key, array in arrays.items()])}."
         )
     how = "guessed" if options.keys is None else "as given"
-    told = [f"{key} -> {_show(place)} ({how})" for key, place in found.items() if own_place(key) != place]
+    told = [f"{key} -> {show_place(place)} ({how})" for key, place in found.items() if own_place(key) != place]
     notes = [*told[:SHOWN], *([f"... and {len(told) - SHOWN} more"] if told[SHOWN:] else [])]
     left_out = [key for key in arrays if key not in found]
     if left_out:
         notes.append(f"left out: {_some(left_out)}")
     return {name: tables[name] for name in sorted(tables)}, slots, tuple(notes)
+
+
+def left_out_types(names: list[str]) -> tuple[str, ...]:
+    """The note of arrays, each named with its type, that are of a type that no table has."""
+    return (f"left out, of types that no table has: {_some(names)}",) if names else ()
 
 
 def is_table(array: StoredArray) -> bool:
@@ -156,15 +166,16 @@ def _check_slot(
 ) -> None:
     table = tables.get(place[0])
     if table is None:
-        raise ValueError(f"{where}: {key!r} is {_show(place)}, but there is no such table.")
+        raise ValueError(f"{where}: {key!r} is {show_place(place)}, but there is no such table.")
     if array.shape not in (table.shape, table.shape[:1]) or not jnp.issubdtype(array.dtype, np.floating):
         raise ValueError(
-            f"{where}: {key!r}, {_show(place)}, must be floats {list(table.shape)} or {list(table.shape[:1])}, "
+            f"{where}: {key!r}, {show_place(place)}, must be floats {list(table.shape)} or {list(table.shape[:1])}, "
             f"got {array.dtype.name}{list(array.shape)}."
         )
 
 
-def _show(place: Place) -> str:
+def show_place(place: Place) -> str:
+    """As errors and notes name it."""
     return f"table {place[0]!r}" if place[1] is None else f"slot {place[1]!r} of table {place[0]!r}"
 
 

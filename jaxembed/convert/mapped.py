@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable
 from typing import IO, Any
 
@@ -13,11 +14,11 @@ from jaxembed.convert.interface import Stream
 _ZEROS = bytes(1 << 20)
 
 
-def new_mapped(file: pathlib.Path | IO[bytes], dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def new_mapped(file: pathlib.Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     """A new array of zeros in a mapped file.
 
     Args:
-      file: a new one, or one that is open and empty.
+      file: a new one.
       dtype: of the array.
       shape: of the array.
 
@@ -25,9 +26,18 @@ def new_mapped(file: pathlib.Path | IO[bytes], dtype: Any, shape: tuple[int, ...
       OSError: if there is no room for it on the disk. Where a file has holes, the system finds that out when the map
         is written, and ends the process.
     """
-    if isinstance(file, pathlib.Path):
-        with file.open("xb+") as opened:
-            return new_mapped(opened, dtype, shape)
+    with file.open("xb+") as opened:
+        return _map(opened, dtype, shape, file, "")
+
+
+def temporary_mapped(dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """As `new_mapped`, in a file that has no name and is gone with the array."""
+    folder = tempfile.gettempdir()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return _map(file, dtype, shape, folder, " in a temporary file; set TMPDIR to a folder that has them")
+
+
+def _map(file: IO[bytes], dtype: Any, shape: tuple[int, ...], where: Any, hint: str) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     try:
         if hasattr(os, "posix_fallocate"):
@@ -37,7 +47,7 @@ def new_mapped(file: pathlib.Path | IO[bytes], dtype: Any, shape: tuple[int, ...
                 file.write(_ZEROS[: size - start])
             file.flush()
     except OSError as e:
-        raise OSError(e.errno, f"{e.strerror} for {size:,} bytes", str(file.name)) from e
+        raise OSError(e.errno, f"{e.strerror} for {size:,} bytes{hint}", str(where)) from e
     return np.memmap(file, dtype, "r+", shape=shape)
 
 

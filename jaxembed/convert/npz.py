@@ -1,5 +1,6 @@
 """One .npz file: arrays `tables/NAME`, `slots/NAME/SLOT`, and `feature_config.json` beside them in the archive."""
 
+import functools
 import mmap
 import os
 import pathlib
@@ -18,11 +19,13 @@ from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import native, refuse_types
 from jaxembed.convert.interface import Contents, Options, Source, stored
 from jaxembed.convert.keys import own_key, place_arrays
+from jaxembed.convert.mapped import temporary_mapped
 from jaxembed.convert.npy import TYPES, guess_place, header
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, read_sidecar, sidecar_of
 
 #: Of the name of a member.
 MAX_NAME = 65_535
+COPY_BYTES = 16 << 20
 
 #: What zipfile and numpy raise besides, of a damaged file.
 OTHERS = (
@@ -121,19 +124,30 @@ def _open(path: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
         raise ValueError(f"{info.filename} is not of the size that its header says, or holds objects")
     lock = threading.Lock()
 
+    def read(start: int, num_bytes: int) -> bytes:
+        try:
+            member.seek(first + start)
+            data = member.read(num_bytes)
+            if len(data) < num_bytes:
+                raise EOFError(f"it ends after {start + len(data):,} bytes")
+            return data
+        except (zipfile.BadZipFile, zlib.error, *OTHERS) as e:
+            raise CheckpointError(f"{what} is damaged: {e}.") from e
+
+    @functools.cache
+    def copied() -> np.ndarray:
+        """By columns each row is all over the member: it is copied once, to a file where all of it is at hand."""
+        mapped = temporary_mapped(np.uint8, (info.file_size - first,))
+        for start in range(0, mapped.size, COPY_BYTES):
+            part = read(start, min(COPY_BYTES, mapped.size - start))
+            mapped[start : start + len(part)] = np.frombuffer(part, np.uint8)
+        return mapped.view(dtype).reshape(shape, order="F")
+
     def read_rows(start: int, stop: int) -> np.ndarray:
         with lock:
-            try:
-                member.seek(first if fortran else first + start * row)
-                data = member.read() if fortran else member.read((stop - start) * row)
-            except (zipfile.BadZipFile, zlib.error, *OTHERS) as e:
-                raise CheckpointError(f"{what} is damaged: {e}.") from e
-        values: Any = np.frombuffer(data, dtype)
-        rows = (
-            values.reshape(shape, order="F")[start:stop]
-            if fortran
-            else values.reshape(stop - start, *shape[1:])
-        )
-        return np.ascontiguousarray(rows, native(dtype))
+            if fortran:
+                return np.ascontiguousarray(copied()[start:stop], native(dtype))
+            values: Any = np.frombuffer(read(start * row, (stop - start) * row), dtype)
+        return np.ascontiguousarray(values.reshape(stop - start, *shape[1:]), native(dtype))
 
     return stored(what, shape, native(dtype), read_rows)

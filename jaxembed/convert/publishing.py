@@ -30,7 +30,8 @@ def published(place: pathlib.Path) -> Iterator[pathlib.Path]:
       OSError: if it cannot be made.
     """
     with scratch_folder(place.parent, place.name) as folder:
-        scratch = folder / place.name
+        # A name of its own: that of the place may be one of what a writer has beside it. Its suffix says what to write.
+        scratch = folder / f"out{place.suffix}"[:32]
         yield scratch
         _sync(scratch)
         publish(scratch, place, _taken(place))

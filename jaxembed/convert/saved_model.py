@@ -21,10 +21,11 @@ References:
   `orbax.export.ExportManager`, `orbax.export.JaxModule`; `tf.saved_model.save`.
 """
 
+import dataclasses
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,8 @@ from jaxembed import structure
 from jaxembed.backends import use_backend
 from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import read_regular, write_file
+from jaxembed.checkpoint.stored import StoredArray
+from jaxembed.checkpoint.stored_quantized import StoredQuantized
 from jaxembed.config import TableConfig
 from jaxembed.convert.arrays import bits, refuse_types
 from jaxembed.convert.formats import needed
@@ -44,10 +47,12 @@ from jaxembed.convert.publishing import check_new, published
 from jaxembed.convert.saved_model_inputs import SPLITS, Inputs, feature_names, kinds_of, plain
 from jaxembed.convert.sidecar import MAX_SIDECAR, SIDECAR, make_sidecar, read_sidecar
 from jaxembed.convert.tensorflow_tensors import Tensors
+from jaxembed.dense_shapes import dense_shapes
 from jaxembed.features import feature_tables, flat_features, table_of
 from jaxembed.id_mapping import VocabularyFile
 from jaxembed.lookup import serving_embedding_lookup
-from jaxembed.quantization import simulate_on_host
+from jaxembed.memory import aligned_empty
+from jaxembed.quantization import QuantizedTable, simulate_on_host
 from jaxembed.serialization import strict_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -134,19 +139,20 @@ def export_saved_model(
     combiner_weights: Mapping[str, Any] | None = None,
     model: Callable[[Any, Any, dict[str, Any]], Any] | None = None,
     params: Any = None,
-    dense: Mapping[str, tuple[int, ...]] | None = None,
+    dense: Mapping[str, int | Sequence[int]] | None = None,
 ) -> pathlib.Path:
     """Writes lookups, and the dense model on top of them, as one SavedModel.
 
     Args:
       out: a new folder; TensorFlow Serving wants it named by a number.
       feature_config: the feature configuration.
-      tables: by name, [V, D] float32, bfloat16 or float16.
+      tables: by TableConfig or name, [V, D] float32, bfloat16 or float16, or QuantizedTables, whose values are written.
+        Arrays of tables with a quantization_config are written as training looked them up.
       combiner_weights: by table name, the [num_weights] weights of its CustomCombiner.
       model: `model(params, activations, dense)` returns a pytree of arrays with leading dimension B; an output is
         named by its path, or "output" where it is the only one. None gives the activations.
       params: a pytree of arrays.
-      dense: by name, the shape of one row of the float32 inputs that the model takes besides.
+      dense: by name, the shape of one row of the float32 inputs that the model takes besides; an int K for [K].
 
     Returns:
       The folder.
@@ -154,23 +160,20 @@ def export_saved_model(
     Raises:
       ValueError: if `out` is there, a table does not fit, or a feature or name has no place in a SavedModel.
     """
-    place, dense = path_of(out), dict(dense or {})
+    place, shapes = path_of(out), dense_shapes(dense or {}, "dense")
     check_new(place)
     taken = {name for kind in kinds_of(feature_config) for name in Inputs(feature_config, kind, {}).names}
-    for name in dense:
+    for name in shapes:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in taken:
             raise ValueError(f"a dense input cannot be named {name!r} in a signature; rename it.")
-    if dense and model is None:
-        raise ValueError(f"dense inputs {sorted(dense)} need a model that takes them.")
-    arrays = {}
-    for name, config in feature_tables(feature_config).items():
-        arrays[name] = np.asarray(table_of(tables, config))
-        if arrays[name].dtype.name not in DTYPES:
-            raise ValueError(
-                f"table {name!r} must be one of {DTYPES} in a SavedModel, got {arrays[name].dtype.name}."
-            )
+    if shapes and model is None:
+        raise ValueError(f"dense inputs {sorted(shapes)} need a model that takes them.")
+    arrays = {
+        name: _looked_up(config, table_of(tables, config))
+        for name, config in feature_tables(feature_config).items()
+    }
     with published(place) as scratch:
-        _save(scratch, feature_config, arrays, combiner_weights or {}, model, params, dense, {})
+        _save(scratch, feature_config, arrays, combiner_weights or {}, model, params, shapes, {})
     return place
 
 
@@ -273,6 +276,25 @@ def _tensor(tf: Any, rows: np.ndarray) -> Any:
 def _as_trained(config: TableConfig) -> Callable[[np.ndarray], np.ndarray] | None:
     quantization = config.quantization_config
     return None if quantization is None else lambda rows: simulate_on_host(rows, quantization)
+
+
+def _looked_up(config: TableConfig, table: Any) -> np.ndarray:
+    """[V, D] values that serving looks up."""
+    dtype, change = np.dtype(table.dtype), None
+    if dtype.name not in DTYPES:
+        raise ValueError(f"table {config.name!r} must be one of {DTYPES} in a SavedModel, got {dtype.name}.")
+    if isinstance(table, QuantizedTable):
+        codes = dataclasses.replace(table, **{part: np.asarray(array) for part, array in table.arrays.items()})
+        rows = StoredQuantized(config.name, codes.codes, table=codes)
+    else:
+        array, change = np.asarray(table), _as_trained(config)
+        if change is None:
+            return array
+        rows = StoredArray(config.name, array)
+    out = aligned_empty(rows.shape, dtype)
+    for start, block in rows.blocks():
+        out[start : start + block.shape[0]] = block if change is None else change(block)
+    return out
 
 
 def _named(outputs: Any) -> dict[str, Any]:

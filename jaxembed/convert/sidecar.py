@@ -7,6 +7,7 @@ from typing import Any
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.convert.interface import Contents
+from jaxembed.names import UnregisteredError
 from jaxembed.serialization import feature_config_from_json, feature_config_to_json, strict_json
 
 SIDECAR = "feature_config.json"
@@ -48,6 +49,7 @@ def read_sidecar(where: Any, content: bytes | str) -> dict[str, Any]:
 
     Raises:
       CheckpointError: if it is not what `sidecar_of` writes.
+      UnregisteredError: if a combiner is not registered.
     """
     try:
         data = strict_json(content)
@@ -58,8 +60,10 @@ def read_sidecar(where: Any, content: bytes | str) -> dict[str, Any]:
         step, metadata = data["step"], data["metadata"]
         if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not isinstance(metadata, dict):
             raise ValueError(f"its step is {step!r:.40} and its metadata {type(metadata).__name__}")
-        config = feature_config_from_json(data["feature_config"])
+        config = feature_config_from_json(data["feature_config"], keep_unregistered=True)
         weights, optimizers = layout.combiner_weights(data), layout.optimizers(data)
+    except UnregisteredError as e:
+        raise UnregisteredError(f"{where}: {e}") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{where} is not what jaxembed writes beside arrays: {str(e)[:300]}") from e
     return {

@@ -1,18 +1,19 @@
 """Where the tensors of a TensorFlow checkpoint lie in its files, so that they are mapped instead of read.
 
-TensorFlow itself reads a tensor as a whole, however few of its rows are asked for. `PREFIX.index` is a table of
-sorted strings: blocks of (shared length, own length, length of value, own key, value), a block of where the blocks
-are, and a footer; the values are BundleEntryProtos.
+TensorFlow itself reads a tensor, or each piece of one that was saved in pieces, as a whole, however few of its rows are
+asked for. `PREFIX.index` is a table of sorted strings: blocks of (shared length, own length, length of value, own key,
+value), a block of where the blocks are, and a footer; the values are BundleEntryProtos.
 
 References:
-  tensorflow/core/protobuf/tensor_bundle.proto; tensorflow/core/lib/io/format.cc, block.cc.
+  tensorflow/core/protobuf/tensor_bundle.proto; tensorflow/core/lib/io/format.cc, block.cc;
+  `EncodeTensorNameSlice` of tensorflow/core/util/saved_tensor_slice_util.cc, for the keys of pieces.
 """
 
 import math
 import mmap
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import open_regular, read_regular
 from jaxembed.convert.formats import needed
+from jaxembed.convert.pieces import Pieces
 
 FOOTER_BYTES, TRAILER_BYTES = 48, 5
 MAGIC = 0xDB4775248B80FB57
@@ -28,7 +30,7 @@ CHUNK_BYTES = 16 << 20
 
 
 class TensorBundle:
-    """The tensors of a checkpoint that are in one piece, mapped.
+    """The tensors of a checkpoint, mapped.
 
     Args:
       prefix: of the checkpoint.
@@ -38,7 +40,7 @@ class TensorBundle:
     """
 
     def __init__(self, prefix: pathlib.Path):
-        self._prefix, self._verified = prefix, set[str]()
+        self._prefix, self._verified = prefix, set[bytes]()
         self._files: dict[int, mmap.mmap] = {}
         needed("tensorflow", "tensorflow")
         from tensorflow.core.protobuf import tensor_bundle_pb2  # type: ignore[import-not-found]
@@ -53,10 +55,7 @@ class TensorBundle:
             entries = dict(_entries(content))
             header = tensor_bundle_pb2.BundleHeaderProto.FromString(entries.pop(b""))
             self._entries = {
-                key.decode(): tensor_bundle_pb2.BundleEntryProto.FromString(value)
-                for key, value in entries.items()
-                # The pieces of a tensor have keys of their own, which start with a zero.
-                if not key.startswith(b"\0")
+                key: tensor_bundle_pb2.BundleEntryProto.FromString(value) for key, value in entries.items()
             }
         except Exception as e:  # protobuf's DecodeError is of no common type
             raise CheckpointError(
@@ -64,16 +63,34 @@ class TensorBundle:
             ) from e
         self._num_shards, self._is_little = header.num_shards, header.endianness == 0
 
-    def map(self, key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
-        """A tensor as an array on disk, checked; None if it is in several pieces, or in another byte order.
+    def rows(
+        self, key: str, shape: tuple[int, ...], dtype: np.dtype
+    ) -> Callable[[int, int], np.ndarray] | None:
+        """What reads the rows [start, stop) of a tensor, each piece mapped and checked with the first of its rows; None if it
+        is in another byte order.
 
         Raises:
-          ValueError: if it is not what was saved.
+          ValueError: if pieces of it are missing; when called, if it is not what was saved.
         """
-        entry = self._entries.get(key)
-        if entry is None or entry.slices or not self._is_little or not 0 <= entry.shard_id < self._num_shards:
+        if not self._is_little:
             return None
-        what = f"{self._prefix}: {key}"
+        name, what = key.encode(), f"{self._prefix}: {key}"
+        entry = self._entries.get(name)
+        if entry is None or not entry.slices:
+            return lambda start, stop: self._map(what, name, shape, dtype)[start:stop]
+        try:
+            extents = [(tuple(e.start for e in piece.extent), _lengths(piece, shape)) for piece in entry.slices]
+        except ValueError as e:
+            raise CheckpointError(f"{what} is damaged: its pieces are not all of it.") from e
+        keys = [_piece_key(name, piece) for piece in entry.slices]
+        return Pieces(
+            what, shape, dtype, extents, lambda i: self._map(what, keys[i], extents[i][1], dtype)
+        ).read_rows
+
+    def _map(self, what: str, key: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        entry = self._entries.get(key)
+        if entry is None or not 0 <= entry.shard_id < self._num_shards:
+            raise CheckpointError(f"{what} cannot be read, or is damaged: its index does not say where it is.")
         data = self._file(entry.shard_id)
         if entry.size != math.prod(shape) * dtype.itemsize or not 0 <= entry.offset <= len(data) - entry.size:
             raise CheckpointError(
@@ -105,6 +122,27 @@ class TensorBundle:
             raise CheckpointError(
                 f"{what} cannot be read, or is damaged: it does not have the checksum it was saved with."
             )
+
+
+def _lengths(piece: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a piece's axes; one without a length is all of it."""
+    return tuple(e.length if e.HasField("length") else n for e, n in zip(piece.extent, shape, strict=True))
+
+
+def _piece_key(name: bytes, piece: Any) -> bytes:
+    """The key that a piece has in the index."""
+    numbers = [n for e in piece.extent for n in (e.start, e.length if e.HasField("length") else -1)]
+    rank = len(piece.extent)
+    head = b"\0" + name.replace(b"\0", b"\0\xff") + b"\0\1" + (bytes([1, rank]) if rank else b"\0")
+    return head + b"".join(map(_ordered, numbers))
+
+
+def _ordered(number: int) -> bytes:
+    """A number, at least -1, such that its bytes sort as it does: as many ones as there are bytes, a zero, and it."""
+    if number < 0:
+        return b"\x7f"
+    size = number.bit_length() // 7 + 1
+    return (number | ((1 << size) - 1) << 7 * size).to_bytes(size, "big")
 
 
 def _masked(crc: int) -> int:

@@ -74,8 +74,11 @@ def read(path: pathlib.Path, options: Options) -> Source:
         return places.get(key) if places else ((key, None) if is_table(array) else None)
 
     tables, slots, notes = place_arrays(path, arrays, options, guess)
-    sidecar = tensors.prefix.parent / SIDECAR
-    known = read_sidecar(sidecar, read_regular(sidecar, MAX_SIDECAR)) if sidecar.exists() else {}
+    sidecar, known = tensors.prefix.parent / SIDECAR, {}
+    if sidecar.exists() and tensors.prefix.name == NAME:
+        known = read_sidecar(sidecar, read_regular(sidecar, MAX_SIDECAR))
+    elif sidecar.exists():
+        notes += (f"left out: {SIDECAR}, which is of the checkpoint {NAME!r} beside this one",)
     return Source(tables, slots, notes=notes, **known)
 
 

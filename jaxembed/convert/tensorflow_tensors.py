@@ -40,15 +40,16 @@ class Tensors:
     def stored(self, key: str) -> StoredArray:
         """A tensor of numbers, mapped and verified when the first of its rows is asked for."""
         shape, dtype = tuple(self.shapes[key]), np.dtype(self._dtypes[key].as_numpy_dtype)
-
-        def read_rows(start: int, stop: int) -> np.ndarray:
-            mapped = self._bundle.map(key, shape, dtype)
-            return self._read(key, shape, start, stop) if mapped is None else mapped[start:stop]
-
-        return stored(f"{self.prefix}: {key}", shape, dtype, read_rows)
+        rows = self._bundle.rows(key, shape, dtype)
+        return stored(
+            f"{self.prefix}: {key}",
+            shape,
+            dtype,
+            rows or (lambda start, stop: self._read(key, shape, start, stop)),
+        )
 
     def _read(self, key: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        """Rows of a tensor that was saved in pieces; TensorFlow reads the pieces that they are in."""
+        """Rows of a tensor in another byte order; TensorFlow reads the whole of it, or the pieces that they are in."""
         part = slice_spec(shape, start, stop - start)
         try:
             with self._tf.device("/cpu:0"):

@@ -24,6 +24,7 @@ from jaxembed.checkpoint.digests import CheckpointError
 from jaxembed.checkpoint.files import open_regular, read_regular
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.interface import stored
+from jaxembed.convert.pieces import Pieces
 from jaxembed.convert.torch_pickle import DTYPES, load
 
 METADATA, SUFFIX = ".metadata", ".distcp"
@@ -47,8 +48,8 @@ def is_folder(path: pathlib.Path) -> bool:
     return path.is_dir() and ((path / METADATA).is_file() or next(path.glob(f"*{SUFFIX}"), None) is not None)
 
 
-def read_folder(folder: pathlib.Path) -> dict[str, StoredArray]:
-    """The tensors of numbers in it, by their names.
+def read_folder(folder: pathlib.Path) -> tuple[dict[str, StoredArray], list[str]]:
+    """The tensors of floats in it, by their names; and the names of those of other types.
 
     Raises:
       ValueError: if it is unfinished or damaged, or names what such a folder has no use for.
@@ -69,9 +70,11 @@ def read_folder(folder: pathlib.Path) -> dict[str, StoredArray]:
             for index, info in metadata["storage_data"].items()
             if str(index["fqn"]) in tensors
         }
-        arrays = {}
+        arrays, others = {}, []
         for name, (shape, dtype, parts) in tensors.items():
-            if dtype in DTYPES:
+            if dtype not in DTYPES:
+                others.append(f"{name} ({dtype})")
+            else:
                 chunks = [
                     Chunk(tuple(part["offsets"]), tuple(part["sizes"]), *places[name, tuple(part["offsets"])])
                     for part in parts
@@ -81,7 +84,7 @@ def read_folder(folder: pathlib.Path) -> dict[str, StoredArray]:
         raise CheckpointError(
             f"{what} is no metadata of torch.distributed.checkpoint, or is damaged: {e!s:.200}."
         ) from e
-    return arrays
+    return arrays, others
 
 
 def _place(folder: pathlib.Path, info: Any) -> tuple[str, int, int]:
@@ -99,46 +102,23 @@ def _array(
     folder: pathlib.Path, name: str, shape: tuple[int, ...], dtype: np.dtype, chunks: list[Chunk]
 ) -> StoredArray:
     what = f"{folder}: {name}"
-    if not all(isinstance(n, int) and n >= 0 for n in itertools.chain(shape, *(c[0] + c[1] for c in chunks))):
+    if not all(
+        isinstance(n, int) and 0 <= n < 2**63 for n in itertools.chain(shape, *(c[0] + c[1] for c in chunks))
+    ):
         raise CheckpointError(f"{what} is damaged: it has sizes that are none.")
-    _check_cover(what, shape, chunks)
     files: dict[str, mmap.mmap] = {}
-    views: dict[Chunk, np.ndarray] = {}
 
-    def read_rows(start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *shape[1:]), dtype)
-        for chunk in chunks:
-            low, high = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
-            if low >= high:
-                continue
-            if chunk not in views:
-                if chunk.file not in files:
-                    files[chunk.file] = _map(folder / chunk.file)
-                views[chunk] = _view(what, files[chunk.file], chunk, dtype)
-            columns = tuple(slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
-            rows = views[chunk][low - chunk.offsets[0] : high - chunk.offsets[0]]
-            out[(slice(low - start, high - start), *columns)] = rows
-        return out
+    def open_chunk(i: int) -> np.ndarray:
+        file = chunks[i].file
+        if file not in files:
+            files[file] = _map(folder / file)
+        return _view(what, files[file], chunks[i], dtype)
 
     def read_scalar(start: int, stop: int) -> np.ndarray:
         raise ValueError(f"{what} is no array.")
 
-    return stored(what, shape, dtype, read_rows if shape else read_scalar)
-
-
-def _check_cover(what: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None:
-    """Raises ValueError unless every value of a tensor is in exactly one chunk."""
-    low = np.array([c.offsets for c in chunks], object).reshape(len(chunks), -1)
-    high = low + np.array([c.sizes for c in chunks], object).reshape(low.shape)
-    inside = low.shape[1] == len(shape) and all((high <= np.array(shape, object)).flat)
-    if not inside or sum(math.prod(c.sizes) for c in chunks) != math.prod(shape):
-        raise CheckpointError(f"{what} is damaged: its chunks are not all of it.")
-    filled = [i for i, chunk in enumerate(chunks) if math.prod(chunk.sizes)]
-    low, high = low[filled].astype(np.int64), high[filled].astype(np.int64)
-    for i in range(len(filled) if shape else 0):
-        # As the sum is right, they cover all of it if no two share a value.
-        if np.all((low[i] < high[i + 1 :]) & (low[i + 1 :] < high[i]), axis=1).any():
-            raise CheckpointError(f"{what} is damaged: two of its chunks overlap.")
+    pieces = Pieces(what, shape, dtype, [(c.offsets, c.sizes) for c in chunks], open_chunk)
+    return stored(what, shape, dtype, pieces.read_rows if shape else read_scalar)
 
 
 def _map(file: pathlib.Path) -> mmap.mmap:

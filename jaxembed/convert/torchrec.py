@@ -16,35 +16,31 @@ References:
 
 import importlib
 import itertools
-import os
 import pathlib
-import pickle
 import re
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jaxembed.checkpoint.digests import CheckpointError
-from jaxembed.checkpoint.files import open_regular, refuse_pointer, write_file
+from jaxembed.checkpoint.files import write_file
 from jaxembed.checkpoint.safetensors_file import header_of, map_file
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import bits, refuse_types
 from jaxembed.convert.formats import needed
-from jaxembed.convert.interface import Contents, Options, Place, Source, Stream, stored
-from jaxembed.convert.keys import key_for, place_arrays
+from jaxembed.convert.interface import Contents, Options, Place, Source, Stream
+from jaxembed.convert.keys import key_for, left_out_types, place_arrays
 from jaxembed.convert.mapped import mapped_rows
 from jaxembed.convert.torch_distributed import is_folder, read_folder
+from jaxembed.convert.torch_file import read_file
 
 COMBINER_WEIGHTS = False
+KEYS = True
 COMBINER = "sum"
 SUFFIXES = (".pt", ".pth")
-MAX_DEPTH = 16
-#: One value a row, as row-wise Adagrad has; no optimizer of jaxembed takes it, and TorchRec gets it back.
+#: One value a row, as row-wise Adagrad has; the slot of a CustomOptimizer of its rule, and TorchRec gets it back.
 ROW_ACCUMULATORS = "row_accumulators"
 MODEL, OPTIMIZER = "model", "optimizer"
 _TABLE = re.compile(r"(?:^|\.)(?:embedding_bags|embeddings)\.([^.]+)\.weight(?:\.\1\.(\w+))?$")
@@ -86,12 +82,12 @@ def matches(path: pathlib.Path) -> bool:
 def read(path: pathlib.Path, options: Options) -> Source:
     """Maps the file, or the files of a sharded checkpoint."""
     if is_folder(path):
-        arrays = read_folder(path)
+        arrays, others = read_folder(path)
     elif path.suffix == ".safetensors":
-        tensors = map_file(path)[0]
+        tensors, _, others = map_file(path)
         arrays = {name: StoredArray(f"{path}: {name}", tensor) for name, tensor in tensors.items()}
     else:
-        arrays = {name: _stored(path, name, tensor) for name, tensor in _flat(_load(path))}
+        arrays, others = read_file(path)
     shapes = {
         found[1]: array.shape for key, array in arrays.items() if (found := _TABLE.search(key)) and not found[2]
     }
@@ -111,10 +107,11 @@ def read(path: pathlib.Path, options: Options) -> Source:
         return (found[1], slot) if slot else None
 
     tables, slots, notes = place_arrays(path, arrays, options, guess)
+    notes += left_out_types(others)
     if any(ROW_ACCUMULATORS in of_table for of_table in slots.values()):
         notes += (
-            f"{ROW_ACCUMULATORS} are of row-wise Adagrad, one a row: jaxembed keeps them for TorchRec, and trains on with "
-            "none of its optimizers from them",
+            f"{ROW_ACCUMULATORS} are of row-wise Adagrad, one a row: to train on from them takes a CustomOptimizer with its "
+            "rule, which docs/tutorials/torchrec.md has",
         )
     if options.step is None and any("velocities" in of_table for of_table in slots.values()):
         notes += (
@@ -214,72 +211,3 @@ def _tensor(out: pathlib.Path, i: int, stream: Stream) -> Any:
         mapped_rows(out.parent / f"rows-{i}", stream, stream.blocks(), bits(stream.dtype))
     )
     return tensor.view(torch.bfloat16) if stream.dtype == ml_dtypes.bfloat16 else tensor
-
-
-def _load(path: pathlib.Path) -> Any:
-    torch: Any = needed("torch", "torchrec")
-    descriptor, _ = open_regular(path)
-    try:
-        refuse_pointer(path, os.pread(descriptor, 64, 0))
-    finally:
-        os.close(descriptor)
-    _check_sums(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, OSError, KeyError, AttributeError) as e:
-        raise CheckpointError(
-            f"{path} is no torch checkpoint of plain tensors, or is damaged: {str(e)[:300]}. Save a state dict "
-            "of whole tensors with torch.save, or sharded ones with torch.distributed.checkpoint.save."
-        ) from e
-
-
-def _check_sums(path: pathlib.Path) -> None:
-    """Torch compares no checksums; a file of another form than torch.save's is left to it to refuse."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        OSError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-    ) as e:
-        raise CheckpointError(
-            f"{path} is no torch checkpoint of plain tensors, or is damaged: {str(e)[:200]}."
-        ) from e
-    if bad is not None:
-        raise CheckpointError(
-            f"{path} is damaged: {bad} does not have the checksum it was saved with (torch saves checksums unless "
-            "torch.serialization.set_crc32_options(False) was called)."
-        )
-
-
-def _flat(value: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    if depth > MAX_DEPTH:
-        raise ValueError(f"the checkpoint is nested more than {MAX_DEPTH} deep.")
-    if isinstance(value, Mapping):
-        for key, child in value.items():
-            yield from _flat(child, f"{prefix}.{key}" if prefix else str(key), depth + 1)
-    elif hasattr(value, "untyped_storage"):
-        yield prefix, value
-
-
-def _stored(path: pathlib.Path, name: str, tensor: Any) -> StoredArray:
-    torch: Any = needed("torch", "torchrec")
-    tensor = tensor.detach()
-    is_bfloat16 = tensor.dtype == torch.bfloat16
-
-    def values(part: Any) -> np.ndarray:
-        part = part.contiguous()
-        return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if is_bfloat16 else part.numpy()
-
-    try:
-        dtype = values(tensor[:0]).dtype if tensor.ndim else np.dtype(np.float32)
-    except (TypeError, RuntimeError) as e:
-        raise ValueError(f"{path}: {name!r} has a type that numpy has not: {tensor.dtype}.") from e
-    return stored(f"{path}: {name}", tensor.shape, dtype, lambda start, stop: values(tensor[start:stop]))

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.bundle_reading import is_bundle, open_bundle
 from jaxembed.checkpoint.reading import open_checkpoint
@@ -32,6 +34,8 @@ class Inspected:
       table_digests: by name, where the format has digests: `layout.table_digest`, as conversions report it.
       slot_digests: by table and slot name, likewise.
       optimizers: by table, what trained it, as `Optimizer.to_dict` gives it, where the format says so.
+      combiner_weights: by table, the float32 [num_weights] of its CustomCombiner.
+      has_model: whether a dense model is with them.
     """
 
     path: pathlib.Path
@@ -46,6 +50,8 @@ class Inspected:
     table_digests: dict[str, str] = dataclasses.field(default_factory=dict)
     slot_digests: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    combiner_weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    has_model: bool = False
 
     @property
     def configs(self) -> dict[str, TableConfig]:
@@ -100,6 +106,8 @@ def open_any(
             digest=bundle.digest,
             table_digests=bundle.table_digests,
             notes=() if bundle.base_version is None else (f"a delta of version {bundle.base_version}",),
+            combiner_weights=bundle.combiner_weights,
+            has_model=bundle.model is not None,
         )
     if name == "jaxembed":
         opened = open_checkpoint(path, step)
@@ -118,6 +126,8 @@ def open_any(
                 for name, arrays in opened.slots.items()
             },
             optimizers=layout.optimizers(opened.manifest),
+            combiner_weights=layout.combiner_weights(opened.manifest),
+            has_model=layout.MODEL in digests,
         )
     found = open_source(path, name, Options(step, keys))
     return Inspected(
@@ -130,4 +140,5 @@ def open_any(
         found.metadata,
         found.notes,
         optimizers=found.optimizers,
+        combiner_weights=found.combiner_weights,
     )

@@ -294,7 +294,8 @@ NAN, INFINITY = float("nan"), float("inf")
 )
 def test_what_could_not_be_read_back_is_not_saved(tmp_path, argument, value, told):
     """The step would count as whole, and max_to_keep delete those before it."""
-    own = ShardedEmbedding(CONFIG, SGD(0.1), jax.make_mesh((1,), ("d",)))
+    few = {"x": FeatureConfig(TableConfig(60, 16, name="a"))}
+    own = ShardedEmbedding(few, SGD(0.1), jax.make_mesh((1,), ("d",)))
     tables, slots, _ = own.to_canonical(own.init(jax.random.key(0)))
     fine = {"loss": None, "by_id": {"1": [True, 2.5, "NaN"]}}
     with Checkpointer(tmp_path, own, max_to_keep=1) as checkpointer:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,28 @@ def test_same_bytes_and_reader_as_the_checkpoint(checkpoint, bundles):
     assert isinstance(ours.model["l"], list)
     with pytest.raises(ValueError, match="has no slots"):
         read_checkpoint(bundles, slots=True)
+
+
+class Pair(typing.NamedTuple):
+    a: typing.Any
+    b: typing.Any
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_models_that_could_not_be_opened_are_refused(checkpoint, tmp_path, dry_run):
+    """The leaves of a named tuple have names of their own, which no structure of dicts and lists would lead to."""
+    with pytest.raises(ValueError, match=r"around the leaf 'p\.(a|0)'; have select_model return a dict"):
+        convert_to_bundle(
+            checkpoint,
+            tmp_path / "out",
+            select_model=lambda model: {"p": Pair(model["other"], model["other"])},
+            dry_run=dry_run,
+        )
+    assert not (tmp_path / "out").exists()
+    convert_to_bundle(
+        checkpoint, tmp_path / "out", select_model=lambda m: (m["other"], [None, {1: m["other"]}])
+    )
+    np.testing.assert_array_equal(open_bundle(tmp_path / "out").model[1][1]["1"], [1.0])
 
 
 def test_official_reader_reads_it(bundles):
@@ -259,7 +282,7 @@ ATTACKS = {
     "duplicate": (write_header('{"rows": 1, "rows": 2}'), "'rows' is there twice"),
     "negative": (write_header(entry(shape=[-1, -1])), "impossible sizes"),
     "overflow": (write_header(entry(shape=[2**40, 2**40])), "does not lie where"),
-    "unknown type": (write_header(entry(dtype="F4")), "is damaged: 'F4'"),
+    "unknown type": (write_header(entry(dtype="F4", data_offsets=[0, 0])), r"is damaged: it has 'rows \(F4\)'"),
     "no JSON": (lambda copy: (copy / "manifest.json").write_text("{"), "no readable manifest.json"),
     "unsealed": (
         lambda copy: (copy / "manifest.json").write_text(

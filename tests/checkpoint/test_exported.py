@@ -11,6 +11,7 @@ from jax import export
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, convert_to_bundle, files, open_bundle
 from jaxembed.checkpoint.files import read_regular
+from jaxembed.convert import open_source
 from jaxembed.optimizers import SGD
 from jaxembed.train import Checkpointer, ShardedEmbedding
 
@@ -53,9 +54,24 @@ def test_runs_on_the_tables_of_the_bundle(checkpoint, tmp_path):
         )
 
 
+def test_a_delta_of_an_exported_model_is_given_one(checkpoint, tmp_path):
+    convert_to_bundle(checkpoint, tmp_path, step=0, exported=exported_of)
+    message = r"version 0 holds an exported model, and a delta takes over rows alone.* Pass exported=.* again, or leave"
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=message):
+            convert_to_bundle(checkpoint, tmp_path, step=1, delta_from=0, dry_run=dry_run)
+    convert_to_bundle(checkpoint, tmp_path, step=1)
+    assert open_bundle(tmp_path).exported is None
+
+
 def test_bytes_are_kept_as_they_are(checkpoint, tmp_path):
     convert_to_bundle(checkpoint, tmp_path, step=0)
     convert_to_bundle(checkpoint, tmp_path, step=1, exported=b"any bytes")
+    told = [open_source(tmp_path / str(version)).notes for version in (0, 1)]
+    assert told == [
+        ("left out: the dense model",),
+        ("left out: the dense model", "left out: the exported model"),
+    ]
     assert [open_bundle(tmp_path, version).exported for version in (0, 1)] == [None, b"any bytes"]
     assert (tmp_path / "1" / "model.stablehlo").read_bytes() == b"any bytes"
 

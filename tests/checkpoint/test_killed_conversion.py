@@ -81,6 +81,22 @@ def test_a_folder_in_use_stays(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_folder_of_another_host_stays(tmp_path, monkeypatch):
+    """Where each host has locks of its own, this one gets the lock of what the other one is writing."""
+    monkeypatch.setattr(scratch, "GRACE_SECONDS", -1)
+    monkeypatch.setattr(scratch.fcntl, "flock", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch.socket, "gethostname", lambda: "elsewhere-2.net")
+        theirs = scratch.scratch_folder(tmp_path, "1")
+        folder = theirs.__enter__()
+    with scratch.scratch_folder(tmp_path, "2"):
+        assert folder.is_dir()
+    monkeypatch.setattr(scratch.socket, "gethostname", lambda: "elsewhere-2.net")
+    with scratch.scratch_folder(tmp_path, "2"):
+        assert not folder.exists()
+    theirs.__exit__(None, None, None)
+
+
 def test_a_young_folder_stays(tmp_path):
     """It may be of a process that has not locked it yet."""
     (tmp_path / ".writing-1-1").mkdir()

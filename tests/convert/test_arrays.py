@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 import tracemalloc
 import zipfile
 
@@ -24,10 +25,10 @@ from jaxembed import FeatureConfig, HashBuckets, QuantizationConfig, TableConfig
 from jaxembed.checkpoint import layout, read_checkpoint, whole_steps
 from jaxembed.cli import main
 from jaxembed.combiners import CustomCombiner, register_combiner
-from jaxembed.convert import convert
+from jaxembed.convert import convert, open_source
 from jaxembed.convert.interface import Stream, stored
 from jaxembed.convert.keys import keys_from_json, own_key, own_place
-from jaxembed.convert.mapped import new_mapped
+from jaxembed.convert.mapped import new_mapped, temporary_mapped
 from jaxembed.initializers import Constant
 from jaxembed.optimizers import Adagrad
 from jaxembed.serialization import feature_config_to_json
@@ -173,6 +174,26 @@ def test_arrays_of_others(tmp_path, capsys):
         assert (read.step, sorted(read.feature_config)) == (3, ["emb.weight", "other"])
         np.testing.assert_array_equal(read.tables["emb.weight"], table)
         np.testing.assert_array_equal(read.tables["other"], biased)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_array_by_columns_is_read_once(tmp_path, monkeypatch, save):
+    """Each of its rows is all over it."""
+    table = np.asfortranarray(np.random.default_rng(0).normal(size=(1000, 6)).astype(">f4"))
+    save(tmp_path / "a.npz", t=table)
+    array, counts, read = open_source(tmp_path / "a.npz").tables["t"], [], zipfile.ZipExtFile.read
+
+    def counted(member, size=-1):
+        data = read(member, size)
+        counts.append(len(data))
+        return data
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
+    monkeypatch.setattr("jaxembed.convert.npz.COPY_BYTES", 1000)
+    for start in range(0, 1000, 10):
+        np.testing.assert_array_equal(array.source[start : start + 10], table[start : start + 10])
+    assert sum(counts) == table.nbytes
+    assert max(counts) == 1000
 
 
 @pytest.mark.parametrize(
@@ -469,6 +490,49 @@ def test_empty_names_are_refused_of_any_reader(tmp_path, capsys):
     assert "nothing is at" in capsys.readouterr().err
 
 
+def test_tensors_of_other_types_are_left_out(tmp_path):
+    save_file({"t": GOOD, "u": np.ones(4, np.uint8)}, tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "b.safetensors").write_bytes(content.replace(b'"U8"', b'"F9"'))
+    report = convert(tmp_path / "b.safetensors", tmp_path / "out", target_format="jaxembed")
+    assert "left out, of types that no table has: u (F9)" in report.notes
+    np.testing.assert_array_equal(read_checkpoint(tmp_path / "out").tables["t"], GOOD)
+
+
+def test_keys_are_of_the_source_or_else_of_the_target(tmp_path, capsys):
+    """Those that were followed in reading name nothing that is written; of our own source they name what is."""
+    np.savez(tmp_path / "a.npz", emb=GOOD, other=GOOD)
+    read = {"emb": ("movie", None)}
+    convert(tmp_path / "a.npz", tmp_path / "a.safetensors", target_format="torchrec", keys=read)
+    assert list(load_file(tmp_path / "a.safetensors")) == ["embedding_bags.movie.weight"]
+    convert(tmp_path / "a.npz", tmp_path / "steps", keys=read)
+    named = {"net.movie.weight": ("movie", None)}
+    convert(tmp_path / "steps", tmp_path / "b.safetensors", target_format="torchrec", keys=named)
+    assert list(load_file(tmp_path / "b.safetensors")) == ["net.movie.weight"]
+    for keys, place in (
+        ({"w": ("film", None)}, "table 'film'"),
+        ({"w": ("movie", "s")}, "slot 's' of table 'movie'"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"keys\['w'\] must be one of the tables \['movie'\], .*got {place}"
+        ):
+            convert(tmp_path / "steps", tmp_path / "c.safetensors", target_format="torchrec", keys=keys)
+    for target in ("npz", "safetensors", "jaxembed"):
+        with pytest.raises(
+            ValueError, match=f"keys are neither for reading jaxembed, .*nor for writing {target}; leave"
+        ):
+            convert(tmp_path / "steps", tmp_path / "out", target_format=target, keys=named)
+    with pytest.raises(
+        ValueError, match=r"has no array 'net.movie.weight'; .*to name those of a target, convert from a"
+    ):
+        convert(tmp_path / "a.npz", tmp_path / "d.safetensors", target_format="torchrec", keys=named)
+    (tmp_path / "keys.json").write_text('{"w": "movie"}')
+    line = ["convert", str(tmp_path / "steps"), "--to", "serving", str(tmp_path / "out")]
+    assert main([*line, "--keys", str(tmp_path / "keys.json")]) == 2
+    assert "leave keys (--keys) out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system reserves no room")
 def test_a_disk_without_room_for_a_mapped_array(tmp_path, monkeypatch):
     """Its room is asked for before it is written: writing to a hole of a full disk ends the process."""
@@ -482,6 +546,11 @@ def test_a_disk_without_room_for_a_mapped_array(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"No space left on device for 24 bytes: '.*second'"):
         new_mapped(tmp_path / "second", np.float32, (3, 2))
+    told = (
+        f"No space left on device for 24 bytes in a temporary file; set TMPDIR to .*: '{tempfile.gettempdir()}'"
+    )
+    with pytest.raises(OSError, match=told):
+        temporary_mapped(np.float32, (3, 2))
 
 
 @pytest.mark.parametrize("step", ["-1", str(2**31)])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from jaxembed import FeatureConfig, TableConfig
+from jaxembed.checkpoint import convert_to_bundle, digests, layout
 from jaxembed.cli import main
 from jaxembed.convert import FORMATS, convert
 from jaxembed.convert.keys import own_key
@@ -162,6 +163,37 @@ def test_what_a_dry_run_refuses(tmp_path, form, out, arguments, message):
             convert(source, tmp_path / out, target_format=form, dry_run=dry_run, **arguments)
 
 
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """A checkpoint of what `save` saves."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    convert(save(folder, ["t"], [], np.float32), folder / "steps")
+    return folder / "steps"
+
+
+def test_tables_with_more_digests_than_a_manifest_has_room_for(tmp_path, monkeypatch):
+    """What was written would be read by nothing; it is found before hours of writing."""
+    monkeypatch.setattr(digests, "BLOCK_BYTES", 64)
+    source = save(tmp_path, ["t"], ["accumulators"], np.float32)
+    convert(source, tmp_path / "steps")
+    for write, room, told in (
+        (convert, 5, r"384 bytes of tables and slots have 6 digests, .* and a manifest has room for 5; leave"),
+        (
+            convert_to_bundle,
+            2,
+            r"192 bytes of tables and slots have 3 digests, .* and a manifest has room for 2",
+        ),
+    ):
+        start = source if write is convert else tmp_path / "steps"
+        monkeypatch.setattr(layout, "MAX_JSON", layout.ROOM + room * digests.HEX_DIGITS)
+        for dry_run in (True, False):
+            with pytest.raises(ValueError, match=told):
+                write(start, tmp_path / "out", dry_run=dry_run)
+            assert not (tmp_path / "out").exists()
+        monkeypatch.setattr(layout, "MAX_JSON", layout.ROOM + (room + 1) * digests.HEX_DIGITS)
+        write(start, tmp_path / write.__name__)
+
+
 def blocked(folder, how):
     """A place where nothing can be written, and what is said of it."""
     file = folder / "file"
@@ -197,12 +229,11 @@ PLACES += ["a long name", "a long name of a folder", "a long path"]
 @pytest.mark.parametrize(
     "form", ["jaxembed", "npy", "npz", "safetensors", "serving", "serving of a checkpoint"]
 )
-def test_places_where_nothing_can_be(tmp_path, capsys, form, how):
+def test_places_where_nothing_can_be(steps, tmp_path, capsys, form, how):
     """The same words, and nothing is left of what was tried."""
     source = save(tmp_path, ["t"], [], np.float32)
     if form == "serving of a checkpoint":
-        convert(source, tmp_path / "steps")
-        source, form = tmp_path / "steps", "serving"
+        source, form = steps, "serving"
     place, message = blocked(tmp_path, how)
     before, told = sorted(tmp_path.rglob("*")), []
     for dry_run in (["--dry-run"], []):
@@ -234,11 +265,8 @@ def test_a_folder_of_others(tmp_path, capsys):
 
 @pytest.mark.parametrize("how", ["missing", "empty", "a pipe"])
 @pytest.mark.parametrize("of", ["a checkpoint", "another framework"])
-def test_exported_models_are_looked_at(tmp_path, capsys, how, of):
-    source = save(tmp_path, ["t"], [], np.float32)
-    if of == "a checkpoint":
-        convert(source, tmp_path / "steps")
-        source = tmp_path / "steps"
+def test_exported_models_are_looked_at(steps, tmp_path, capsys, how, of):
+    source = steps if of == "a checkpoint" else save(tmp_path, ["t"], [], np.float32)
     file = tmp_path / "model.bin"
     {"missing": lambda: None, "empty": file.touch, "a pipe": lambda: os.mkfifo(file)}[how]()
     message = {
@@ -348,6 +376,15 @@ def test_features_that_a_saved_model_cannot_have(tmp_path):
                     feature_config=config,
                     dry_run=dry_run,
                 )
+
+
+def test_a_name_of_one_array(tmp_path, capsys):
+    """It would be a folder of steps, and is none of `npy`, which is a folder of files."""
+    source = save(tmp_path, ["t"], [], np.float32)
+    for dry_run in (["--dry-run"], []):
+        assert main(["convert", str(source), str(tmp_path / "tables.npy"), *dry_run]) == 2
+        assert "tables.npy would be one array; pass a name without .npy, with" in capsys.readouterr().err
+    assert not (tmp_path / "tables.npy").exists()
 
 
 def test_of_a_bundle(tmp_path, capsys):

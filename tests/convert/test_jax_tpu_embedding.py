@@ -1,5 +1,7 @@
 """Embedding variables of jax-tpu-embedding, stacked and saved by the library itself."""
 
+import weakref
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -7,9 +9,10 @@ import pytest
 
 from jaxembed import FeatureConfig, TableConfig, optimizers
 from jaxembed.checkpoint import read_checkpoint
-from jaxembed.checkpoint.stored import open_array
+from jaxembed.checkpoint.stored import StoredArray, open_array
 from jaxembed.cli import main
-from jaxembed.convert import convert
+from jaxembed.convert import convert, jax_tpu_embedding
+from jaxembed.sparsecore_layout import StackedTable
 
 pytestmark = pytest.mark.parity
 table_stacking = pytest.importorskip("jax_tpu_embedding.sparsecore.lib.nn.table_stacking")
@@ -100,6 +103,27 @@ def test_there_and_back(library, tmp_path, capsys):
     assert main(["inspect", str(back.path)]) == 0
     assert "a: 37 x 6" in capsys.readouterr().out
     assert [a.digest for a in third.arrays] == [a.digest for a in report.arrays]
+
+
+def test_a_stack_is_copied_once_and_let_go_of(monkeypatch):
+    """Its copy is as large as all of its tables, and on the disk until it is let go of."""
+    rows = np.arange(16 * 4, dtype=np.float32).reshape(16, 4)
+    tables = [StackedTable(n, "s", (5, 4), 2, 8, 4, i * 4, 0, 6) for i, n in enumerate("ab")]
+    copies = []
+
+    def copy(stack):
+        copies.append(weakref.ref(made := rows.copy()))
+        return made
+
+    monkeypatch.setattr(jax_tpu_embedding._Stack, "_copy", copy)
+    stack = jax_tpu_embedding._Stack(StoredArray("s", rows))
+    first, second = [stack.member(table).source for table in tables]
+    for array, stop in ((first, 3), (first, 5), (second, 4)):
+        array[stop - 2 : stop]
+    assert [made() is None for made in copies] == [False]
+    np.testing.assert_array_equal(second[3:5], tables[1].read_rows(rows, 3, 5))
+    assert [made() is None for made in copies] == [True]
+    np.testing.assert_array_equal(first[0:5], tables[0].read_rows(rows, 0, 5))
 
 
 def test_with_an_axis_of_devices(library, tmp_path):

@@ -71,6 +71,22 @@ def weights(file, **tables):
             group["0"] = rows
 
 
+def test_keys_of_either_side(tmp_path):
+    """Of a source they say which array is which table; of our own they say which array of the file a table is."""
+    rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+    weights(tmp_path / "m.h5", movie=np.zeros((4, 2), np.float32))
+    np.savez(tmp_path / "a.npz", emb=rows)
+    keys = {"emb": ("movie", None)}
+    convert(tmp_path / "a.npz", tmp_path / "out.h5", keys=keys, layout=tmp_path / "m.h5")
+    convert(tmp_path / "a.npz", tmp_path / "steps", keys={"emb": ("film", None)})
+    path = "layers/e/_default_device_embedding_layers/embed_reduce_0/vars/0"
+    named = {path: ("film", None)}
+    convert(tmp_path / "steps", tmp_path / "named.h5", keys=named, layout=tmp_path / "m.h5")
+    for name in ("out", "named"):
+        with h5py.File(tmp_path / f"{name}.h5") as file:
+            np.testing.assert_array_equal(file[path], rows)
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     rows = np.ones((4, 2), np.float32)
     weights(tmp_path / "m.weights.h5", t=rows)

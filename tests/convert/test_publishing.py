@@ -54,9 +54,13 @@ def test_nothing_is_replaced(source, tmp_path, monkeypatch, target, theirs):
     with pytest.raises(ValueError, match=rf"{place} exists; pass another path or remove it"):
         convert(source, out, target_format=target)
     assert [path.name for path in place.parent.iterdir()] == [place.name]
-    assert place.is_symlink() or place.is_dir() or place.read_text() == "theirs"
-    assert theirs != "empty folder" or not any(place.iterdir())
-    assert theirs != "folder" or (place / "file").read_text() == "theirs"
+    if theirs == "link":
+        assert os.readlink(place) == "nowhere"
+    elif theirs == "file":
+        assert place.read_text() == "theirs"
+    else:
+        found = {path.name: path.read_text() for path in place.iterdir()}
+        assert found == ({"file": "theirs"} if theirs == "folder" else {})
 
 
 def test_a_file_that_comes_at_the_last_moment_stays(tmp_path, monkeypatch):
@@ -97,6 +101,17 @@ def test_without_hard_links_files_are_renamed(source, tmp_path, monkeypatch, cod
     convert(tmp_path / "b.npz", tmp_path / "steps")
     np.testing.assert_array_equal(read_checkpoint(tmp_path / "steps").tables["t"], np.ones((3, 2), np.float32))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz", "steps"]
+
+
+@pytest.mark.parametrize("name", ["rows-0", "stack-0", "parts", "out", "a.npz"])
+def test_what_is_beside_an_output_has_not_its_name(tmp_path, name):
+    with published(tmp_path / name) as scratch:
+        (scratch.parent / "rows-0").write_text("beside")
+        (scratch.parent / "stack-0").write_text("beside")
+        (scratch.parent / "parts").mkdir()
+        assert scratch.suffix == pathlib.Path(name).suffix
+        scratch.write_text("ours")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "ours"}
 
 
 def test_other_errors_are_those_of_the_disk(tmp_path, monkeypatch):

@@ -53,6 +53,38 @@ np.savez(sys.argv[3], **served)
 """
 
 
+#: Runs one program after another and says what each printed, and how it failed.
+RUNNER = """
+import contextlib, io, json, sys, traceback
+import tensorflow
+for line in sys.stdin:
+    program, *sys.argv[1:] = json.loads(line)
+    printed, failed = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(program, {})
+    except BaseException:
+        failed = traceback.format_exc()
+    print(json.dumps([printed.getvalue(), failed]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def tensorflow():
+    """Runs a program with arguments in a process that has TensorFlow, one for all: importing it takes long."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", RUNNER], **pipes) as process:
+
+        def run(program, *arguments):
+            process.stdin.write(json.dumps([program, *map(str, arguments)]) + "\n")
+            process.stdin.flush()
+            printed, failed = json.loads(process.stdout.readline())
+            assert failed is None, failed
+            return printed
+
+        yield run
+
+
 def config():
     films = TableConfig(*SHAPES["films/a.b"], name="films/a.b", combiner="sqrtn")
     users = TableConfig(*SHAPES["users"], name="users")
@@ -62,7 +94,7 @@ def config():
     }
 
 
-def test_tensorflow_serves_our_outputs(tmp_path):
+def test_tensorflow_serves_our_outputs(tensorflow, tmp_path):
     rng = np.random.default_rng(0)
     tables = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
     np.savez(tmp_path / "a.npz", **tables)
@@ -70,10 +102,7 @@ def test_tensorflow_serves_our_outputs(tmp_path):
     report = convert(tmp_path / "ckpt", tmp_path / "model" / "1", target_format="saved-model")
     assert "feature 'list/0' -> inputs list_0, list_0_row_splits; output list_0" in report.notes
     ids = {name.replace("/", "_"): bags for name, bags in IDS.items()}
-    subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(report.path), json.dumps(ids), str(tmp_path / "out.npz")],
-        check=True,
-    )
+    tensorflow(PROGRAM, report.path, json.dumps(ids), tmp_path / "out.npz")
     ragged = {name: RaggedTensor.from_lists(bags) for name, bags in IDS.items()}
     ours = serve.load(tmp_path / "ckpt").embedding(
         {"x": ragged["x"], "list": [ragged[f"list/{i}"] for i in range(3)]}
@@ -102,7 +131,7 @@ np.savez(sys.argv[2], **out)
 """
 
 
-def test_with_the_dense_model(tmp_path):
+def test_with_the_dense_model(tensorflow, tmp_path):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(20, 4)).astype(np.float32)
     params = {"w": rng.normal(size=(7, 2)).astype(np.float32), "layers": [np.ones(2, np.float32)]}
@@ -115,7 +144,7 @@ def test_with_the_dense_model(tmp_path):
     out = export_saved_model(
         tmp_path / "1", features, {"t": rows}, model=model, params=params, dense={"price": (3,)}
     )
-    subprocess.run([sys.executable, "-c", MODEL_PROGRAM, str(out), str(tmp_path / "out.npz")], check=True)
+    tensorflow(MODEL_PROGRAM, out, tmp_path / "out.npz")
     activations = serving_embedding_lookup(
         {"x": RaggedTensor.from_lists([[1, 2], [], [3], [0]])}, None, {"t": rows}, features
     )
@@ -176,7 +205,7 @@ for name, bad in {
         "sparse_weighted",
     ],
 )
-def test_raw_ids_weights_sparse_ids_and_custom_combiners(tmp_path, signature):
+def test_raw_ids_weights_sparse_ids_and_custom_combiners(tensorflow, tmp_path, signature):
     rng = np.random.default_rng(0)
     (tmp_path / "words.txt").write_bytes(b"a\r\nb\nc\n")
     (tmp_path / "numbers.txt").write_text("7\n-5\n90000000000\n")
@@ -219,8 +248,7 @@ def test_raw_ids_weights_sparse_ids_and_custom_combiners(tmp_path, signature):
         flat |= {f"{signature}:{name}_{end}": value for end, value in parts.items()}
         flat[f"{signature}:{name}"] = ids.astype("S") if ids.dtype.kind == "U" else ids
     np.savez(tmp_path / "in.npz", **flat)
-    arguments = [str(out), str(tmp_path / "in.npz"), signature, str(tmp_path / "out.npz")]
-    subprocess.run([sys.executable, "-c", ALL_PROGRAM, *arguments], check=True)
+    tensorflow(ALL_PROGRAM, out, tmp_path / "in.npz", signature, tmp_path / "out.npz")
     expected = serving_embedding_lookup(
         inputs, weights if weighted else None, tables, features, combiner_weights=combiner_weights
     )
@@ -264,17 +292,16 @@ np.save(sys.argv[2], tf.cast(out["x"], tf.float32))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_types(tmp_path, dtype):
+def test_types(tensorflow, tmp_path, dtype):
     """TensorFlow serves our outputs of a table in half precision, which lies on disk as it is."""
     rows = np.random.default_rng(0).normal(size=(20, 4000)).astype(np.float32)
     np.savez(tmp_path / "a.npz", x=rows)
     convert(tmp_path / "a.npz", tmp_path / "ckpt", dtype=dtype, combiner="sqrtn")
     report = convert(tmp_path / "ckpt", tmp_path / "1", target_format="saved-model")
-    program = [sys.executable, "-c", TYPES_PROGRAM, str(report.path), str(tmp_path / "out.npy")]
-    done = subprocess.run(program, check=True, capture_output=True, text=True)
+    printed = tensorflow(TYPES_PROGRAM, report.path, tmp_path / "out.npy")
     bags = RaggedTensor.from_lists([[1, 2, 3], [], [19], [0, 0]])
     expected = serve.load(tmp_path / "ckpt").embedding({"x": bags})["x"]
-    assert done.stdout.split() == [expected.dtype.name]
+    assert printed.split() == [expected.dtype.name]
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), np.asarray(expected, np.float32))
     size = sum(file.stat().st_size for file in report.path.rglob("*") if file.is_file())
     assert rows.nbytes / 2 < size < rows.nbytes

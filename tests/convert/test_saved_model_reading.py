@@ -13,7 +13,8 @@ from jaxembed.checkpoint import read_checkpoint
 from jaxembed.cli import main
 from jaxembed.convert import convert
 from jaxembed.convert.saved_model import export_saved_model
-from jaxembed.quantization import simulate_on_host
+from jaxembed.quantization import quantize, simulate_on_host
+from jaxembed.serve import EmbeddingForServing
 
 ROWS = {
     "films/a.b": np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32),
@@ -93,6 +94,34 @@ def test_with_a_dense_model_or_of_others(tmp_path, capsys):
     (out / "assets.extra" / "feature_config.json").write_text('{"format": "other"}')
     assert main(["inspect", str(out)]) == 1
     assert "is not what jaxembed writes beside arrays: its format is 'other'" in capsys.readouterr().err
+
+
+@pytest.mark.parity
+def test_exported_tables_are_those_that_are_served(tmp_path):
+    """Of codes their values; rows with a quantization_config as training looked them up."""
+    pytest.importorskip("orbax.export")
+
+    def model(params, activations, dense):
+        return activations["x"] + dense["price"] @ params
+
+    codes = quantize(ROWS["films/a.b"], "int8")
+    served = EmbeddingForServing(CONFIG, {**ROWS, "films/a.b": codes}).embedding_tables
+    films = CONFIG["x"].table
+    out = export_saved_model(
+        tmp_path / "1",
+        CONFIG,
+        {films: served[films], "users": ROWS["users"]},
+        model=model,
+        params=np.ones((13, 4), np.float32),
+        dense={"price": 13},
+    )
+    convert(out, tmp_path / "steps")
+    read = read_checkpoint(tmp_path / "steps")
+    np.testing.assert_array_equal(read.tables["films/a.b"], codes.host_rows(0, 20))
+    quantized = simulate_on_host(ROWS["users"], CONFIG["y"].table.quantization_config)
+    np.testing.assert_array_equal(read.tables["users"], quantized)
+    with pytest.raises(ValueError, match=r"dense\['price'\] must be the shape of one row, got \(1.5,\)"):
+        export_saved_model(tmp_path / "2", CONFIG, ROWS, model=model, dense={"price": 1.5})
 
 
 def test_keys_of_inspect(tmp_path, capsys):

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from jaxembed import FeatureConfig, RaggedTensor, TableConfig, optimizers, serve
 from jaxembed.checkpoint import read_checkpoint
 from jaxembed.cli import main
-from jaxembed.convert import convert
+from jaxembed.convert import convert, open_source
 from jaxembed.convert import tensorflow as ours
 from jaxembed.train import Checkpointer, ShardedEmbedding
 from tests.lazy import lazily
@@ -130,6 +130,36 @@ def test_tensors_are_written_in_parts(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         read_checkpoint(tmp_path / "ckpt").tables["users"], tables["users"].astype(np.float32)
     )
+
+
+def test_pieces_are_mapped_and_not_read_as_a_whole(tmp_path, monkeypatch):
+    """TensorFlow reads a whole piece for any of its rows, and a stack asks for some of each of its shards with each block."""
+    monkeypatch.setattr(ours, "PART_BYTES", 1000)
+    prefix, values = stacked_checkpoint(tmp_path / "tf")
+    convert(prefix, tmp_path / "ckpt")
+    convert(tmp_path / "ckpt", tmp_path / "stacks", target_format="tensorflow", layout=prefix)
+    assert len(list((tmp_path / "stacks").glob("ckpt.data-*"))) > 10
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(300, 70)).astype(np.float32)
+    slices = ["300 70 0,120:0,40", "300 70 0,120:40,30", "300 70 120,180:-"]
+    parts = [table[:120, :40], table[:120, 40:], table[120:]]
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "w"), tensor_names=["w"] * 3, shape_and_slices=slices, tensors=parts
+    )
+    monkeypatch.setattr(tf.raw_ops, "RestoreV2", lambda **_: pytest.fail("TensorFlow read a piece"))
+    found = open_source(tmp_path / "stacks")
+    for name in SHAPES:
+        np.testing.assert_array_equal(found.tables[name].read(), values["parameters"][name])
+        np.testing.assert_array_equal(found.slots[name]["accumulators"].read(), values["accumulators"][name])
+    np.testing.assert_array_equal(open_source(tmp_path / "w").tables["w"].source[100:140], table[100:140])
+    data = tmp_path / "w.data-00000-of-00001"
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    rows = open_source(tmp_path / "w").tables["w"].source
+    np.testing.assert_array_equal(rows[0:120], table[:120])
+    with pytest.raises(ValueError, match="w: w cannot be read, or is damaged: it does not have the checksum"):
+        rows[0:121]
 
 
 def test_memory_is_a_few_blocks(tmp_path):
@@ -377,6 +407,18 @@ def test_bad_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a TPUEmbedding of TensorFlow cannot hold float16.*--dtype float32"):
         convert(tmp_path / "a.npz", tmp_path / "out", target_format="tensorflow")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_written_beside_one_checkpoint_is_of_no_other(tmp_path):
+    """TensorFlow trains on from what was written, and saves to the same folder: at another step, maybe other tables."""
+    np.savez(tmp_path / "a.npz", users=np.ones((70, 8), np.float32))
+    convert(tmp_path / "a.npz", tmp_path / "tf", target_format="tensorflow", step=1000)
+    assert open_source(tmp_path / "tf").step == 1000
+    later = tf.train.Checkpoint(w=tf.Variable(tf.ones((3, 2))))
+    prefix = later.write(str(tmp_path / "tf" / "ckpt-2"))
+    found = open_source(prefix)
+    assert (found.step, found.feature_config) == (0, None)
+    assert "left out: feature_config.json, which is of the checkpoint 'ckpt' beside this one" in found.notes
 
 
 def test_any_program_s_variables(tmp_path):

@@ -156,6 +156,44 @@ def test_types_keys_and_optimizer_state(tmp_path):
     assert list(named.tables) == ["other"]
 
 
+def test_a_file_is_checked_as_it_is_read(tmp_path):
+    """Not when it is opened: a dry run reads no rows, and takes no time for them."""
+    names = {name: f"embedding_bags.{name}.weight" for name in SHAPES}
+    torch.save({names[name]: values(name) for name in SHAPES}, tmp_path / "m.pt")
+    content = bytearray((tmp_path / "m.pt").read_bytes())
+    # The first rows of the other table are the same bytes, and come before.
+    content[content.rindex(values("users").numpy().tobytes()) + 4000] ^= 1
+    (tmp_path / "m.pt").write_bytes(content)
+    assert len(convert(tmp_path / "m.pt", tmp_path / "out", dry_run=True).arrays) == 2
+    opened = open_source(tmp_path / "m.pt").tables
+    np.testing.assert_array_equal(opened["films"].read(), values("films").numpy())
+    with pytest.raises(
+        ValueError, match=r"m.pt: embedding_bags.users.weight is damaged: .* the checksum it was saved with"
+    ):
+        opened["users"].source[0:1]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_tensors_of_other_types_are_left_out(tmp_path):
+    """They are no tables, and no reason to refuse those beside them."""
+    state = {
+        "embedding_bags.films.weight": values("films"),
+        "scale": torch.ones(3).to(torch.float8_e4m3fn),
+        "phase": torch.ones(3, dtype=torch.complex64),
+    }
+    torch.save(state, tmp_path / "m.pt")
+    pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "m.safetensors")
+    importlib.import_module("torch.distributed.checkpoint").save(
+        state, checkpoint_id=tmp_path / "dcp", no_dist=True
+    )
+    for name in ("m.pt", "m.safetensors", "dcp"):
+        report = convert(tmp_path / name, tmp_path / "out" / name, target_format="jaxembed")
+        assert [array.table for array in report.arrays] == ["films"]
+        told = " ".join(note for note in report.notes if note.startswith("left out"))
+        assert "scale (" in told
+        assert "phase" in told
+
+
 def run(processes, what, *arguments):
     """The program `what` of sharded_torch.py, in so many processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -253,7 +291,7 @@ def test_bad_folders_are_refused(tmp_path, monkeypatch):
         r"names a file that is not in its folder: \.\./_0\.distcp",
         whole.replace(b"__0_0.distcp", b"../_0.distcp"),
     )
-    refused("its chunks are not all of it", whole.replace(b"K\x10\x86", b"K\x11\x86", 1))
+    refused("its pieces are not all of it", whole.replace(b"K\x10\x86", b"K\x11\x86", 1))
     refused(r"__0_0\.distcp is too short", data=data[:5000])
     (tmp_path / "good" / "__0_0.distcp").rename(tmp_path / "elsewhere")
     (tmp_path / "good" / "__0_0.distcp").symlink_to(tmp_path / "elsewhere")

@@ -1,5 +1,6 @@
 """What `jaxembed inspect` and `jaxembed diff` show, of every kind of input."""
 
+import dataclasses
 import errno
 import html.parser
 import os
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import FeatureConfig, QuantizationConfig, TableConfig
+from jaxembed import FeatureConfig, HashBuckets, QuantizationConfig, TableConfig
 from jaxembed.checkpoint import convert_to_bundle
 from jaxembed.cli import main
+from jaxembed.combiners import CustomCombiner, register_combiner
 from jaxembed.convert import convert
-from jaxembed.inspection import describe, difference, html_report
+from jaxembed.initializers import Constant
+from jaxembed.inspection import describe, difference, html_report, lookup_difference
 from jaxembed.inspection.plots import norm_histogram, rank_curve
 from jaxembed.optimizers import Adagrad, Adam
 from jaxembed.train import Checkpointer, ShardedEmbedding
@@ -230,6 +233,70 @@ def test_differences(checkpoint, tmp_path, capsys):
     assert main(["diff", str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 1
     told = capsys.readouterr().out.splitlines()
     assert told == ["w: dtype: float32 to float16", "x: shape: [3, 2] to [4, 2]", "y: removed", "z: added"]
+
+
+def looked_up_otherwise(feature, table, weights):
+    """Checkpoints of equal rows: as `feature`, `table` and `weights` change what is looked up, and as it was."""
+    rows = np.ones((6, 4), np.float32)
+    combiner = CustomCombiner(nth, 3, 2, Constant(1.0))
+    was = {
+        "x": FeatureConfig(TableConfig(6, 4, name="t")),
+        "y": FeatureConfig(TableConfig(6, 4, name="u", combiner=combiner)),
+    }
+    changed = dataclasses.replace(was["x"], table=dataclasses.replace(was["x"].table, **table), **feature)
+    now = {"x": changed, "y": was["y"]}
+    return {"t": rows, "u": rows}, (was, {"u": [1.0, 2.0]}), (now, {"u": weights})
+
+
+@register_combiner("test_inspection.nth")
+def nth(valency, vectors, weights):
+    return vectors[0] * weights[0] + weights[1]
+
+
+@pytest.mark.parametrize(
+    ("feature", "table", "weights", "told"),
+    [
+        ({}, {"combiner": "sum"}, [1, 2], "table 't': combiner 'mean' to 'sum'"),
+        (
+            {},
+            {"quantization_config": QuantizationConfig(16, -1, 1)},
+            [1, 2],
+            "table 't': quantization_config None to QuantizationConfig(",
+        ),
+        ({"preprocessing": HashBuckets(6)}, {}, [1, 2], "feature 'x': preprocessing None to HashBuckets("),
+        ({"max_sequence_length": 3}, {}, [1, 2], "feature 'x': max_sequence_length 0 to 3"),
+        ({}, {}, [1, 3], "table 'u': the weights of its combiner"),
+    ],
+)
+def test_lookups_that_differ(tmp_path, capsys, feature, table, weights, told):
+    """With the same rows: whoever gates a rollout on the exit code would let them pass."""
+    arrays, *sides = looked_up_otherwise(feature, table, weights)
+    np.savez(tmp_path / "rows.npz", **arrays)
+    for name, (config, combiner_weights) in zip("ab", sides, strict=True):
+        convert(
+            tmp_path / "rows.npz",
+            tmp_path / f"{name}.safetensors",
+            feature_config=config,
+            combiner_weights=combiner_weights,
+        )
+    a, b = (str(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert main(["diff", a, a]) == 0
+    assert capsys.readouterr().out.splitlines() == ["t: same", "u: same"]
+    assert main(["diff", a, b]) == 1
+    *tables, line = capsys.readouterr().out.splitlines()
+    assert tables == ["t: same", "u: same"]
+    assert line.startswith(told)
+
+
+def test_what_is_not_compared_is_said(checkpoint, tmp_path, capsys):
+    convert_to_bundle(checkpoint, tmp_path / "bundles", step=0)
+    assert lookup_difference(checkpoint / "0", tmp_path / "bundles").changes == ()
+    main(["diff", str(checkpoint / "0"), str(tmp_path / "bundles")])
+    assert f"not compared: slots, as only {checkpoint / '0'} has some" in capsys.readouterr().out.splitlines()
+    np.savez(tmp_path / "a.npz", movies=np.ones((3000, 8), np.float32))
+    found = lookup_difference(tmp_path / "bundles", tmp_path / "a.npz")
+    assert found.not_compared == (f"feature configurations, as only {tmp_path / 'bundles' / '0'} has one",)
+    assert found.changes == ()
 
 
 def test_commands(checkpoint, tmp_path, capsys):
