@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jaxembed.checkpoint import digest_arrays, layout, steps
 from jaxembed.checkpoint.files import absolute_path, disk_error
@@ -20,7 +19,15 @@ from jaxembed.serialization import feature_config_to_json
 
 from .embedding import ShardedEmbedding
 from .engines.custom import checked_weights
-from .restoring import check_meaning, check_slots, check_tables, restore_data, restore_model
+from .hosts import on_all
+from .restoring import (
+    check_meaning,
+    check_slots,
+    check_tables,
+    restore_data,
+    restore_model,
+    with_fresh_slots,
+)
 from .saving import as_array, encode, save_arrays
 from .stack_reading import read_stacks
 from .state import EmbeddingState
@@ -169,6 +176,7 @@ class Checkpointer:
         leaves = {} if model is None else {key: as_array(key, leaf) for key, leaf in flat_arrays(model).items()}
         if model is not None and not leaves:
             raise ValueError(f"model has no arrays, got {model!r:.80}; leave it out.")
+        layout.check_digests((np.shape(a), a.dtype) for a in jax.tree.leaves((tables, slots)))
         digests = iter(
             [d.to_json() for d in digest_arrays([*jax.tree.leaves((tables, slots)), *leaves.values()])]
         )
@@ -228,6 +236,7 @@ class Checkpointer:
         key: jax.Array | None = None,
         partial: bool = False,
         reinterpret: bool = False,
+        fresh_slots: bool = False,
     ) -> Restored:
         """Restores a step (default: the latest whole one) onto this trainer's mesh.
 
@@ -243,6 +252,8 @@ class Checkpointer:
           reinterpret: let the rows stand for something else than when they were saved: look a table up through another
             quantization_config, or map a feature's ids by another preprocessing; otherwise that is an error, but for
             vocabulary files without out-of-vocabulary buckets that have grown at their end, where tables may grow.
+          fresh_slots: start slots that the checkpoint lacks at their initial values, as of tables that were converted
+            without them or, with `partial`, trained by another optimizer; otherwise they are an error.
 
         Raises:
           FileNotFoundError: if there is no such whole step.
@@ -255,14 +266,15 @@ class Checkpointer:
                 "vocabulary_growth='initialize' needs a key for the rows that are new; pass key=..."
             )
         self.wait()
-        opened = open_checkpoint(self.directory, step, verify=verify)
+        opened = on_all(lambda: open_checkpoint(self.directory, step, verify=verify), "open the checkpoint")
         grows = check_tables(self._embedding, opened, bool(vocabulary_growth), partial)
-        check_slots(self._embedding, opened, partial)
+        check_slots(self._embedding, opened, partial, fresh_slots)
         if not reinterpret:
             check_meaning(self._embedding, opened, bool(vocabulary_growth))
         fresh = self._embedding.init(key) if grows and key is not None else None
+        stored = with_fresh_slots(self._embedding, opened.slots) if fresh_slots else opened.slots
         tables, slots = read_stacks(
-            self._embedding.stacks, self._embedding.abstract_state(), opened.tables, opened.slots, fresh
+            self._embedding.stacks, self._embedding.abstract_state(), opened.tables, stored, fresh
         )
         found: int = opened.manifest["step"]
         weights = checked_weights(self._embedding.tables, layout.combiner_weights(opened.manifest))
@@ -303,18 +315,21 @@ class Checkpointer:
         return ocp.CheckpointManager(self.directory, options=self._options)
 
     def _sweep(self) -> None:
-        """Makes way for the first save, of the only writer."""
-        if jax.process_index() == 0:
+        """Makes way for the first save, of the only writer; all processes wait until it is made."""
+
+        def make_way() -> list[pathlib.Path]:
+            if jax.process_index() != 0:
+                return []
             if (
                 self._lock is None or not self._lock.is_shared
             ):  # else another one here may be in the middle of a save
                 steps.remove_unfinished(self.directory)
-            for path in steps.set_aside(self.directory):
-                warnings.warn(
-                    f"A step that cannot be restored was set aside: {path}.", RuntimeWarning, stacklevel=3
-                )
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("jaxembed_sweep")
+            return steps.set_aside(self.directory)
+
+        for path in on_all(make_way, "make way for the first save"):
+            warnings.warn(
+                f"A step that cannot be restored was set aside: {path}.", RuntimeWarning, stacklevel=3
+            )
         self._manager.reload()
         self._is_swept = True
 

@@ -271,11 +271,11 @@ class ShardedEmbedding(ShardedInputs):
         """Tables [V, D] by name, slots by table and slot name, and the step: the same on every mesh.
 
         Raises:
-          ValueError: inside of `jax.jit`, where the shard axes are not the first of the mesh, in its order; so, too,
-            `embedding_tables`, `slots`, `from_canonical` of arrays on devices, and `init` of tables whose initializer
-            draws them whole.
+          ValueError: inside of `jax.jit` or `jax.eval_shape`, where the shard axes are not the first of the mesh, in its
+            order; so, too, `embedding_tables`, `slots`, `from_canonical` of arrays on devices, and `init` of tables whose
+            initializer draws them whole.
         """
-        return *self._canonical.from_stacks(state.tables, state.slots), state.step
+        return *self._canonical.from_stacks(state.tables, state.slots), jnp.copy(state.step)
 
     def canonical_on_host(
         self, state: EmbeddingState
@@ -284,7 +284,7 @@ class ShardedEmbedding(ShardedInputs):
 
         Not for `jax.jit`.
         """
-        return *self._canonical.from_stacks_on_host(state.tables, state.slots), state.step
+        return *self._canonical.from_stacks_on_host(state.tables, state.slots), jnp.copy(state.step)
 
     def from_canonical(
         self,
@@ -309,7 +309,8 @@ class ShardedEmbedding(ShardedInputs):
             new_tables, new_slots = self._canonical.to_stacks(tables, slots)
         weights = custom.checked_weights(self.tables, combiner_weights)
         small = jax.device_put((jnp.asarray(step, jnp.int32), weights), self.replicated)
-        return EmbeddingState(new_tables, new_slots, *small)
+        # Copied, since steps donate their state, and these may be arrays of the caller's.
+        return EmbeddingState(new_tables, new_slots, *jax.tree.map(jnp.copy, small))
 
     def abstract_canonical(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Shapes, types and shardings of canonical tables and slots, without the values."""

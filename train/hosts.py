@@ -21,6 +21,14 @@ def from_first_process(value: Any) -> Any:
     return json.loads(np.asarray(first).tobytes())
 
 
+def largest(value: int | None) -> int | None:
+    """The largest int32 that a process of the job passes, None where none passes any; all of them call this."""
+    if jax.process_count() == 1:
+        return value
+    found = int(np.max(multihost_utils.process_allgather(np.int32(-1 if value is None else value))))
+    return None if found < 0 else found
+
+
 def processes_where(condition: bool) -> list[int]:
     """The processes that pass True; all of them call this."""
     if jax.process_count() == 1:

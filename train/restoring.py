@@ -1,5 +1,6 @@
 """What a checkpoint holds beside the rows of its tables, and whether it fits."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import orbax.checkpoint as ocp
 from jaxembed.checkpoint import CheckpointError, layout
 from jaxembed.checkpoint.digests import Digests
 from jaxembed.checkpoint.reading import OpenedCheckpoint, check_model, flat_arrays
+from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.features import feature_tables, flat_features
 from jaxembed.id_mapping import VocabularyFile
 
@@ -93,31 +95,59 @@ def _check_linears(embedding: ShardedEmbedding, opened: OpenedCheckpoint, where:
         for placement in stack.placements if now is not None else ():
             name = placement.table.name
             was = trained.get(name, {}).get("arguments", {}).get(option, now)
-            if was != now:
+            if was != now and "linears" in opened.slots.get(name, {}):
                 raise ValueError(
                     f"{where}: the slot 'linears' of table {name!r} was saved with {option}={was}, and means another number "
                     f"with {now}. Train on with the optimizer it was saved with."
                 )
 
 
-def check_slots(embedding: ShardedEmbedding, opened: OpenedCheckpoint, partial: bool) -> None:
+def check_slots(embedding: ShardedEmbedding, opened: OpenedCheckpoint, partial: bool, fresh: bool) -> None:
     """Raises:
-    ValueError: if slots are missing, or, unless `partial`, left over.
+    ValueError: if slots are missing, unless `fresh`, or left over, unless `partial`.
     """
     wanted: dict[str, Any] = embedding.abstract_canonical()[1]
     for name in embedding.tables:
         slots, found = wanted.get(name, {}), opened.slots.get(name, {})
         for slot in slots:
-            if slot not in found:
+            if slot not in found and not fresh:
+                others = f", only {sorted(found)}" if found else ""
+                advice = "train on with the optimizer it was saved with, or " if found else ""
                 raise ValueError(
-                    f"checkpoint {opened.directory} has no slot {slot!r} of table {name!r}, only "
-                    f"{sorted(found)}; train on with the optimizer it was saved with."
+                    f"checkpoint {opened.directory} has no slot {slot!r} of table {name!r}{others}; {advice}pass "
+                    "fresh_slots=True to start slots that it lacks at their initial values."
                 )
         if not partial and (left := sorted(found.keys() - slots.keys())):
             raise ValueError(
                 f"checkpoint {opened.directory} has slots of table {name!r} that its optimizer has not: {left}; "
                 "train on with the optimizer it was saved with, or pass partial=True to leave them behind."
             )
+
+
+def with_fresh_slots(
+    embedding: ShardedEmbedding, slots: Mapping[str, Mapping[str, StoredArray]]
+) -> dict[str, dict[str, StoredArray]]:
+    """Slots by table and slot name; those that are missing at their initial values, which take no memory.
+
+    Only where `slot_variable_creation_fn` makes them are they arrays of the host's.
+    """
+    whole = {name: dict(found) for name, found in slots.items()}
+    for stack in embedding.stacks.values():
+        optimizer = stack.optimizer
+        for p in stack.placements:
+            name, shape = p.table.name, (p.table.vocabulary_size, p.table.dim)
+            found = whole.setdefault(name, {})
+            missing = [slot for slot in optimizer.slot_names if slot not in found]
+            initial: Any = optimizer.slot_initial_values
+            if missing and optimizer.slot_variable_creation_fn is not None:
+                initial = optimizer.init_slots(shape)
+            for slot in missing:
+                values = np.asarray(initial[slot], np.float32)
+                found[slot] = StoredArray(
+                    f"slot {slot!r} of table {name!r}",
+                    np.broadcast_to(values, optimizer.slot_shape(slot, shape)),
+                )
+    return whole
 
 
 def restore_model(opened: OpenedCheckpoint, abstract: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxembed.preprocessing import preprocess
-from jaxembed.shapes import Inputs, Weights
+from jaxembed.shapes import AnyPerExample, Inputs, Weights
 from jaxembed.validation import check_ids
 
 from .engines import custom
@@ -76,10 +76,12 @@ class ShardedInputs:
         """The first dimension over all shards, as that of activations."""
         return NamedSharding(self.mesh, PartitionSpec(self.axes))
 
-    def shard_batch(self, batch: Inputs, weights: Weights = None) -> tuple[ShardedBatch, ShardedWeights | None]:
+    def shard_batch(
+        self, batch: Inputs, weights: Weights = None, mask: AnyPerExample | None = None
+    ) -> tuple[ShardedBatch, ShardedWeights | None]:
         """Lays a batch out over the shards, on the host; call it outside of `jax.jit`.
 
-        With several hosts, each passes its own rows, in turn, and all get the one global batch. They agree
+        With several hosts, each passes its own rows, as many on each, and all get the one global batch. They agree
         on its shapes, so all of them must call it on the same batches in the same order, on one thread;
         `pack_batch`, `agree` and `place_batch` are its parts. That waits for the step that runs, but where `capacity` is
         fixed, or `agree` is called a step or two before `place_batch`.
@@ -87,6 +89,8 @@ class ShardedInputs:
         Args:
           batch: inputs as of `serving_embedding_lookup`; raw ids where a feature has preprocessing.
           weights: likewise.
+          mask: [B], 0 for rows of padding, as `Batch.mask`: whatever ids they hold, nothing is looked up, updated or
+            counted for them, as for a bag without ids. A feature whose rows are no multiple of B keeps all of them.
 
         Returns:
           What `lookup` and `apply_gradients` take; both the weights, which are None where no feature has any.
@@ -94,19 +98,22 @@ class ShardedInputs:
         Raises:
           ValueError: if they do not fit the configuration, or the entries of a shard the fixed capacity.
         """
-        return self._shard(self._plan(batch, weights))
+        return self._shard(self._plan(batch, weights, mask))
 
-    def pack_batch(self, batch: Inputs, weights: Weights = None) -> PackedBatch:
+    def pack_batch(
+        self, batch: Inputs, weights: Weights = None, mask: AnyPerExample | None = None
+    ) -> PackedBatch:
         """The host's half of `shard_batch`: for a thread of its own, while a step runs.
 
         Args:
           batch: as of `shard_batch`.
           weights: likewise.
+          mask: likewise.
 
         Raises:
           ValueError: as `shard_batch`.
         """
-        return self._pack(self._plan(batch, weights))
+        return self._pack(self._plan(batch, weights, mask))
 
     @property
     def packs_alone(self) -> bool:
@@ -114,18 +121,20 @@ class ShardedInputs:
         return jax.process_count() == 1 or not any(stack.cores for stack in self.stacks.values())
 
     def agree(self, packed: PackedBatch) -> jax.Array | None:
-        """Starts to agree with the other hosts on how many entries a shard has room for.
+        """Starts to agree with the other hosts on how many entries a shard has room for, and that all have as many rows.
 
         A computation over all hosts: each must call it on its part of the same batch, in the same order.
         It does not wait; begun a step or two before its `place_batch`, it costs no time.
 
         Returns:
-          int32 by stack, or None where there is nothing to agree on.
+          int32, for `place_batch`, or None where there is nothing to agree on.
         """
         # A batch of dense ids alone, too, has the room that batches before it needed, as far as this host knows.
         if jax.process_count() == 1 or self._is_capacity_fixed or not packed.room:
             return None
-        local = np.tile(np.asarray(list(packed.room.values()), np.int32), (self._num_local_shards(), 1))
+        rows = [packed.batch.layout.num_segments(stack) for stack in packed.room]
+        own = np.asarray([list(packed.room.values()), rows, np.negative(rows)], np.int32)
+        local = np.tile(own.reshape(-1), (self._num_local_shards(), 1))
         return self._largest(jax.make_array_from_process_local_data(self.batch_sharding, local))
 
     def place_batch(
@@ -136,9 +145,19 @@ class ShardedInputs:
         Args:
           packed: what `pack_batch` returned.
           agreed: what `agree` returned for it.
+
+        Raises:
+          ValueError: on all hosts, if they have different numbers of rows.
         """
         if agreed is not None:
-            room = dict(zip(packed.room, np.asarray(agreed).tolist(), strict=True))
+            largest, most, fewest = np.asarray(agreed).reshape(3, -1)
+            if (most != -fewest).any():
+                at = int(np.flatnonzero(most != -fewest)[0])
+                raise ValueError(
+                    f"each host must pass as many rows, got batches of {-fewest[at]} to {most[at]} output rows a device in "
+                    f"stack {list(packed.room)[at]!r}; give all the same, filled up with rows that a mask leaves out."
+                )
+            room = dict(zip(packed.room, largest.tolist(), strict=True))
             self.reserve(room)
             packed = widen(packed, self.stacks, room)
         put = partial(jax.make_array_from_process_local_data, self.batch_sharding)
@@ -159,13 +178,13 @@ class ShardedInputs:
                 self._capacity[stack] = max(self._capacity[stack], int(capacities.get(stack, 0)))
 
     def abstract_batch(
-        self, batch: Inputs, weights: Weights = None
+        self, batch: Inputs, weights: Weights = None, mask: AnyPerExample | None = None
     ) -> tuple[ShardedBatch, ShardedWeights | None]:
         """Shapes, types and shardings of what `shard_batch` returns for a batch, for compiling ahead of time.
 
         The devices of the mesh need not be there: `jax.experimental.topologies` describes them.
         """
-        packed = self._pack(self._plan(batch, weights))
+        packed = self._pack(self._plan(batch, weights, mask))
         hosts = jax.process_count()
 
         def abstract(x):
@@ -176,13 +195,20 @@ class ShardedInputs:
         weights = None if weights is None else ShardedWeights(jax.tree.map(abstract, weights))
         return jax.tree.map(abstract, packed.batch), weights
 
-    def unshard_weights(self, gradients: ShardedWeights, batch: Inputs, weights: Weights) -> Weights:
+    def unshard_weights(
+        self,
+        gradients: ShardedWeights,
+        batch: Inputs,
+        weights: Weights,
+        mask: AnyPerExample | None = None,
+    ) -> Weights:
         """Gradients of sharded weights in the form of the weights that the caller gave, on the host.
 
         Args:
-          gradients: with respect to the weights of `shard_batch(batch, weights)`.
+          gradients: with respect to the weights of `shard_batch(batch, weights, mask)`.
           batch: what was passed to `shard_batch`.
           weights: likewise.
+          mask: likewise.
 
         Returns:
           A structure like `weights`.
@@ -195,7 +221,7 @@ class ShardedInputs:
                 f"unshard_weights needs the gradients of all devices on one host, got {num_hosts} hosts; use the "
                 "ShardedWeights as they are, or run in one process."
             )
-        plan = self._plan(batch, weights)
+        plan = self._plan(batch, weights, mask)
         values = jax.tree.map(np.asarray, gradients.values)
         flat = unpack_weights(plan, self.stacks, values, self.num_shards)
         leaves = [
@@ -207,15 +233,15 @@ class ShardedInputs:
     def _pack(self, plan: Plan) -> PackedBatch:
         num_shards = self._num_local_shards()
         packed = pack_on_host(plan, self.stacks, range(num_shards), self._room, self._sparsecore)
-        valencies = custom.valencies_on_host(plan.layout, plan.lookups, num_shards)
+        valencies = custom.valencies_on_host(plan.layout, plan.lookups, plan.live_rows, num_shards)
         return dataclasses.replace(packed, batch=dataclasses.replace(packed.batch, valencies=valencies))
 
     def _num_local_shards(self) -> int:
         return self.num_shards // jax.process_count()
 
-    def _plan(self, batch: Any, weights: Any) -> Plan:
+    def _plan(self, batch: Any, weights: Any, mask: Any = None) -> Plan:
         batch = preprocess(batch, self.feature_config)
-        return plan_batch(batch, weights, self.feature_config, self.stacks, jax.process_count())
+        return plan_batch(batch, weights, self.feature_config, self.stacks, jax.process_count(), mask)
 
     def _shard(self, plan: Plan) -> tuple[ShardedBatch, ShardedWeights | None]:
         if is_traced(plan):

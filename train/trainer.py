@@ -122,8 +122,7 @@ class Trainer:
         #: "logits", and the "rounds" that `ShardedEmbedding.lookup` counts.
         self.step: Any = jax.jit(self._step, donate_argnums=0)
         if any(stack.optimizer.callables for stack in embedding.stacks.values()):
-            step = self.step
-            self.step = lambda state, batch: step(state, batch, embedding.called_values())
+            self.step = _Calling(self.step, embedding)
         self.predict: jax.stages.Wrapped = jax.jit(self._predict)
         self.replicate: jax.stages.Wrapped = jax.jit(lambda arrays: arrays, out_shardings=embedding.replicated)
 
@@ -158,10 +157,11 @@ class Trainer:
 
     def abstract_batch(self, batch: Batch) -> Batch:
         """Shapes, types and shardings of what `shard_batch` returns for a batch."""
-        features, weights = self.embedding.abstract_batch(batch.features, batch.weights)
+        features, weights = self.embedding.abstract_batch(batch.features, batch.weights, batch.mask)
         sharding = self.embedding.batch_sharding
+        hosts = jax.process_count()
         rest = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype, sharding=sharding)
             for x in (batch.dense, batch.labels, batch.mask)
         ]
         return Batch(features, weights, *rest)
@@ -169,13 +169,15 @@ class Trainer:
     def shard_batch(self, batch: Batch) -> Batch:
         """A host batch laid out over the mesh; what `step` and `predict` take.
 
+        Rows whose mask is 0 look nothing up, and update nothing.
+
         With several hosts, each passes its own rows, as `ShardedEmbedding.shard_batch` says.
         """
-        return self._with_rest(batch, *self.embedding.shard_batch(batch.features, batch.weights))
+        return self._with_rest(batch, *self.embedding.shard_batch(batch.features, batch.weights, batch.mask))
 
     def pack_batch(self, batch: Batch) -> Batch:
         """The host's half of `shard_batch`: for a thread of its own, while a step runs."""
-        packed = self.embedding.pack_batch(batch.features, batch.weights)
+        packed = self.embedding.pack_batch(batch.features, batch.weights, batch.mask)
         return dataclasses.replace(batch, features=packed, weights={})
 
     def place_batch(self, packed: Batch, agreed: jax.Array | None = None) -> Batch:
@@ -228,3 +230,20 @@ class Trainer:
     def _predict(self, state: TrainState, batch: Batch) -> PerExample:
         activations = self.embedding.lookup(state.embedding, batch.features, batch.weights)
         return self.apply_model(self.variables(state.model), batch.dense, activations)
+
+
+class _Calling:
+    """A compiled step, given what learning rates that are callables return now.
+
+    What `lower` compiles takes that as a third argument.
+    """
+
+    def __init__(self, step: Any, embedding: ShardedEmbedding):
+        self._step = step
+        self._embedding = embedding
+
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
+        return self._step(state, batch, self._embedding.called_values())
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        return self._step.lower(state, batch, self._embedding.called_values())

@@ -142,6 +142,7 @@ def _writer(descriptor: int) -> str:
     with contextlib.suppress(OSError, ValueError):
         pid, host = os.pread(descriptor, 1024, 0).decode().split()
         if host == socket.gethostname():
-            os.kill(int(pid), 0)
+            with contextlib.suppress(PermissionError):  # another user's, which lives
+                os.kill(int(pid), 0)
         return f"process {int(pid)} on {host}"
     return "another process"

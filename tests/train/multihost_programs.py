@@ -1,4 +1,4 @@
-"""One of several processes on CPU: trains, checkpoints and resumes. Started by test_multihost."""
+"""One of several processes on CPU: trains, checkpoints and resumes, and comes to one mind with the others. Started by test_multihost."""
 
 import json
 import sys
@@ -21,11 +21,11 @@ import optax
 from flax import nnx
 
 from jaxembed import FeatureConfig, TableConfig
-from jaxembed.optimizers import Adagrad
+from jaxembed.optimizers import SGD, Adagrad, Adam
 from jaxembed.train import Checkpointer, ShardedEmbedding, Trainer, TrainState
 from jaxembed.train.data import Examples, RaggedColumn, batches
 from jaxembed.train.dlrm import DLRM
-from jaxembed.train.engines import windows
+from jaxembed.train.engines import row_kernels, row_trial, windows
 
 BATCH, STEPS = 16, 6
 #: Small enough that saving takes several windows of each table.
@@ -69,8 +69,32 @@ def train(own, state, iterator, steps):
     return state, losses
 
 
+def refused():
+    """What is said of a model whose keys of dropout are others on each process."""
+    features = {"a": FeatureConfig(TableConfig(8, 4, name="a"))}
+    own = ShardedEmbedding(features, SGD(0.1), jax.make_mesh((jax.device_count(),), ("devices",)))
+    rngs = nnx.Rngs(params=0, dropout=jax.process_index())
+    try:
+        Trainer(own, DLRM(3, 1, 4, dropout=0.5, rngs=rngs), optax.sgd(0.1)).init(jax.random.key(0))
+    except ValueError as e:
+        return str(e)
+
+
+def chosen_kernels():
+    """By table, where process 0 finds row kernels fast for both, and the others for the first alone."""
+    tried = iter((True, jax.process_index() == 0))
+    row_kernels._PLATFORMS = ("cpu",)
+    row_trial.try_kernels = lambda *kind: row_trial.Trial(None, 1.0, 2.0 if next(tried) else 0.5)
+    tables = (
+        TableConfig(8, 128, name="a", optimizer=SGD(0.1)),
+        TableConfig(8, 128, name="b", optimizer=Adam(0.1)),
+    )
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+    return ShardedEmbedding({t.name: FeatureConfig(t) for t in tables}, None, mesh).row_kernels
+
+
 def main(directory):
-    """Trains half the steps, saves, restores into a fresh trainer and goes on; process 0 prints the losses."""
+    """Trains half the steps, saves, restores into a fresh trainer and goes on; prints what this process found."""
     shard = grain.sharding.ShardByJaxProcess() if jax.process_count() > 1 else None
     dataset = batches(examples(), BATCH, seed=3, shard=shard)
     own, iterator = trainer(), iter(dataset)
@@ -85,16 +109,14 @@ def main(directory):
         state = TrainState(restored.state, **restored.model)
         state, more = train(own, state, iterator, STEPS - STEPS // 2)
         checkpointer.save(state.embedding, model=state.model, data=iterator.get_state())
-    if jax.process_index() == 0:
-        print(
-            json.dumps(
-                {
-                    "losses": losses + more,
-                    "step": restored.step,
-                    "plan": [str(t) for t in own.embedding.plan.tables],
-                }
-            )
-        )
+    found = {
+        "losses": losses + more,
+        "step": restored.step,
+        "plan": [str(t) for t in own.embedding.plan.tables],
+    }
+    if jax.process_count() > 1:
+        found |= {"refused": refused(), "row_kernels": chosen_kernels()}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

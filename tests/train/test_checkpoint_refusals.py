@@ -1,14 +1,17 @@
 """What does not fit, or could not be read back, is refused, unless it is asked for."""
 
+import errno
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxembed import FeatureConfig, QuantizationConfig, TableConfig
-from jaxembed.checkpoint import CheckpointError, layout, read_checkpoint, whole_steps
+from jaxembed.checkpoint import CheckpointError, layout, read_checkpoint, steps, whole_steps
 from jaxembed.id_mapping import HashBuckets, VocabularyFile
 from jaxembed.optimizers import FTRL, SGD, Adam
 from jaxembed.train import Checkpointer
@@ -33,6 +36,23 @@ def test_parts_are_left_behind_where_asked(tmp_path):
             tables = other.to_canonical(checkpointer.restore(partial=True).state)[0]
         for name, rows in tables.items():
             np.testing.assert_array_equal(rows, own.to_canonical(state)[0][name])
+
+
+def test_a_failure_to_make_way_is_told_to_the_other_processes(tmp_path, monkeypatch):
+    """They would wait for this one."""
+
+    def remove_unfinished(directory):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    told = []
+    with Checkpointer(tmp_path, embedding(1)) as checkpointer, monkeypatch.context() as patch:
+        patch.setattr(steps, "remove_unfinished", remove_unfinished)
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(multihost_utils, "sync_global_devices", lambda name: None)
+        patch.setattr(multihost_utils, "process_allgather", lambda x: told.append(int(x)) or np.array([x, 0]))
+        with pytest.raises(OSError, match="Input/output error"):
+            checkpointer._sweep()
+    assert told == [1]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +80,7 @@ def test_a_manifest_of_many_values_is_refused_at_once(tmp_path, text):
         ({"dim": 4}, r"must be float32\[1003, 4\]"),
         ({"dtype": jnp.bfloat16}, r"must be bfloat16\[1003, 8\]"),
         ({"name": "other"}, r"table 'other' must be .*the checkpoint has none"),
-        ({"optimizer": Adam(0.1)}, r"has no slot 'momenta' of table 'a.b/c d', only \['accumulators'\]"),
+        ({"optimizer": Adam(0.1)}, r"has no slot 'momenta' .*only \['accumulators'\].* or pass fresh_slots"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, changes, message):
@@ -281,3 +301,12 @@ def test_slots_that_mean_another_number_are_refused(tmp_path):
     adagrad = embedding(1, {"x": FeatureConfig(TableConfig(4, 8, name="t"))})
     with Checkpointer(tmp_path, adagrad) as checkpointer:
         assert checkpointer.restore(partial=True).step == 1
+    # As converted by way of a format that keeps no slots.
+    bare = embedding(1, {"x": FeatureConfig(TableConfig(4, 8, name="t", optimizer=SGD(0.1)))})
+    with Checkpointer(tmp_path / "bare", bare) as checkpointer:
+        checkpointer.save(at_step(bare, 1))
+    manifest = layout.read_manifest(tmp_path / "bare" / "1")
+    manifest["optimizers"] = layout.optimizers_to_json({"t": FTRL(0.1)})
+    (tmp_path / "bare" / "1" / "manifest" / "metadata").write_text(json.dumps(layout.seal(manifest)))
+    with Checkpointer(tmp_path / "bare", with_option(True)) as checkpointer:
+        assert checkpointer.restore(fresh_slots=True).step == 1

@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import FeatureConfig, RaggedTensor, SparseTensor, TableConfig, serving_embedding_lookup
+from jaxembed import (
+    FeatureConfig,
+    QuantizationConfig,
+    RaggedTensor,
+    SparseTensor,
+    TableConfig,
+    serving_embedding_lookup,
+)
 from jaxembed.combiners import CustomCombiner, register_combiner
 from jaxembed.initializers import RandomUniform
-from jaxembed.optimizers import Adagrad
+from jaxembed.optimizers import SGD, Adagrad
 from jaxembed.serve import EmbeddingForServing
 from jaxembed.train import ShardedEmbedding
 from jaxembed.train.checkpoint import Checkpointer
@@ -101,6 +108,43 @@ def test_lookup_equals_serving(exchange, rows):
             np.testing.assert_allclose(actual[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@register_combiner("tests/total")
+def total(valency, vectors):
+    return vectors.sum(0)
+
+
+@pytest.mark.parametrize("quantization", [None, QuantizationConfig(5, -1.003, 1)])
+def test_rows_of_low_precision_are_combined_in_float32(quantization):
+    """Their weighted differences are less than bfloat16 holds beside them."""
+    table = TableConfig(
+        4, 8, name="t", combiner=CustomCombiner(total, 2), dtype=jnp.bfloat16, quantization_config=quantization
+    )
+    config = {"f": FeatureConfig(table)}
+    embedding = ShardedEmbedding(config, SGD(0.1), jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]))
+    rows = np.array([[1], [-1], [0.5], [-0.5]]).repeat(8, 1).astype(jnp.bfloat16)
+    state = embedding.from_canonical({"t": rows}, {"t": {}}, 0)
+    ids = RaggedTensor.from_lists([[0, 1], [2, 3], [1]])
+    weights = {"f": dataclasses.replace(ids, values=np.float32([1.0019, 1, 1.0019, 1, 1]))}
+    served = EmbeddingForServing(config, embedding.embedding_tables(state))
+    for given in (weights, None):
+        trained = embedding.lookup(state, {"f": ids}, given)["f"]
+        assert trained.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(trained, served({"f": ids}, given)["f"])
+        assert (trained[:2] != 0).all() or given is None
+    gradient = {"f": jnp.ones((3, 8), jnp.bfloat16)}
+    tables = embedding.to_canonical(embedding.apply_gradients(state, {"f": ids}, gradient, weights))[0]
+    np.testing.assert_allclose(np.float32(tables["t"][:, 0]), [0.9, -1.2, 0.4, -0.6], atol=0.01)
+
+
+def test_rows_of_padding_have_no_ids():
+    embedding, real = embedding_of(), np.arange(16) % 3 > 0
+    (batch_of_all, _), (masked, _) = (embedding.shard_batch(*batch(0, 16), mask) for mask in (None, real))
+    for name, counts in batch_of_all.valencies.items():
+        of_rows = np.asarray(counts).reshape(16, -1) * real[:, None]
+        np.testing.assert_array_equal(np.asarray(masked.valencies[name]).reshape(16, -1), of_rows)
+        assert of_rows.any()
+
+
 @pytest.mark.parametrize("exchange", [pytest.param("all_gather", marks=pytest.mark.slow), "all_to_all"])
 def test_updates_equal_gradients_of_serving(exchange):
     embedding = embedding_of(exchange, plan={"last": "column", "plain": "replicated"})
@@ -167,6 +211,21 @@ def test_weights_are_saved_resumed_and_served(tmp_path):
     expected = embedding.lookup(state, inputs, weights)
     for name, value in served(inputs, weights).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_states_share_nothing_with_what_they_came_from():
+    """Steps donate their state: what is shared would be gone, and end the process."""
+    embedding, other = embedding_of(devices=2), embedding_of(devices=2, plan={"pooled": "div"})
+    state = embedding.init(jax.random.key(0))
+    canonical = (*embedding.to_canonical(state), state.combiner_weights)
+    kept = jax.tree.map(np.array, canonical)
+    drop = jax.jit(lambda s: jax.tree.map(lambda x: x * x.dtype.type(2), s), donate_argnums=0)
+    for made in (embedding.from_canonical(*canonical), other.from_canonical(*canonical)):
+        drop(made)
+    jax.tree.map(np.testing.assert_array_equal, canonical, kept)
+    tables, slots, step = embedding.to_canonical(state)
+    drop(state)
+    jax.tree.map(np.testing.assert_array_equal, (tables, slots, step), kept[:3])
 
 
 def test_refusals():

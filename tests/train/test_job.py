@@ -15,10 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxembed.checkpoint import CheckpointError, read_checkpoint, whole_steps
-from jaxembed.train import Trainer, data, hosts
+from jaxembed.checkpoint import CheckpointError, read_checkpoint, steps, whole_steps
+from jaxembed.train import Checkpointer, Trainer, data, hosts
 from jaxembed.train.engines.auto_plan import ids_and_bags
-from jaxembed.train.job import CriteoData, Logs, TrainingDiverged, load_config, loop, open_sources, train
+from jaxembed.train.job import (
+    CriteoData,
+    Logs,
+    TrainingDiverged,
+    load_config,
+    loop,
+    open_sources,
+    report,
+    train,
+)
 from jaxembed.train.job.evaluation import evaluate
 from jaxembed.train.job.feeding import feed
 from jaxembed.train.job.report import Report
@@ -200,15 +209,40 @@ def test_an_evaluation_that_is_due_when_sigterm_comes_is_made_up(whole, tmp_path
     assert (result.step, result.history) == (9, expected.history)
 
 
-def test_sigterm_stops_the_last_evaluation_and_the_next_start_makes_it_up(tmp_path):
+def test_sigterm_stops_the_last_evaluation_and_the_next_start_makes_it_up(tmp_path, monkeypatch, capfd):
     config = job(tmp_path, **{"training.steps": 6})
     sources = open_sources(config.data, config.model.dim)
-    result = train(config, dataclasses.replace(sources, evaluation=Interrupting(sources.evaluation, at=2)))
-    assert (result.preempted, result.step, result.history) == (True, 6, [])
-    for _ in range(2):
-        result = train(config, sources)
-        assert (result.preempted, result.step) == (False, 6)
-        assert [entry["step"] for entry in result.history] == [6]
+    for _ in range(2):  # the second is stopped while it makes the evaluation up
+        interrupted = dataclasses.replace(sources, evaluation=Interrupting(sources.evaluation, at=2))
+        result = train(config, interrupted)
+        assert (result.preempted, result.step, result.history) == (True, 6, [])
+    before = read_checkpoint(result.checkpoints).metadata
+    assert before["pending"]["step"] == 6
+    result = train(config, sources)
+    assert (result.preempted, result.step) == (False, 6)
+    assert [entry["step"] for entry in result.history] == [6]
+    assert "nothing to do" not in capfd.readouterr().out
+    after = read_checkpoint(result.checkpoints).metadata
+    made_up = {"evaluation": result.history[-1]["evaluation"], "history": result.history, "pending": None}
+    assert after == {**before, **made_up}
+    assert whole_steps(result.checkpoints) == [3, 6]
+    assert sorted(path.name for path in result.checkpoints.iterdir() if "writing" in path.name) == []
+    monkeypatch.setattr(loop, "evaluate", lambda *_: pytest.fail("it was stored"))
+    assert train(config, sources).history == result.history
+    assert "nothing to do: step 6 of 6" in capfd.readouterr().out
+
+
+def test_sigterm_while_the_last_step_is_written_does_not_lose_it(tmp_path, monkeypatch):
+    wait, handlers = Checkpointer.wait, []
+
+    def waiting(self):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        wait(self)
+
+    monkeypatch.setattr(Checkpointer, "wait", waiting)
+    assert train(job(tmp_path, **{"training.steps": 1})).step == 1
+    assert handlers
+    assert signal.getsignal(signal.SIGTERM) not in handlers
 
 
 def test_epochs_are_passes_over_the_data(tmp_path):
@@ -253,6 +287,31 @@ def test_logs_of_a_run_without_a_checkpoint_are_taken_back(tmp_path, monkeypatch
     for start in (0, 6):
         Report(Logs(progress=False), tmp_path, BATCH, start, 9)
     assert taken == [1, 7]
+
+
+def test_evaluation_and_saving_are_not_training_time(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(perf_counter=lambda: clock.now, now=100.0)
+    monkeypatch.setattr(report, "time", clock)
+    shown = Report(Logs(progress=False, tensorboard=False), tmp_path, BATCH, 0, 9)
+    for _ in range(3):
+        shown.step()
+    clock.now += 2
+    for seconds in (5, 10):  # paused once more before it goes on
+        shown.pause()
+        clock.now += seconds
+    shown.resume()
+    clock.now += 2
+    shown.resume()
+    assert shown.training(3, {})["examples_per_second"] == 2 * BATCH / 4
+
+
+def test_a_process_without_a_standard_error_shows_no_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    shown = Report(Logs(progress=True, tensorboard=False), tmp_path, BATCH, 0, 9)
+    shown.step()
+    shown.say("a line")
+    shown.close()
+    assert capsys.readouterr().out == "a line\n"
 
 
 @pytest.mark.slow
@@ -352,6 +411,31 @@ def test_nan_in_the_evaluation_is_told_apart(whole, tmp_path):
         evaluate(result.trainer, result.state, dataclasses.replace(good, labels=labels), BATCH)
 
 
+def test_ids_of_padding_are_not_counted_in_the_evaluation(whole):
+    config, result = whole
+    examples = open_sources(config.data, config.model.dim).evaluation.load().select(slice(BATCH + 1))
+    features = {**examples.features, "id": np.where(np.arange(BATCH + 1) == BATCH, 99, 0)}
+    found = evaluate(result.trainer, result.state, dataclasses.replace(examples, features=features), BATCH)
+    assert (found["examples"], found["bad_ids"]) == (BATCH + 1, 1)
+
+
+def test_a_step_that_one_host_does_not_list_yet_is_gone_on_from(whole, monkeypatch):
+    config, result = whole
+    monkeypatch.setattr(Checkpointer, "latest_step", lambda _: 6)
+    monkeypatch.setattr(loop, "largest", lambda step: max(step, 9))
+    monkeypatch.setattr(steps, "whole_steps", lambda _: [6])
+    assert train(config).history == result.history
+
+
+def test_the_latest_step_of_all_hosts(monkeypatch):
+    assert (hosts.largest(3), hosts.largest(None)) == (3, None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for own, other, found in ((3, 5, 5), (None, 5, 5), (5, -1, 5), (None, -1, None)):
+        gather = lambda value, other=other: np.array([value, other])  # noqa: E731
+        monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+        assert hosts.largest(own) == found
+
+
 def test_other_batches_are_an_error(whole, tmp_path):
     _, result = whole
     values = tmp_path / "job.json"
@@ -399,7 +483,9 @@ def test_patterns_reach_all_folders_and_take_a_file_once(tmp_path, monkeypatch):
     assert files("2026/**") == [str(deep)]
     assert len(files("**/*.parquet")) == 4
     (tmp_path / "2026" / "old.parquet" / "part-0").write_bytes(b"")
-    with pytest.raises(IsADirectoryError, match=r"2026/old\.parquet is a folder, .*: '.*/old\.parquet/\*'\."):
+    with pytest.raises(
+        IsADirectoryError, match=r"2026/old\.parquet is a folder, .*: '.*/old\.parquet/\*\.parquet'\."
+    ):
         files("2026/**/*.parquet")
     (tmp_path / "2026" / "old.parquet" / "part-0").unlink()
     monkeypatch.setenv("HOME", str(tmp_path))

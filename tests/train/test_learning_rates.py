@@ -166,6 +166,12 @@ def test_the_trainer_calls_them_at_each_step():
     moved = [not np.array_equal(a, b) for a, b in itertools.pairwise(tables)]
     assert moved == [False, True, False]
     assert rate.calls == 3
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+    compiled = trainer.step.lower(trainer.abstract_state(), abstract).compile()
+    rate.value = 1.0
+    state, _ = compiled(state, batch, embedding.called_values())
+    after = np.asarray(embedding.to_canonical(state.embedding)[0]["t"])
+    assert not np.array_equal(after, tables[-1])
 
 
 def test_a_schedule_that_cannot_be_a_key_says_what_to_do():

@@ -51,6 +51,8 @@ def test_axes_of_the_mesh_in_another_order_say_what_cannot_be_compiled():
     for call in (ours.to_canonical, ours.embedding_tables, ours.slots, lambda _: ours.to_canonical(state)):
         with pytest.raises(ValueError, match=message):
             jax.jit(call)(state)
+        with pytest.raises(ValueError, match=r"or jax\.eval_shape"):
+            jax.eval_shape(call, state)
     with pytest.raises(ValueError, match=message):
         jax.jit(ours.from_canonical)(tables, slots, step)
     # Of a gradient outside of jit the values are there.

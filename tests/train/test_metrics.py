@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 
 from jaxembed.train.metrics import StreamingMetrics, auc, log_loss
 
-sklearn_metrics = pytest.importorskip("sklearn.metrics")
-
 
 def draw(count, seed, levels):
     rng = np.random.default_rng(seed)
@@ -20,6 +18,7 @@ def draw(count, seed, levels):
 
 @given(st.integers(2, 200), st.integers(0, 10_000), st.sampled_from([0, 1, 9]))
 def test_metrics_equal_scikit_learn(count, seed, levels):
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
     labels, logits, weights = draw(count, seed, levels)
     probabilities = 1 / (1 + np.exp(-logits))
     for w in (None, weights):

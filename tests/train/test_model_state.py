@@ -317,6 +317,18 @@ def test_abstract_state_compiles_the_step():
     same_bits(after, expected)
 
 
+def test_an_abstract_batch_has_the_rows_of_all_hosts(monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    abstract = trainer.abstract_batch(batch(0))
+    rows = {x.shape[0] for x in (abstract.dense, abstract.labels, abstract.mask)}
+    assert rows == {2 * len(batch(0).labels)}
+    activations = jax.eval_shape(
+        trainer.embedding.lookup, trainer.abstract_state().embedding, abstract.features
+    )
+    assert {x.shape[0] for x in jax.tree.leaves(activations)} == rows
+
+
 def test_an_optimizer_that_keeps_the_first_parameters():
     """As optax.contrib.dog does: a step cannot be given one array twice."""
     anchored = optax.GradientTransformation(

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import jaxembed as je
-from jaxembed.optimizers import SGD, Adagrad
+from jaxembed.optimizers import SGD, Adagrad, Adam
 from jaxembed.train import Embedding, ShardedEmbedding, Trainer
 from jaxembed.train.data import Batch
 
@@ -142,3 +142,19 @@ def test_padding_examples_change_nothing(mesh, features):
         state, _ = trainer.step(trainer.init(jax.random.key(0)), trainer.shard_batch(batch))
         states.append(np.asarray(embedding.embedding_tables(state.embedding)[TABLE]))
     np.testing.assert_array_equal(*states)
+
+
+@pytest.mark.usefixtures("optax_promotes")
+def test_rows_of_padding_take_no_step(features):
+    """Of these optimizers each occurrence of an id is a step of its own, whatever its gradient."""
+    tables = []
+    for count in (1, 8):
+        ids = {"a": np.full(count, 3, np.int32), "b": np.r_[5, np.full(count - 1, 6)].astype(np.int32)}
+        optimizer = Adam(0.1, use_gradient_accumulation=False, weight_decay_factor=0.01)
+        embedding = ShardedEmbedding(CONFIG, optimizer, jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]))
+        trainer = Trainer(embedding, Head(nnx.Rngs(0)), optax.adam(0.03))
+        mask = (np.arange(count) < 1).astype(np.float32)
+        batch = Batch(ids, {"a": None, "b": None}, np.zeros((count, 4), np.float32), mask, mask)
+        state, _ = trainer.step(trainer.init(jax.random.key(0)), trainer.shard_batch(batch))
+        tables.append(np.asarray(embedding.embedding_tables(state.embedding)[TABLE]))
+    np.testing.assert_allclose(*tables, rtol=1e-6)

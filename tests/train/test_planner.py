@@ -45,6 +45,33 @@ def test_choices_and_their_reasons():
     assert len(text.splitlines()) == 5
 
 
+def test_tables_of_a_stack_travel_together():
+    """By itself, the one with many ids a bag would go by all_gather."""
+    tables = [TableConfig(10**5, 16, name="few"), TableConfig(10**5, 16, name="many")]
+    config = {table.name: FeatureConfig(table) for table in tables}
+    batch = {
+        "few": np.arange(512, dtype=np.int32),
+        "many": np.arange(512 * 12, dtype=np.int32).reshape(512, 12),
+    }
+    counts = {"ids_per_batch": {"few": 512, "many": 512 * 12}, "bags_per_batch": dict.fromkeys(config, 512)}
+    mod = {"memory_per_device": 10**9, "overrides": dict.fromkeys(config, "mod")}
+    chosen = plan_tables(config, SGD(), 8, **counts, **mod)
+    alone = plan_tables(
+        {"many": FeatureConfig(tables[1])},
+        SGD(),
+        8,
+        ids_per_batch={"many": 512 * 12},
+        bags_per_batch={"many": 512},
+        memory_per_device=10**9,
+        overrides={"many": "mod"},
+    )
+    assert alone.tables[0].why.endswith("all_gather")
+    assert [t.why.split()[-1] for t in chosen.tables] == ["all_to_all"] * 2
+    own = ShardedEmbedding(config, SGD(), jax.make_mesh((8,), ("d",)), plan=chosen)
+    moved = own.predicted_bytes(own.shard_batch(batch)[0])
+    assert sum(t.exchanged_bytes for t in chosen.tables) == moved
+
+
 def test_tables_are_replicated_only_while_there_is_memory():
     spread = sum(t.bytes_per_device for t in plan(overrides={"small": "mod"}).tables)
     assert plan(memory=spread).shardings["small"] == "mod"

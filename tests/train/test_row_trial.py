@@ -16,27 +16,6 @@ from jaxembed.optimizers import SGD, Adagrad, Adam
 from jaxembed.train import ShardedEmbedding
 from jaxembed.train.engines import pallas_rows, row_kernels, row_trial
 
-from .processes import free_port, outputs
-
-#: One of two processes: what it chooses where each of them has verdicts of its own.
-PROCESS = """
-import sys, jax
-address, index, passes = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(address, 2, index)
-from jaxembed import FeatureConfig, TableConfig
-from jaxembed.optimizers import SGD, Adam
-from jaxembed.train import ShardedEmbedding
-from jaxembed.train.engines import row_kernels, row_trial
-
-tried = iter(passes)
-row_kernels._PLATFORMS = ("cpu",)
-row_trial.try_kernels = lambda *kind: row_trial.Trial(None, 1.0, 2.0 if next(tried) == "1" else 0.5)
-tables = TableConfig(8, 128, name="a", optimizer=SGD(0.1)), TableConfig(8, 128, name="b", optimizer=Adam(0.1))
-config = {t.name: FeatureConfig(t) for t in tables}
-print(ShardedEmbedding(config, None, jax.make_mesh((4,), ("devices",))).row_kernels)
-"""
 gather, update = pallas_rows.gather, pallas_rows.update_unique
 
 
@@ -147,9 +126,3 @@ def test_an_embedding_made_inside_of_a_jitted_function_tries_them(monkeypatch):
     found = []
     jax.jit(lambda x: found.append(chosen()) or x)(1.0)
     assert found == [{"wide": "pallas"}]
-
-
-def test_processes_agree():
-    address = f"localhost:{free_port()}"
-    found = outputs([("-c", PROCESS, address, index, passes) for index, passes in enumerate(("11", "10"))])
-    assert [output.splitlines()[-1] for output in found] == ["{'a': 'pallas', 'b': 'xla'}"] * 2

@@ -192,6 +192,22 @@ def test_bad_ids_of_an_eager_lookup_are_refused(bad):
         assert not embedding.lookup(state, embedding.shard_batch({"t": batch})[0])["t"][1].any()
 
 
+def test_ids_of_a_ragged_sequence_from_l_on_are_cut_off():
+    """They are neither looked up, nor counted, nor updated, whether or not they are rows."""
+    embedding = ShardedEmbedding({"t": FeatureConfig(USER, max_sequence_length=2)}, SGD(1.0), mesh(2))
+    state = embedding.init(jax.random.key(0))
+    batch = {"t": RaggedTensor.from_lists([[1, 2, 101, 7], [3], [], [4, 5, -1]])}
+    table = np.asarray(embedding.embedding_tables(state)[USER])
+    expected = table[[[1, 2], [3, 0], [0, 0], [4, 5]]]
+    expected[1, 1] = expected[2] = 0
+    np.testing.assert_array_equal(embedding.lookup(state, batch)["t"], expected)
+    _, counts = embedding.lookup(state, batch, count_bad_ids=True)
+    assert int(counts["t"]) == 0
+    new = embedding.apply_gradients(state, batch, {"t": jnp.ones((4, 2, 8))})
+    changed = np.flatnonzero((np.asarray(embedding.embedding_tables(new)[USER]) != table).any(axis=1))
+    np.testing.assert_array_equal(changed, [1, 2, 3, 4, 5])
+
+
 @pytest.mark.parametrize("exchange", [pytest.param("auto", marks=pytest.mark.slow), *EXCHANGES])
 def test_a_batch_without_rows(exchange):
     embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, Adagrad(1.0), mesh(), exchange=exchange)

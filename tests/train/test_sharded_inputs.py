@@ -1,16 +1,29 @@
 """Inputs of every form train on several devices as serving's gradients say; batches of other hosts and embeddings."""
 
+import collections
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxembed import FeatureConfig, RaggedTensor, SparseTensor, TableConfig, serving_embedding_lookup
-from jaxembed.optimizers import SGD
+from jaxembed.optimizers import SGD, Adagrad
+from jaxembed.serve import EmbeddingForServing, ServingFunction
 from jaxembed.train import ShardedEmbedding
 from jaxembed.train.engines.matching import plan_batch
 from jaxembed.train.engines.packing_traced import pack_in_trace
-from tests.train.test_sharded import ONE_EXCHANGE, USER, assert_close, mesh, ragged, random_like
+from tests.train.test_sharded import (
+    CONFIG,
+    ONE_EXCHANGE,
+    USER,
+    assert_close,
+    mesh,
+    ragged,
+    random_batch,
+    random_like,
+)
 
 MEAN = TableConfig(13, 4, name="mean", combiner="mean")
 SUM = TableConfig(13, 4, name="sum", combiner="sum")
@@ -67,6 +80,44 @@ def test_pruned_ids_and_weights(exchange):
     check(config, {"a": ids, "b": ids}, {"a": weights, "b": weights}, mesh(4), exchange)
 
 
+def test_means_by_large_weights():
+    """Whose reciprocal is no normal number."""
+    ids = RaggedTensor.from_lists([[0, 1], [2], [3, 4], []])
+    weights = dataclasses.replace(ids, values=np.float32([1e38, 1e38, -1e38, 1, 2]))
+    other = dataclasses.replace(ids, values=np.ones(5, np.float32))
+    config = {"a": FeatureConfig(MEAN), "b": FeatureConfig(SUM)}
+    check(config, {"a": ids, "b": ids}, {"a": weights, "b": other}, mesh(2), "auto")
+    own = ShardedEmbedding({"a": FeatureConfig(MEAN)}, SGD(1.0), mesh(2))
+    batch, values = own.shard_batch({"a": ids}, {"a": weights})
+    state = own.init(jax.random.key(0))
+    gradient = jax.grad(lambda values: own.lookup(state, batch, values)["a"].sum())(values)
+    assert np.isfinite(own.unshard_weights(gradient, {"a": ids}, {"a": weights})["a"].values).all()
+
+
+def test_malformed_inputs_are_refused():
+    own = ShardedEmbedding({"a": FeatureConfig(MEAN)}, SGD(1.0), mesh(2))
+    for splits, wrong in (([0, 3, 1], "must not decrease"), ([1, 2, 3], "start at 0"), ([0, 1, 9], "end at 9")):
+        ids = RaggedTensor(jnp.array([1, 2, 3]), jnp.array(splits))
+        for given in (ids, jax.device_get(ids)):
+            with pytest.raises(ValueError, match=f"Feature 'a': row_splits .*{wrong}"):
+                own.shard_batch({"a": given})
+    ids = jax.device_get(SparseTensor(jnp.array([[0, 0], [-1, 0]]), jnp.array([1, 2]), (2, 4)))
+    with pytest.raises(ValueError, match=r"Feature 'a': entry 1 lies at \[-1, 0\]"):
+        own.shard_batch({"a": ids})
+
+
+def test_activations_come_in_the_order_of_their_keys():
+    """As in serving, whose configuration may be another kind of dict than a batch."""
+    config = collections.OrderedDict(b=FeatureConfig(SUM), a=FeatureConfig(SUM))
+    own = ShardedEmbedding(config, SGD(1.0), mesh(2))
+    state = own.init(jax.random.key(0))
+    function = ServingFunction(EmbeddingForServing(config, own.embedding_tables(state)), batch_sizes=(2,))
+    ids = {"a": np.array([1, 2]), "b": np.array([3, 4])}
+    ordered = collections.OrderedDict(b=ids["b"], a=ids["a"])
+    for found in (own.lookup(state, ids), own.lookup(state, ordered), function(ids)):
+        assert list(found) == ["a", "b"]
+
+
 @pytest.mark.parametrize("exchange", ONE_EXCHANGE)
 def test_weights_that_are_not_pruned(exchange):
     ids, weights = unsorted(np.random.default_rng(4))
@@ -82,17 +133,58 @@ def test_weights_that_are_not_pruned(exchange):
     )
 
 
+def test_rows_of_padding_have_no_entries():
+    """As if their gradients were zero; ids that are bad there are not counted."""
+    own = ShardedEmbedding(CONFIG, Adagrad(0.1), mesh(4))
+    inputs, weights = random_batch(0, 12)
+    real = np.arange(12) % 3 > 0
+    state = own.init(jax.random.key(0))
+    batch, values = own.shard_batch(inputs, weights)
+    whole = own.lookup(state, batch, values)
+    gradients = random_like(1, whole)
+    expected, without = jax.tree.map(lambda x: (x.T * np.float32(real)).T, (whole, gradients))
+    inputs["user"][~real] = 999
+    masked, masked_values = own.shard_batch(inputs, weights, real)
+    found, bad_ids = own.lookup(state, masked, masked_values, count_bad_ids=True)
+    assert_close(found, expected)
+    assert not any(jax.tree.leaves(bad_ids))
+    # One program takes both.
+    both = (masked, masked_values), (batch, values)
+    shapes, all_shapes = ([x.shape for x in jax.tree.leaves(each)] for each in both)
+    assert shapes == all_shapes
+    assert jax.tree.structure(both[0]) == jax.tree.structure(both[1])
+    actual = own.apply_gradients(state, masked, gradients, masked_values)
+    wanted = own.apply_gradients(state, batch, without, values)
+    assert_close(own.to_canonical(actual)[0], own.to_canonical(wanted)[0])
+    _, vjp = jax.vjp(lambda w: own.lookup(state, masked, w), masked_values)
+    of_weights = own.unshard_weights(*vjp(gradients), inputs, weights, real)
+    _, vjp = jax.vjp(lambda w: own.lookup(state, batch, w), values)
+    inputs["user"][~real] = 0
+    assert_close(of_weights, own.unshard_weights(*vjp(without), inputs, weights))
+
+
+def test_a_feature_may_have_several_rows_an_example_or_none_of_it():
+    config = {name: FeatureConfig(SUM) for name in ("one", "two", "other")}
+    own = ShardedEmbedding(config, SGD(1.0), mesh(2))
+    inputs = {name: np.ones(count, np.int32) for name, count in (("one", 4), ("two", 8), ("other", 3))}
+    found = own.lookup(own.init(jax.random.key(0)), own.shard_batch(inputs, None, np.float32([1, 0, 1, 0]))[0])
+    rows = {name: np.asarray(x).any(1).tolist() for name, x in found.items()}
+    assert rows == {"one": [True, False] * 2, "two": [True, True, False, False] * 2, "other": [True] * 3}
+
+
 def test_traced_ids_are_those_of_all_hosts():
     embedding = ShardedEmbedding({"t": FeatureConfig(USER)}, SGD(1.0), mesh(2))
 
-    def pack(ids):
-        plan = plan_batch({"t": ids}, None, embedding.feature_config, embedding.stacks, num_hosts=2)
+    def pack(ids, mask=None):
+        plan = plan_batch({"t": ids}, None, embedding.feature_config, embedding.stacks, 2, mask)
         assert plan.layout.features[0].output_shape == (4, 8)
         return pack_in_trace(plan, embedding.stacks, 2).bad_ids, plan.layout.features[0].num_rows
 
     bad_ids, num_rows = jax.jit(pack)(np.array([1, -1, 3, 4], np.int32))
     np.testing.assert_array_equal(bad_ids, [[1], [0]])
     assert num_rows == 4
+    bad_ids, _ = jax.jit(lambda ids: pack(ids, np.array([1, 0, 1, 1])))(np.array([1, -1, 3, -1], np.int32))
+    np.testing.assert_array_equal(bad_ids, [[0], [1]])
 
 
 def test_hosts_agree_on_batches_of_dense_ids_too(monkeypatch):
@@ -104,7 +196,15 @@ def test_hosts_agree_on_batches_of_dense_ids_too(monkeypatch):
     dense = {"t": np.arange(8, dtype=np.int32)}
     embedding._largest = lambda room: room.max(0)
     embedding.pack_batch({"u": RaggedTensor.from_lists([[0] * 20] * 4)})
-    assert embedding.agree(embedding.pack_batch(dense)).tolist() == [24]
+    packed = embedding.pack_batch(dense)
+    agreed = embedding.agree(packed)
+    assert agreed.tolist() == [24, 2, -2]
+    assert embedding.place_batch(packed, agreed)[0].positions["row8_0"].shape[1] == 24
+    # Another host has packed 24 rows.
+    with pytest.raises(
+        ValueError, match=r"each host must pass as many rows, got batches of 2 to 6 output rows a device"
+    ):
+        embedding.place_batch(packed, np.asarray([24, 6, -2]))
     assert fixed.agree(fixed.pack_batch(dense)) is None
 
 

@@ -1,4 +1,4 @@
-"""Whatever the inputs and shardings, ShardedEmbedding on 8 devices gives what serving_embedding_lookup gives."""
+"""Whatever the inputs and shardings, ShardedEmbedding on 8 devices gives and trains what one device does."""
 
 import hypothesis
 import jax
@@ -11,29 +11,51 @@ from jaxembed.optimizers import Adagrad
 from jaxembed.train import ShardedEmbedding
 
 KINDS = ("dense", "dense3", "ragged", "sparse", "sparse3", "sequence", "sparse_sequence")
+#: By feature: kind of its input, V, combiner, sharding, and whether it has weights. Together they have all of each.
+FEW = (
+    (
+        5,
+        ("ragged", 40, "mean", "table", True),
+        ("sparse3", 3, "sqrtn", "mod", True),
+        ("sequence", 40, "sum", "replicated", False),
+        ("dense3", 3, "sum", "div", False),
+    ),
+    (
+        8,
+        ("sparse", 40, "sqrtn", "table", False),
+        ("ragged", 3, "sum", "replicated", True),
+        ("sparse_sequence", 40, "mean", "column", False),
+        ("dense", 40, "sum", "mod", False),
+    ),
+)
 
 
-@st.composite
-def problems(draw):
-    """A configuration of up to three features, inputs and weights for it, and a plan."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    batch = draw(st.sampled_from((5, 8)))
+def make_problem(seed, batch, features):
+    """A configuration of these features, inputs and weights for it, and a plan."""
+    rng = np.random.default_rng(seed)
     config, inputs, weights, plan = {}, {}, {}, {}
-    for index in range(draw(st.integers(1, 3))):
-        name, kind = f"f{index}", draw(st.sampled_from(KINDS))
-        vocabulary = draw(st.sampled_from((3, 40)))
-        table = TableConfig(
-            vocabulary, 8, name=f"t{index}", combiner=draw(st.sampled_from(("sum", "mean", "sqrtn")))
-        )
-        length = 3 if "sequence" in kind else 0
-        config[name] = FeatureConfig(table, max_sequence_length=length)
-        plan[table.name] = draw(st.sampled_from(("mod", "div", "table", "column", "replicated")))
+    for index, (kind, vocabulary, combiner, sharding, weighted) in enumerate(features):
+        name, table = f"f{index}", TableConfig(vocabulary, 8, name=f"t{index}", combiner=combiner)
+        config[name] = FeatureConfig(table, max_sequence_length=3 if "sequence" in kind else 0)
+        plan[table.name] = sharding
         inputs[name] = make_input(rng, kind, batch, vocabulary)
         weights[name] = None
-        if kind in ("ragged", "sparse", "sparse3") and draw(st.booleans()):
+        if weighted and kind in ("ragged", "sparse", "sparse3"):
             values = rng.uniform(0.1, 2, inputs[name].values.shape).astype(np.float32)
             weights[name] = replace_values(inputs[name], values)
     return config, inputs, weights, plan
+
+
+FEATURES = st.tuples(
+    st.sampled_from(KINDS),
+    st.sampled_from((3, 40)),
+    st.sampled_from(("sum", "mean", "sqrtn")),
+    st.sampled_from(("mod", "div", "table", "column", "replicated")),
+    st.booleans(),
+)
+PROBLEMS = st.builds(
+    make_problem, st.integers(0, 2**32 - 1), st.sampled_from((5, 8)), st.lists(FEATURES, min_size=1, max_size=3)
+)
 
 
 def make_input(rng, kind, batch, vocabulary):
@@ -68,18 +90,49 @@ def check(problem, exchange):
     for name in config:
         assert actual[name].shape == expected[name].shape
         np.testing.assert_allclose(actual[name], expected[name], rtol=1e-6, atol=1e-6)
+    return embedding, state, tables, expected
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-@hypothesis.settings(max_examples=2, derandomize=True)
-@hypothesis.given(problem=problems())
-def test_lookup_equals_serving(problem, exchange):
-    check(problem, exchange)
+def check_update(problem, embedding, state, tables, activations):
+    """A step, against that of serving's gradients on one device."""
+    config, inputs, weights, _ = problem
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), activations)
+
+    @jax.jit
+    def step(tables):
+        _, vjp = jax.vjp(lambda tables: serving_embedding_lookup(inputs, weights, tables, config), tables)
+        (dense,), optimizer = vjp(gradients), Adagrad(0.1)
+        return {
+            table.name: optimizer.update_rows(dense[table], rows, optimizer.init_slots(rows.shape), 0.1, 0)
+            for table, rows in tables.items()
+        }
+
+    found, slots, _ = embedding.to_canonical(embedding.apply_gradients(state, inputs, gradients, weights))
+    for table, (rows, accumulators) in step(tables).items():
+        np.testing.assert_allclose(found[table], rows, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(slots[table]["accumulators"], accumulators["accumulators"], rtol=1e-5)
+    assert all(np.abs(found[table.name] - rows).max() > 0.01 for table, rows in tables.items())
+
+
+@pytest.mark.parametrize(
+    ("few", "exchange"),
+    [
+        (FEW[0], "all_gather"),
+        (FEW[1], "all_to_all"),
+        pytest.param(FEW[0], "all_to_all", marks=pytest.mark.slow),
+        pytest.param(FEW[1], "all_gather", marks=pytest.mark.slow),
+    ],
+)
+def test_lookups_and_updates_equal_those_of_one_device(few, exchange):
+    batch, *features = few
+    problem = make_problem(0, batch, features)
+    check_update(problem, *check(problem, exchange))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
 @hypothesis.settings(max_examples=60)
-@hypothesis.given(problem=problems())
+@hypothesis.given(problem=PROBLEMS)
 def test_lookup_equals_serving_at_length(problem, exchange):
     check(problem, exchange)

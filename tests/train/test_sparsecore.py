@@ -192,6 +192,17 @@ def test_preprocessed_ids_say_what_serving_looks_up(combiner, batch):
     assert_close(emulate(ours, packed, state, None), serving_embedding_lookup(inputs, None, tables, config))
 
 
+def test_rows_of_padding_are_not_preprocessed():
+    ours, real = embedding(devices=2), np.arange(13) % 3 > 0
+    state = ours.from_canonical(*random_canonical(1, ours), 0)
+    inputs, _ = random_batch(0, 13)
+    tables = jax.tree.map(np.asarray, ours.embedding_tables(state))
+    whole = serving_embedding_lookup(inputs, None, tables, CONFIG)
+    inputs["user"][~real] = 999
+    packed, _ = ours.shard_batch(inputs, mask=real)
+    assert_close(emulate(ours, packed, state, None), jax.tree.map(lambda x: (x.T * np.float32(real)).T, whole))
+
+
 @pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
 def test_weights_reach_the_places_of_their_ids(combiner):
     """Gains are put together on the device from the weights; here, by numpy."""

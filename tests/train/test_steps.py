@@ -1,5 +1,6 @@
 """Which steps of a checkpoint are listed: only whole ones, each under its own number, wherever they lie."""
 
+import os
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, read_checkpoint, steps, whole_steps
 from jaxembed.cli import main
 from jaxembed.convert import convert
-from jaxembed.train import Checkpointer
+from jaxembed.train import Checkpointer, hosts
 
 from .checkpoint_programs import at_step, embedding
 
@@ -70,7 +71,9 @@ def test_half_deleted_steps_are_not_listed(tmp_path, writer):
     expected = read_checkpoint(step, slots=True)
     listed, files = {}, sorted(step.rglob("*"))
     for file in files:
-        copy = shutil.copytree(step, tmp_path / "copy" / step.name) / file.relative_to(step)
+        # Links to the same data: files are removed, and none is written to.
+        linked = shutil.copytree(step, tmp_path / "copy" / step.name, copy_function=os.link)
+        copy = linked / file.relative_to(step)
         copy.unlink() if copy.is_file() else shutil.rmtree(copy)
         listed[str(file.relative_to(step))] = whole_steps(tmp_path / "copy") == [1]
         if whole_steps(tmp_path / "copy"):
@@ -222,6 +225,31 @@ def test_a_step_that_is_deleted_while_it_is_looked_at(tmp_path, monkeypatch):
 
     monkeypatch.setattr(steps, "_missing", look_and_delete)
     assert whole_steps(tmp_path) == [2]
+
+
+def test_a_whole_step_can_be_read_before_it_is_listed(tmp_path, monkeypatch):
+    """The listing of a folder on a network may lag behind what is in it."""
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+        checkpointer.wait()
+        monkeypatch.setattr(steps, "whole_steps", lambda _: [])
+        assert checkpointer.restore(1).step == 1
+    with pytest.raises(FileNotFoundError, match="holds no finished step"):
+        read_checkpoint(tmp_path, 2)
+
+
+def test_a_step_that_one_host_cannot_open_is_restored_by_none(tmp_path, monkeypatch):
+    """Others would wait for it."""
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+        checkpointer.wait()
+        monkeypatch.setattr(hosts, "processes_where", lambda _: [1])
+        with pytest.raises(
+            ValueError, match=r"processes \[1\] cannot open the checkpoint; their errors say why"
+        ):
+            checkpointer.restore(1)
 
 
 def test_nothing_there(tmp_path):

@@ -152,6 +152,21 @@ def test_a_writer_that_is_not_known(tmp_path, said):
             WriterLock(tmp_path)
 
 
+def test_a_writer_of_another_user_lives(tmp_path, monkeypatch):
+    """It cannot be signalled, and is no reason to advise that its lock be removed."""
+
+    def kill(pid, signal):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "kill", kill)
+    (tmp_path / ".writer").write_text(f"1 {socket.gethostname()}\n")
+    with open(tmp_path / ".writer", "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=rf"by process 1 on {socket.gethostname()}\.") as raised:
+            WriterLock(tmp_path)
+    assert "remove" not in str(raised.value)
+
+
 def test_the_lock_of_a_machine_that_is_gone(tmp_path):
     for writer in ("process 7 on elsewhere", "another process"):
         told = writer_lock._if_gone(writer, tmp_path / ".writer")

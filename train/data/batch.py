@@ -19,7 +19,8 @@ class Batch:
       weights: feature name to a RaggedTensor parallel to the ids, or None where ids have no weights.
       dense: [B, K] float32 dense features; K may be 0.
       labels: [B] float32.
-      mask: [B] float32, 1 for an example and 0 for the padding that fills up a last batch.
+      mask: [B] float32, 1 for an example and 0 for the padding that fills up a last batch, of which a Trainer looks
+        nothing up.
     """
 
     features: Inputs

@@ -230,7 +230,9 @@ def _ids(ids: np.ndarray) -> np.ndarray:
 
 
 def _pad_ids(column: np.ndarray, rows: np.ndarray, padding: int) -> np.ndarray:
-    """Those of `rows`, and one of them again and again, so that optimizers whose steps are no zeros move no other row."""
+    """Those of `rows`, and one of them again and again: one that vocabularies know, and of a row that moves anyhow where
+    a batch is laid out without its mask.
+    """
     ids = _ids(column[rows])
     if not padding:
         return ids

@@ -92,7 +92,7 @@ class CanonicalTables:
         """Tables and slots by table, from those by stack.
 
         Raises:
-          ValueError: inside of `jax.jit`, where the shards are in another order than the mesh's devices.
+          ValueError: inside of `jax.jit` or `jax.eval_shape`, where the shards are in another order than the mesh's devices.
         """
         self._check_order()
         program = self._program(tuple(self._inner))
@@ -163,8 +163,8 @@ class CanonicalTables:
         if self._is_reordered and isinstance(jnp.zeros(()), jax.core.Tracer):
             raise ValueError(
                 f"tables over the axes {self._axes} of a mesh of {self._mesh.axis_names} cannot be converted from or to "
-                "canonical ones inside of jax.jit, which keeps to one order of devices; do it outside, or name those "
-                "axes first, and in this order, in the mesh."
+                "canonical ones inside of jax.jit or jax.eval_shape, where a program keeps to one order of devices; do it "
+                "outside, take abstract_canonical for the shapes, or name those axes first, and in this order, in the mesh."
             )
 
     def _program(self, keys: tuple[tuple[str, str], ...]) -> Callable[..., dict[tuple[str, str], jax.Array]]:

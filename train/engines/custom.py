@@ -54,20 +54,24 @@ def as_sequence(lookup: Lookup) -> Lookup:
     return Lookup(sequence, placed, shape)
 
 
-def valencies_on_host(layout: BatchLayout, lookups: list[Lookup], num_shards: int) -> dict[str, np.ndarray]:
+def valencies_on_host(
+    layout: BatchLayout, lookups: list[Lookup], live_rows: list[np.ndarray | None], num_shards: int
+) -> dict[str, np.ndarray]:
     """The number of ids of each bag, by feature: int32 [n, bags a shard], 0 for padding.
 
     Args:
       layout: of the batch.
       lookups: as of `as_sequence` where a combiner is custom.
+      live_rows: by feature, the rows that have entries; None for all.
       num_shards: n, of this host.
     """
     found = {}
-    for feature, lookup in zip(layout.features, lookups, strict=True):
+    for feature, lookup, live in zip(layout.features, lookups, live_rows, strict=True):
         if feature.combined_shape is None:
             continue
         length, rows = lookup.bag.sequence_length, np.asarray(lookup.operands.bags)
         counts = np.bincount(rows[np.asarray(lookup.operands.columns) >= 0], minlength=lookup.bag.num_bags)
+        counts = counts if live is None else counts * np.repeat(live, counts.size // live.size)
         padded = np.zeros(num_shards * feature.num_segments // length, np.int32)
         padded[: counts.size] = np.minimum(counts, length)
         found[feature.path] = padded.reshape(num_shards, -1)
@@ -154,8 +158,8 @@ def _combined(feature: FeatureLayout, out: jax.Array, valency: jax.Array, weight
             f"Feature {feature.path!r}: the CustomCombiner of table {feature.feature.table.name!r} needs its weights; "
             "take a state of `init` or `from_canonical(..., combiner_weights=...)`."
         )
-    combined = combiner(valency.reshape(-1)[: out.shape[0]], out.astype(jnp.float32), weights)
-    return combined.astype(out.dtype).reshape(feature.combined_shape)
+    combined = combiner(valency.reshape(-1)[: out.shape[0]], out, weights)
+    return combined.astype(feature.feature.table.dtype).reshape(feature.combined_shape)
 
 
 def _ragged_rows(splits: np.ndarray, num_ids: int) -> np.ndarray:

@@ -26,12 +26,14 @@ class Entries(NamedTuple):
     bad_ids: np.ndarray
 
 
-def feature_entries(feature: FeatureLayout, lookup: Lookup, stack: Stack, num_shards: int) -> Entries:
-    """The entries of a feature; the inputs hold the rows of `num_shards` shards."""
+def feature_entries(
+    feature: FeatureLayout, lookup: Lookup, stack: Stack, num_shards: int, live_rows: np.ndarray | None = None
+) -> Entries:
+    """The entries of a feature; the inputs hold the rows of `num_shards` shards, of which `live_rows` have entries."""
     bag, operands = lookup.bag, lookup.operands
     ids = np.asarray(operands.ids).reshape(-1)
     source, segments = _segments(feature, lookup, ids.size)
-    live = np.ones(source.size, bool)
+    live = np.ones(source.size, bool) if live_rows is None else live_rows[segments // feature.inner]
     if bag.prune_ids:
         live &= ids[source] >= 0
     if bag.prune_weights and operands.weights is not None:

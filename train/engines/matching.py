@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxembed.features import FeatureInput, match
 from jaxembed.inputs.ids import is_concrete
 from jaxembed.lookup import Lookup, plan_lookup
+from jaxembed.validation import check_splits
 
 from .batch import BatchLayout, FeatureLayout, Skeleton, inner_size
 from .custom import as_sequence, is_custom
@@ -15,15 +17,24 @@ from .placement import Stack, places_of
 
 
 class Plan(NamedTuple):
-    """A batch matched to its stacks: what is static of it, and the inputs."""
+    """A batch matched to its stacks: what is static of it, the inputs, and by feature which rows have entries.
+
+    These are a bool array of the feature's rows here each, or None where all have.
+    """
 
     layout: BatchLayout
     items: list[FeatureInput]
     lookups: list[Lookup]
+    live_rows: list[np.ndarray | None]
 
 
 def plan_batch(
-    inputs: Any, weights: Any, feature_config: Any, stacks: Mapping[str, Stack], num_hosts: int = 1
+    inputs: Any,
+    weights: Any,
+    feature_config: Any,
+    stacks: Mapping[str, Stack],
+    num_hosts: int = 1,
+    mask: Any = None,
 ) -> Plan:
     """Matches inputs and weights to the stacks.
 
@@ -34,6 +45,7 @@ def plan_batch(
       feature_config: of the tables.
       stacks: by name.
       num_hosts: how many hosts share a batch.
+      mask: [B], 0 for the rows that have no entry; None for none.
 
     Raises:
       ValueError: as `serving_embedding_lookup`, or if the rows do not divide over a host's shards where
@@ -41,12 +53,14 @@ def plan_batch(
     """
     stack_of = {p.table.name: stack for stack in stacks.values() for p in stack.placements}
     segments = dict.fromkeys(stacks, 0)
-    features, lookups = [], []
+    features, lookups, live_rows = [], [], []
+    mask = None if mask is None else np.asarray(mask) > 0
     items = match(inputs, weights, feature_config)
     if _are_traced(items):
         num_hosts = 1
     for item in items:
         lookup, combined = plan_lookup(item, None), None
+        check_splits(item.path, lookup)
         stack = stack_of[item.feature.table.name]
         num_rows = lookup.bag.num_bags if lookup.bag.layout == "ragged" else (item.ids.shape or (1,))[0]
         inner = inner_size(lookup.bag, item.ids)
@@ -83,12 +97,20 @@ def plan_batch(
         )
         segments[stack.name] += size
         lookups.append(lookup)
-    return Plan(BatchLayout(Skeleton(inputs), tuple(features), places_of(stacks)), items, lookups)
+        live_rows.append(_live_rows(mask, num_rows))
+    return Plan(BatchLayout(Skeleton(inputs), tuple(features), places_of(stacks)), items, lookups, live_rows)
 
 
 def is_traced(plan: Plan) -> bool:
     """Whether an array of the batch is inside of a trace."""
     return _are_traced(plan.items)
+
+
+def _live_rows(mask: np.ndarray | None, num_rows: int) -> np.ndarray | None:
+    """A feature may have several rows an example; those of one with others than the batch's are all live."""
+    if mask is None or mask.all() or num_rows % mask.size:
+        return None
+    return np.repeat(mask, num_rows // mask.size)
 
 
 def _are_traced(items: list[FeatureInput]) -> bool:

@@ -29,9 +29,10 @@ def pack_on_host(
     weighted = any(lookup.operands.weights is not None for lookup in plan.lookups)
     parts: dict[str, list] = {name: [] for name in stacks}
     bad_ids = np.zeros((len(shards), len(plan.lookups)), np.int32)
-    for index, (feature, lookup) in enumerate(zip(plan.layout.features, plan.lookups, strict=True)):
+    features = zip(plan.layout.features, plan.lookups, plan.live_rows, strict=True)
+    for index, (feature, lookup, live_rows) in enumerate(features):
         stack = stacks[feature.stack]
-        entries = feature_entries(feature, lookup, stack, len(shards))
+        entries = feature_entries(feature, lookup, stack, len(shards), live_rows)
         bad_ids[:, index] = entries.bad_ids
         weights = None
         if weighted:
@@ -100,8 +101,8 @@ def unpack_weights(
     """From values [n, N] by stack, laid out as entries, an array a feature parallel to its ids."""
     end = {name: np.zeros(num_shards, np.int64) for name in stacks}
     result: list[np.ndarray | None] = []
-    for feature, lookup in zip(plan.layout.features, plan.lookups, strict=True):
-        entries = feature_entries(feature, lookup, stacks[feature.stack], num_shards)
+    for feature, lookup, live_rows in zip(plan.layout.features, plan.lookups, plan.live_rows, strict=True):
+        entries = feature_entries(feature, lookup, stacks[feature.stack], num_shards, live_rows)
         shard = entries.segments // max(feature.num_segments, 1)
         counts = np.bincount(shard, minlength=num_shards)
         first = np.cumsum(counts) - counts

@@ -23,7 +23,7 @@ def pack_in_trace(plan: Plan, stacks: Mapping[str, Stack], num_shards: int) -> S
     positions: dict[str, list] = {name: [] for name in stacks}
     segments: dict[str, list] = {name: [] for name in stacks}
     bad_ids = []
-    for feature, lookup in zip(plan.layout.features, plan.lookups, strict=True):
+    for feature, lookup, live_rows in zip(plan.layout.features, plan.lookups, plan.live_rows, strict=True):
         if feature.bag.layout != "dense":
             raise ValueError(
                 f"Feature {feature.path!r}: a {feature.bag.layout} input cannot be laid out over the devices "
@@ -33,7 +33,10 @@ def pack_in_trace(plan: Plan, stacks: Mapping[str, Stack], num_shards: int) -> S
         # V may be more than their own type counts; those of the host may be too wide for a program.
         ids = jnp.asarray(signed_ids(lookup.operands.ids))
         ids = jnp.pad(ids, (0, size - ids.shape[0])).reshape(num_shards, -1)
-        real = (np.arange(size) < math.prod(feature.output_shape[:-1])).reshape(num_shards, -1)
+        real = np.arange(size) < math.prod(feature.output_shape[:-1])
+        if live_rows is not None:
+            real[: live_rows.size * feature.inner] &= np.repeat(live_rows, feature.inner)
+        real = real.reshape(num_shards, -1)
         keep = (ids >= 0) & (ids < feature.feature.table.vocabulary_size)
         bad_ids.append(jnp.sum(real & ~keep, axis=1, dtype=jnp.int32))
         position = stack.position(placement_of(stack, feature), ids.astype(jnp.int32))

@@ -1,6 +1,7 @@
 """Chooses how each table is sharded, from sizes alone, and says why."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -147,9 +148,8 @@ def plan_tables(
         if whole is not None and whole.exchanged_bytes < best.exchanged_bytes:
             replicas.append(whole)
     _replicate(chosen, replicas, memory_per_device, choice.stored_bytes)
-    plan = ShardingPlan(
-        tuple(chosen.values()), num_shards, memory_per_device, choice.stored_bytes(chosen.values())
-    )
+    stored = choice.stored_bytes(chosen.values())
+    plan = ShardingPlan(choice.together(chosen), num_shards, memory_per_device, stored)
     if plan.bytes_per_device > memory_per_device:
         raise ValueError(
             f"the tables and slots need {plan.bytes_per_device:,} bytes a device, more than the "
@@ -182,20 +182,51 @@ class _Choice:
     def plan(self, table: TableConfig, sharding: str, why: str) -> TablePlan:
         """The table with that sharding; `ValueError` if it does not suit the table."""
         (stack,) = stack_tables({table.name: table}, self.optimizer, {table.name: sharding}, self.num_shards)
-        entries = -(-self.ids_per_batch[table.name] // self.num_shards)
-        bags = -(-self.bags_per_batch[table.name] // self.num_shards)
+        bags, entries = self._size([table.name])
         exchange = cheaper_exchange(stack, bags, entries)
         moved = exchanged_bytes(stack, exchange, bags, entries)
-        why = f"{why}, by {exchange}" if stack.kind == "row" else why
         alone = TablePlan(table.name, sharding, 0, moved, why)
         return dataclasses.replace(alone, bytes_per_device=self.stored_bytes([alone]))
 
     def stored_bytes(self, plans: Iterable[TablePlan]) -> int:
         """Of rows and slots of these tables together, on each device."""
+        return sum(map(_stored_bytes, self.stacks(plans)))
+
+    def together(self, chosen: Mapping[str, TablePlan]) -> tuple[TablePlan, ...]:
+        """With what each table exchanges as one of a stack: all of this travel the same way, and share its windows."""
+        plans = dict(chosen)
+        for stack in self.stacks(chosen.values()):
+            names = [p.table.name for p in stack.placements]
+            if stack.kind == "row" and stack.cores:
+                plans |= {
+                    k: dataclasses.replace(plans[k], why=f"{plans[k].why}, by SparseCores") for k in names
+                }
+            elif stack.kind == "row":
+                exchange, whole, parts = self._exchanged(stack, names)
+                ends = [whole * done // max(sum(parts), 1) for done in itertools.accumulate(parts, initial=0)]
+                for name, (start, end) in zip(names, itertools.pairwise(ends), strict=True):
+                    why = f"{plans[name].why}, by {exchange}"
+                    plans[name] = dataclasses.replace(plans[name], exchanged_bytes=end - start, why=why)
+        return tuple(plans.values())
+
+    def stacks(self, plans: Iterable[TablePlan]) -> Iterable[Stack]:
+        """What these tables lie in."""
         shardings = {plan.name: plan.sharding for plan in plans}
         tables = {name: self.tables[name] for name in shardings}
-        stacks = stacks_of(tables, self.optimizer, shardings, self.num_shards, self.cores)
-        return sum(map(_stored_bytes, stacks.values()))
+        return stacks_of(tables, self.optimizer, shardings, self.num_shards, self.cores).values()
+
+    def _exchanged(self, stack: Stack, names: list[str]) -> tuple[str, int, list[int]]:
+        """How a stack exchanges, its bytes, and those of each table by itself."""
+        sizes = [self._size(some) for some in (names, *([name] for name in names))]
+        exchange = cheaper_exchange(stack, *sizes[0])
+        whole, *parts = (exchanged_bytes(stack, exchange, *size) for size in sizes)
+        return exchange, whole, parts
+
+    def _size(self, names: list[str]) -> tuple[int, int]:
+        """Bags and entries a shard of these tables together."""
+        bags = sum(self.bags_per_batch[name] for name in names)
+        entries = sum(self.ids_per_batch[name] for name in names)
+        return -(-bags // self.num_shards), -(-entries // self.num_shards)
 
     def plan_if_it_suits(self, table: TableConfig, sharding: str, why: str) -> TablePlan | None:
         """The same, or None if it does not suit the table."""

@@ -11,8 +11,10 @@ from .batch import BatchLayout, FeatureLayout
 _DIVISORS = {"mean": 1, "sqrtn": 2}
 
 
-def scale(features: tuple[FeatureLayout, ...], segments: jax.Array, weights: Any) -> jax.Array | None:
-    """What the sum of each segment is multiplied with, float32 [S]: 1 / sum_i w_i of a mean, and so on.
+def scale(
+    features: tuple[FeatureLayout, ...], segments: jax.Array, weights: Any
+) -> tuple[Any, jax.Array | None]:
+    """What the sum of each segment is multiplied with: 1 / sum_i w_i of a mean, and so on.
 
         mean   1 / sum_i w_i            sqrtn  1 / sqrt(sum_i w_i^2)            1 / 0 = 0
 
@@ -22,7 +24,7 @@ def scale(features: tuple[FeatureLayout, ...], segments: jax.Array, weights: Any
       weights: [N], or None where all are 1.
 
     Returns:
-      None where nothing is divided.
+      The weights to sum with, and float32 [S], or None where nothing is divided.
     """
     kinds = np.concatenate(
         [
@@ -31,14 +33,18 @@ def scale(features: tuple[FeatureLayout, ...], segments: jax.Array, weights: Any
         ]
     )
     if not kinds.any():
-        return None
-    weights = jnp.ones(segments.shape, jnp.float32) if weights is None else weights
+        return weights, None
+    given = jnp.ones(segments.shape, jnp.float32) if weights is None else weights
     is_square = jnp.asarray(kinds == 2).at[segments].get(mode="clip")
-    total = segment_sum(jnp.where(is_square, weights * weights, weights), segments, kinds.size)
+    total = segment_sum(jnp.where(is_square, given * given, given), segments, kinds.size)
+    if weights is not None:
+        # The inverse of a sum above 2**126 would be flushed to 0. Roots are no such numbers.
+        shrink = jnp.where((kinds == 1) & (jnp.abs(total) > 2.0**126), 0.25, 1.0).astype(jnp.float32)
+        weights, total = weights * shrink.at[segments].get(mode="clip"), total * shrink
     root = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
     divisor = jnp.where(kinds == 2, root, total)
     inverse = jnp.where(divisor == 0, 0, 1 / jnp.where(divisor == 0, 1, divisor))
-    return jnp.where(kinds == 0, 1, inverse)
+    return weights, jnp.where(kinds == 0, 1, inverse)
 
 
 def segment_sum(values: jax.Array, segments: jax.Array, num_segments: int) -> jax.Array:
@@ -52,10 +58,13 @@ def add_segments(sums: jax.Array, values: jax.Array, segments: jax.Array, is_sor
 
 
 def split_features(layout: BatchLayout, sums: dict[str, jax.Array]) -> list[jax.Array]:
-    """The [S_f, D] sums of each feature of the batch, in their tables' types; a stack may be wider than D."""
+    """The [S_f, D] sums of each feature of the batch, in their tables' types; a stack may be wider than D.
+
+    What a custom combiner takes stays float32.
+    """
     return [
         sums[f.stack][f.first_segment : f.first_segment + f.num_segments, : f.feature.table.dim].astype(
-            f.feature.table.dtype
+            f.feature.table.dtype if f.combined_shape is None else jnp.float32
         )
         for f in layout.features
     ]

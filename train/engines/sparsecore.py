@@ -102,7 +102,7 @@ class SparseCoreEngine:
     def _gains(self, ids: SparseCoreIds, weights: Any) -> jax.Array:
         if weights is None:
             return ids.gains
-        scales = scale(self.features, ids.segments, weights)
+        weights, scales = scale(self.features, ids.segments, weights)
         if scales is not None:
             weights = weights * scales.at[ids.segments].get(mode="fill", fill_value=0)
         return jnp.zeros(ids.gains.shape, jnp.float32).at[ids.slots].add(weights, mode="drop")

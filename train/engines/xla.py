@@ -62,8 +62,9 @@ class XlaEngine:
 
     def look_up(self, table: jax.Array, entries: Entries, weights: Any) -> tuple[jax.Array, jax.Array]:
         """The sums of a shard's segments times the combiner's scale, float32 [S, D], and `look_up`'s rounds."""
+        weights, scales = scale(self.features, entries[1], weights)
         sums, rounds = look_up(self.exchange, table, *entries, weights)
-        return _times(sums, scale(self.features, entries[1], weights)), rounds
+        return _times(sums, scales), rounds
 
     def update(
         self,
@@ -75,29 +76,28 @@ class XlaEngine:
         step: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """One optimizer step, from the float32 [S, D] gradients of what `look_up` returned."""
-        gradients = _times(gradients, scale(self.features, entries[1], weights))
-        return update(self.exchange, table, slots, *entries, weights, gradients, step)
+        weights, scales = scale(self.features, entries[1], weights)
+        return update(self.exchange, table, slots, *entries, weights, _times(gradients, scales), step)
 
     def table_gradient(
         self, shape: tuple[int, ...], entries: Entries, weights: Any, gradients: jax.Array
     ) -> jax.Array:
         """The gradient of a shard's whole piece, float32 [R, D]."""
-        gradients = _times(gradients, scale(self.features, entries[1], weights))
-        return sum_gradients(self.exchange, shape, *entries, weights, gradients)[0]
+        weights, scales = scale(self.features, entries[1], weights)
+        return sum_gradients(self.exchange, shape, *entries, weights, _times(gradients, scales))[0]
 
     def weight_gradient(
         self, table: jax.Array, entries: Entries, weights: Any, gradients: jax.Array
     ) -> jax.Array:
         """The gradient of each entry's weight, float32 [N]."""
         positions, segments = entries
-        scales = scale(self.features, segments, weights)
+        (scaled, scales), transpose = jax.vjp(lambda weights: scale(self.features, segments, weights), weights)
         direct = one_to_one(self.exchange, positions.shape[0])
         found = weight_gradients(direct, table, positions, segments, _times(gradients, scales))
         if scales is None:
             return found
-        sums, _ = look_up(self.exchange, table, positions, segments, weights)
-        _, transpose = jax.vjp(lambda weights: scale(self.features, segments, weights), weights)
-        return found + transpose(jnp.sum(gradients * sums, axis=1))[0]
+        sums, _ = look_up(self.exchange, table, positions, segments, scaled)
+        return transpose((found, jnp.sum(gradients * sums, axis=1)))[0]
 
 
 def one_to_one(ex: StackExchange, capacity: int) -> StackExchange:

@@ -5,6 +5,8 @@ jaxembed train --config examples/movielens.toml --set training.epochs=8 --set ta
 
 import argparse
 
+from jaxembed.cli.importing import add_import
+
 from .config_file import load_config
 from .loop import train
 
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A.B=C",
         help="a value in place of the file's; may be repeated",
     )
+    add_import(parser)
 
 
 def run(options: argparse.Namespace) -> int:

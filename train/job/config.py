@@ -30,7 +30,7 @@ class TableOptimizer:
     """Optimizer of the tables.
 
     Args:
-      name: "sgd", "adagrad", "adagrad_momentum", "ftrl" or "adam", or that of a registered one.
+      name: "sgd", "adagrad", "adagrad_momentum", "ftrl" or "adam", or that of one that a module of --import registers.
       learning_rate: a number.
       arguments: others of its constructor.
     """

@@ -15,7 +15,8 @@ from jaxembed.checkpoint.files import absolute_path
 from jaxembed.checkpoint.scratch import check_place
 
 from ..checkpoint import Checkpointer, Restored
-from ..hosts import from_first_process, on_all
+from ..hosts import largest, on_all
+from ..saving import amend_metadata
 from ..trainer import Trainer, TrainState
 from .building import build_trainer, start_processes
 from .config import JobConfig
@@ -132,10 +133,12 @@ class Job:
         self._write_config()
         preempted = False
         with Preemption() as preemption:
-            if self._pending is not None:
-                self._evaluate(state, self._pending)
+            has_pending = self._pending is not None
+            if has_pending and not self._make_up(state, preemption.asked):
+                report.say(f"SIGTERM: step {step:,} is saved; the same command goes on from there")
+                preempted = True
             fed = self._batches(place)
-            for batch, place in itertools.islice(fed, max(self._total - step, 0)):
+            for batch, place in itertools.islice(fed, 0 if preempted else max(self._total - step, 0)):
                 state, metrics = self.trainer.step(state, batch)
                 step += 1
                 report.step()
@@ -155,9 +158,11 @@ class Job:
                     self._checkpointer.wait()
                     report.say(f"SIGTERM: saved step {step:,}; the same command goes on from there")
                     break
-        if step == first and not preempted:
-            report.say(f"nothing to do: step {step:,} of {self._total:,} is in {self._checkpointer.directory}")
-        self._checkpointer.wait()
+            if step == first and not preempted and not has_pending:
+                report.say(
+                    f"nothing to do: step {step:,} of {self._total:,} is in {self._checkpointer.directory}"
+                )
+            self._checkpointer.wait()
         return Result(step, preempted, self._history, self._checkpointer.directory, self.trainer, state)
 
     def _is_due(self, step: int, every: int | None) -> bool:
@@ -169,8 +174,8 @@ class Job:
 
     def _start(self) -> tuple[TrainState, Any]:
         """The state to go on from, and the place in the input."""
-        # Listings of one folder may differ for a while from host to host.
-        latest = from_first_process(on_all(self._checkpointer.latest_step, "list its checkpoints"))
+        # Listings of one folder may differ for a while from host to host: what one of them has, all can open.
+        latest = largest(on_all(self._checkpointer.latest_step, "list its checkpoints"))
         if latest is None:
             return self.trainer.init(jax.random.key(self._config.training.seed)), None
         try:
@@ -269,6 +274,17 @@ class Job:
         self._history.append({**trained, "evaluation": self._evaluation})
         self._pending = None
         self._report.resume()
+        return True
+
+    def _make_up(self, state: TrainState, stop: Callable[[], bool]) -> bool:
+        """The evaluation that SIGTERM stopped, stored with its step; False, with nothing changed, where `stop` says so."""
+        assert self._pending is not None
+        if not self._evaluate(state, self._pending, stop):
+            return False
+        folder = self._checkpointer.directory / str(int(state.embedding.step))
+        found = {"evaluation": self._evaluation, "history": self._history, "pending": None}
+        is_first = jax.process_index() == 0
+        on_all(lambda: amend_metadata(folder, found) if is_first else None, "store an evaluation")
         return True
 
     def _save(self, state: TrainState, place: Any) -> None:

@@ -27,18 +27,20 @@ class Report:
 
     def __init__(self, config: Logs, out: Path, batch_size: int, start: int, total: int):
         first = jax.process_index() == 0
+        errors = sys.stderr  # None where the process began without one
         self._bar = tqdm(
             total=total,
             initial=start,
             unit="step",
-            disable=not (config.progress and first),
+            disable=not (config.progress and first and errors is not None),
             dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # seconds; a file keeps all that is drawn
+            # In seconds; a file keeps all that is drawn.
+            mininterval=0.1 if errors is not None and errors.isatty() else 30.0,
         )
         self._writer = _writer(out / "logs", start) if config.tensorboard and first else None
         self._batch_size, self._quiet = batch_size, not first
         self._since, self._steps, self._is_first = time.perf_counter(), 0, True
-        self._paused = self._since
+        self._paused: float | None = None
 
     def step(self) -> None:
         """A step was begun; the first, which compiles, is not counted in the speed."""
@@ -65,12 +67,13 @@ class Report:
         self._write("evaluation", step, figures)
 
     def pause(self) -> None:
-        """What follows until the next step (evaluation, saving) is not training time."""
-        self._paused = time.perf_counter()
+        """What follows until `resume` (evaluation, saving) is not training time, from the first of several calls on."""
+        self._paused = self._paused or time.perf_counter()
 
     def resume(self) -> None:
         """Training goes on."""
-        self._since += time.perf_counter() - self._paused
+        if self._paused is not None:
+            self._since, self._paused = self._since + time.perf_counter() - self._paused, None
 
     def say(self, *lines: str) -> None:
         """Lines above the bar."""

@@ -196,7 +196,7 @@ def _paths(patterns: tuple[str, ...]) -> list[str]:
             for path in sorted(set(matched) - set(paths)):
                 if Path(path) not in of_files and any(file.is_file() for file in Path(path).rglob("*")):
                     raise IsADirectoryError(
-                        f"{path} is a folder, not a Parquet file; name the files in it: {os.path.join(path, '*')!r}."
+                        f"{path} is a folder, not a Parquet file; name the files in it: {os.path.join(path, '*.parquet')!r}."
                     )
         if not paths:
             raise FileNotFoundError(f"no Parquet file is at {pattern!r}.")
