@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxembed.inputs import RaggedTensor, SparseTensor, as_input
+from jaxembed.inputs.sparse import check_indices
 
 from . import checks
 from .features import ServedFeature
@@ -205,9 +206,9 @@ def _sparse(
     if len(leaf.dense_shape) != 2:
         raise checks.sparse_rank(feature, leaf.dense_shape)
     config, (num_rows, _) = feature.config, leaf.dense_shape
-    if not (type(leaf.indices) is np.ndarray and type(leaf.values) is np.ndarray):
-        leaf = SparseTensor(np.asarray(leaf.indices), np.asarray(leaf.values), leaf.dense_shape)
-    indices, ids, values = leaf.indices, _integers(feature, leaf.values), None
+    indices, ids, values = np.asarray(leaf.indices), _integers(feature, np.asarray(leaf.values)), None
+    # Checks those that were on a device, or that no constructor has seen.
+    check_indices(indices, leaf.dense_shape, f"Feature {feature.path!r}")
     if weight is not None:
         checks.takes_weights(feature)
         if not isinstance(weight, SparseTensor):

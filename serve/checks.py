@@ -137,8 +137,8 @@ def takes_weights(feature: ServedFeature) -> None:
         raise weights_on_sequence(feature)
     if not feature.weighted:
         raise ValueError(
-            f"Weight specified for {feature.path!r}, which was not announced; construct the ServingFunction "
-            f"with weighted=[{feature.path!r}, ...]."
+            f"Weight specified for {feature.path!r}, which was not announced; pass weighted=[{feature.path!r}, ...] to "
+            f"ServingFunction or export_model, or --weighted {feature.path} to `jaxembed serve`."
         )
 
 

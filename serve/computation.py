@@ -46,9 +46,9 @@ class Computation:
     resident: tuple[TableForm, ...] | None
 
     @property
-    def order(self) -> Any:
-        """Of features and dense inputs, which dicts that are equal may have in another one: programs keep to it."""
-        return _keys(self.feature_config), list(self.dense)
+    def order(self) -> list[str]:
+        """Of dense inputs, which dicts that are equal may have in another one: programs keep to it."""
+        return list(self.dense)
 
     def constants(self, embedding: EmbeddingForServing, params: Any) -> tuple[Any, Any, Any]:
         """The arguments of `packed` that are the same in every call, as few levels deep as can be."""
@@ -155,9 +155,3 @@ def _native_supports(features: Sequence[ServedFeature], tables: Mapping[Any, Any
     given = [weights if feature.weighted else None for feature in features]
     lookups = _plan(features, [ids] * len(features), given, tables)
     return bag_native.supports([item.bag for item in lookups], [item.operands for item in lookups])
-
-
-def _keys(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return [(key, _keys(child)) for key, child in tree.items()]
-    return [_keys(child) for child in tree] if isinstance(tree, list | tuple) else None

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.dense_shapes import dense_shapes
+
 
 class DenseInputs:
     """Reads and checks dense inputs.
@@ -17,12 +19,7 @@ class DenseInputs:
     """
 
     def __init__(self, shapes: Mapping[str, Any]):
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape in shapes.items():
-            shape = (shape,) if isinstance(shape, int) else tuple(shape)
-            if not all(isinstance(size, int) and size >= 0 for size in shape):
-                raise ValueError(f"dense_inputs[{name!r}] must be the shape of one row, got {shape!r}.")
-            self.shapes[name] = shape
+        self.shapes: dict[str, tuple[int, ...]] = dense_shapes(shapes, "dense_inputs")
 
     def read(self, dense: Any, rows: int) -> list[np.ndarray]:
         """One [B, ...] array for every input, in the order of `shapes`.

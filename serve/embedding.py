@@ -93,7 +93,8 @@ class EmbeddingForServing:
 
     @classmethod
     def restore(cls, path: str | pathlib.Path, step: int | None = None) -> "EmbeddingForServing":
-        """From a checkpoint that `jaxembed.train` wrote; nothing of the training program is needed.
+        """From a checkpoint that `jaxembed.train` wrote; of the training program, only modules that register
+        combiners are needed.
 
         Args:
           path: the checkpoint directory, or one step in it; or a serving bundle, whose tables are mapped.
@@ -101,7 +102,7 @@ class EmbeddingForServing:
 
         Raises:
           FileNotFoundError: if there is no such whole step.
-          ValueError: if the checkpoint does not fit its own feature configuration.
+          ValueError: if the checkpoint does not fit its own feature configuration, or a combiner is not registered.
         """
         checkpoint = read_checkpoint(path, step, model=False)
         return cls(checkpoint.feature_config, checkpoint.tables, checkpoint.combiner_weights)

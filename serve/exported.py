@@ -75,11 +75,16 @@ class ExportedModel:
           activations: as the feature configuration; [B, D], or [B, L, D] for sequences. Those of tables that are stored in
             another type, as bundles may have them, become the model's.
           dense: by name, [B, ...] float32 arrays.
+
+        Raises:
+          ValueError: if activations or dense inputs are not those that it was exported for, or it does not run at B.
         """
-        pairs = zip(structure.flatten(activations), self.activations, strict=True)
-        leaves = [leaf.astype(spec.dtype) for (_, leaf), spec in pairs]
+        named = {structure.join(path): leaf for path, leaf in structure.flatten(activations)}
+        leaves = _in_order("features", named, self.activations)
+        leaves = [leaf.astype(spec.dtype) for leaf, spec in zip(leaves, self.activations, strict=True)]
+        numbers = _in_order("dense inputs", dense, self.dense)
         program = self._program(leaves[0].shape[0])
-        results: Any = program.call(list(params), leaves, [dense[spec.name] for spec in self.dense])
+        results: Any = program.call(list(params), leaves, numbers)
         return build(self.outputs[0], results)
 
     def arrange(self, params: Any) -> list[np.ndarray]:
@@ -209,6 +214,29 @@ def build(described: Any, leaves: Sequence[Any]) -> Any:
         return {key: build(child, leaves) for key, child in described["dict"].items()}
     kind, make = ("list", list) if "list" in described else ("tuple", tuple)
     return make(build(child, leaves) for child in described[kind])
+
+
+def _in_order(what: str, given: Any, specs: Sequence[ArraySpec]) -> list[Any]:
+    """The arrays of `given`, by name, in the order of `specs`.
+
+    Raises:
+      ValueError: if one is missing or unknown, no array, or of another shape.
+    """
+    names = [spec.name for spec in specs]
+    if not isinstance(given, Mapping) or given.keys() != set(names):
+        received = sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
+        raise ValueError(
+            f"the exported model takes the {what} {names}, got {received}; pass all of them, and no other."
+        )
+    for spec in specs:
+        shape = getattr(given[spec.name], "shape", None)
+        if not shape or tuple(shape[1:]) != spec.shape:
+            found = type(given[spec.name]).__name__ if shape is None else list(shape)
+            wanted = ", ".join(map(str, ("B", *spec.shape)))
+            raise ValueError(
+                f"the exported model takes the {what} as arrays, {spec.name!r} as [{wanted}], got {found}."
+            )
+    return [given[name] for name in names]
 
 
 def _spec(data: dict[str, Any]) -> ArraySpec:

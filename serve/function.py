@@ -144,8 +144,9 @@ class ServingFunction:
     def jit_function(self) -> Callable[..., Any]:
         """`f(tables, params, inputs, weights=None, dense=None, combiner_weights=None)`, jitted.
 
-        To embed into a jit of your own. Inputs are as those of `serving_embedding_lookup`; `tables` by
-        TableConfig or by name.
+        To embed into a jit of your own. Inputs are as those of `serving_embedding_lookup`: rows of the tables, of
+        all features that the model takes; raw ids go through `jaxembed.preprocess` first, outside of the jit. `tables`
+        are by TableConfig or by name.
         """
         return self._jit_function
 

@@ -41,7 +41,7 @@ def load(path: str | pathlib.Path, step: int | None = None) -> Loaded:
 
     Raises:
       FileNotFoundError: if there is no such whole step.
-      ValueError: if the checkpoint does not fit its own feature configuration.
+      ValueError: if the checkpoint does not fit its own feature configuration, or a combiner is not registered.
 
     Examples:
       Of the checkpoint that the example of `jaxembed.train.Checkpointer` saves:

@@ -158,8 +158,10 @@ class ServingModel:
     def jit_function(self) -> Callable[..., Any]:
         """`f(tables, params, inputs, weights=None, dense=None)`, jitted, to embed into a jit of your own.
 
-        Inputs are as those of `serving_embedding_lookup`; tables are `model.embedding.embedding_tables`, and
-        params `model.params`. Both are arguments: a program that closed over them would hold a copy.
+        Inputs are as those of `serving_embedding_lookup`: rows of the tables, of all features. Raw ids go through
+        `jaxembed.preprocess(inputs, model.embedding.feature_config)` first, outside of the jit. Tables are
+        `model.embedding.embedding_tables`, and params `model.params`. Both are arguments: a program that closed over
+        them would hold a copy.
         """
         return self._open(self._function).jit_function
 

@@ -223,8 +223,7 @@ class Routes:
 
     async def ready(self, request: Request) -> Response:
         """Requests are served."""
-        ready = self._service.ready
-        return JSONResponse({"ready": ready}, 200 if ready else 503, None if ready else {"Retry-After": "1"})
+        return self._ready({})
 
     async def model_ready(self, request: Request) -> Response:
         """Requests are served, by this version if it names one."""
@@ -232,7 +231,12 @@ class Routes:
             self._service.versions.model(request.path_params.get("version"))
         except RequestError as e:
             return _error(e)
-        return await self.ready(request)
+        return self._ready({"name": self._config.name})
+
+    def _ready(self, named: dict[str, str]) -> Response:
+        ready = self._service.ready
+        headers = None if ready else {"Retry-After": "1"}
+        return JSONResponse({**named, "ready": ready}, 200 if ready else 503, headers)
 
     async def server_metadata(self, request: Request) -> Response:
         """Name, version and extensions."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxembed.serve.rows import Rows
 
-from .errors import RequestError, expired, overloaded, too_many_rows
+from .errors import RequestError, expired, overloaded, too_many_rows, unavailable
 from .metrics import Metrics
 from .served import ServedModel
 
@@ -24,6 +24,8 @@ _ALONE = 0.1
 # Of batches that run in the event loop, where nobody can come, so many until one on the thread shows who would.
 _LOOKS = 16
 _FORGET = 0.02
+# After a thread could not be started, while there are others.
+_RETRY_SECONDS = 1.0
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -86,6 +88,7 @@ class Batcher:
         self._seconds: dict[int, float] = {}
         self._at_once = at_once
         self._threads: list[threading.Thread] = []
+        self._retry_at = 0.0
         #: Batches that run on threads, or are ready to.
         self._under_way = 0
         self._stopped: asyncio.Future[None] | None = None
@@ -195,8 +198,14 @@ class Batcher:
         for entry in (*batch, *self._queue):
             if entry.timer is None:
                 self._arm(entry)
-        if self._under_way == len(self._threads) < self._at_once:
+        if len(self._threads) < self._at_once and len(self._threads) <= self._under_way:
             self._start_thread()
+        if not self._threads:
+            self._queued_rows -= sum(len(entry.rows) for entry in batch)
+            self._fail(batch, unavailable("it has no thread to run them, and can start none"))
+            if self._queue:
+                self._schedule()
+            return
         self._under_way += 1
         if quick:
             self._gathering = batch
@@ -205,9 +214,19 @@ class Batcher:
             self._schedule()
 
     def _start_thread(self) -> None:
+        if self._threads and monotonic() < self._retry_at:
+            return
         name = f"jaxembed-run-{len(self._threads)}"
-        self._threads.append(threading.Thread(target=self._work, args=(self._loop,), name=name, daemon=True))
-        self._threads[-1].start()
+        thread = threading.Thread(target=self._work, args=(self._loop,), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as e:  # those that there are run its batches
+            self._retry_at = monotonic() + _RETRY_SECONDS
+            self._metrics.log.error(
+                "a thread cannot be started", extra={"reason": str(e), "threads": len(self._threads)}
+            )
+            return
+        self._threads.append(thread)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         while (batch := self._ready.get()) is not None:

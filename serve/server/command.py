@@ -14,6 +14,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 
+from jaxembed.cli.importing import add_import
 from jaxembed.serve.table_memory import TABLES
 
 from . import logs
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=SIZE",
         help="a dense input and its size, such as 13 or 4,8",
     )
+    add_import(parser)
     parser.add_argument("--weighted", action="append", default=[], metavar="FEATURE", help="may carry weights")
     parser.add_argument("--max-ids-per-row", type=int, help="default: what was exported, or 128")
     parser.add_argument(
@@ -117,6 +119,7 @@ def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         bundles=bundles,
         name=options.name,
         model=options.model,
+        imports=tuple(options.imports),
         dense_inputs=_dense(options.dense),
         weighted=tuple(options.weighted),
         max_ids_per_row=options.max_ids_per_row,

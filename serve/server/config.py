@@ -30,6 +30,7 @@ class ServerConfig:
       name: of the model, in URLs.
       model: "MODULE:NAME" of `model(params, activations, dense)`; None serves the model that was exported into the
         bundle, or the embeddings of one without.
+      imports: modules to import first, which register the combiners of the bundle.
       dense_inputs: by name, the shape of one row of the dense inputs of that model.
       weighted: paths of the features for which requests may carry weights.
       max_ids_per_row: limit of ids of one row of one feature; None takes what was exported, or 128.
@@ -68,6 +69,7 @@ class ServerConfig:
     bundles: str
     name: str = "model"
     model: str | None = None
+    imports: tuple[str, ...] = ()
     dense_inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     weighted: tuple[str, ...] = ()
     max_ids_per_row: int | None = None
@@ -148,7 +150,8 @@ class ServerConfig:
                 continue
             if not isinstance(port, int) or not 0 <= port < 65536:
                 raise ValueError(f"{field} must be a port, got {port!r}.")
-        object.__setattr__(self, "weighted", tuple(self.weighted))
+        for field in ("imports", "weighted"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
 
     @property
     def directory(self) -> pathlib.Path:

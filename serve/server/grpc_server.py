@@ -24,7 +24,8 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-_NO_ROOM = 1 << 14
+# Of the text of an error: clients take 8 KiB of metadata, and each byte that is not ASCII is sent as three.
+_TEXT_BYTES = 2400
 _MOST_BYTES = (1 << 31) - 1  # of a message, as gRPC counts them
 
 
@@ -73,6 +74,11 @@ def _tolerant(message: Any) -> Callable[[bytes], Any]:
 
 def _serialize(message: Any) -> bytes:
     return message.SerializeToString()
+
+
+def _cut(message: str) -> str:
+    text = message.encode()
+    return message if len(text) <= _TEXT_BYTES else text[:_TEXT_BYTES].decode(errors="ignore") + "..."
 
 
 class Methods:
@@ -203,7 +209,7 @@ class Methods:
             status = e.status
             if e.retry_after is not None:
                 context.set_trailing_metadata((("retry-after", str(e.retry_after)),))
-            await context.abort(_CODES.get(e.status, grpc.StatusCode.UNKNOWN), e.message[:_NO_ROOM])
+            await context.abort(_CODES.get(e.status, grpc.StatusCode.UNKNOWN), _cut(e.message))
         finally:
             if begin is not None:
                 self._service.metrics.request("v2_grpc", status, perf_counter() - begin)

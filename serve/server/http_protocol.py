@@ -31,7 +31,8 @@ def make_protocol(service: Service) -> type["DeadlineProtocol"]:
         refusals = staticmethod(
             {path: service.metrics.refusals(protocol) for path, protocol in served.items()}.get
         )
-        room = staticmethod(lambda path: service.room() if path in served else None)
+        # What is not refused at its headers for want of room, such as the last of its connection, is by the application.
+        room = staticmethod(lambda path: service.room() if path in served and not service.full else None)
         heads: ClassVar[dict[bytes, tuple[int, Refusals]]] = {}
         turn = Turn()
         leaves = staticmethod(lambda: service.leaving or service.versions.current is None)
@@ -76,7 +77,7 @@ class DeadlineProtocol(PipeliningProtocol):
     #: Whether requests are refused, and of a path where these are counted; None for others.
     full: Callable[[], bool] = staticmethod(lambda: False)
     refusals: Callable[[bytes], Refusals | None] = staticmethod(lambda path: None)
-    #: Of a path, the room that is kept for a request until its handling has begun; None if it needs none.
+    #: Of a path, the room that is kept for a request until its handling has begun; None if it needs none, or there is none.
     room: Callable[[bytes], Room | None] = staticmethod(lambda path: None)
     #: Of heads that were read before, the bytes of the whole request, and where its refusal is counted.
     heads: ClassVar[dict[bytes, tuple[int, Refusals]]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import v2_binary
 from .apart import Apart
-from .errors import RequestError, expired, overloaded
+from .errors import RequestError, expired, overloaded, unavailable
 from .metrics import Metrics
 from .request import LARGE, InferenceRequest
 from .served import ServedModel
@@ -158,8 +158,8 @@ class _Lane:
     """
 
     def __init__(self, name: str, abandon: Callable[[], None] | None = None):
+        self._name, self._abandon = name, abandon
         self._pool, self._free = concurrent.futures.ThreadPoolExecutor(1, name), asyncio.Lock()
-        self._abandon = abandon
 
     async def call(
         self, until: float, function: Callable[..., Any], *arguments: Any, begun: bool = False
@@ -169,7 +169,7 @@ class _Lane:
             async with asyncio.timeout(until - monotonic()):
                 await self._free.acquire()
                 loop = asyncio.get_running_loop()
-                called = self._pool.submit(function, *arguments)
+                called = self._submit(function, *arguments)
                 called.add_done_callback(lambda _: self._release(loop))  # also if nobody waits any more
                 return await asyncio.wrap_future(called)
         except TimeoutError:
@@ -177,6 +177,16 @@ class _Lane:
         finally:
             if called is not None:
                 self._end_soon(called)
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future[Any]:
+        try:
+            return self._pool.submit(function, *arguments)
+        except RuntimeError:
+            # The pool keeps the call that it has no thread for, and its body: before the next one it would run.
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = concurrent.futures.ThreadPoolExecutor(1, self._name)
+            self._free.release()
+            raise unavailable("it has no thread for large ones, and can start none") from None
 
     def call_soon(self, function: Callable[[], None]) -> None:
         self._pool.submit(function)

@@ -20,22 +20,23 @@ _ENTRY_BYTES = 1024
 
 
 class MetricFiles:
-    """Those of this process.
+    """Those of one process.
 
     Args:
       folder: where prometheus_client looks for them, before it does.
+      process: in their names.
 
     Raises:
       OSError: if there is no room; then none is left.
     """
 
-    def __init__(self, folder: str | pathlib.Path):
-        files = [pathlib.Path(folder) / f"{kind}_{os.getpid()}.db" for kind in _KINDS]
+    def __init__(self, folder: str | pathlib.Path, process: int):
+        files = [pathlib.Path(folder) / f"{kind}_{process}.db" for kind in _KINDS]
         self._counters = files[0]
         made = []
         try:
             for file in files:
-                # One of another process that had this number counts on.
+                # One of another process that had this number, as the worker that died before this one, counts on.
                 if not file.exists():
                     made.append(file)
                     _make(file)

@@ -34,12 +34,15 @@ class Metrics:
 
     With PROMETHEUS_MULTIPROC_DIR in the environment, as the supervisor sets it, the values of all workers
     are summed up; a worker for whose values the disk has no room leaves them out.
+
+    Args:
+      worker: its number among them; the next one of that number counts on. None: a process that is none of them.
     """
 
-    def __init__(self):
+    def __init__(self, worker: int | None = None):
         self.registry: prometheus.CollectorRegistry = prometheus.CollectorRegistry()
         self.log: logging.Logger = logger()
-        self._files = self._make_files()
+        self._files = self._make_files(worker)
         name = "jaxembed"
         options: dict[str, Any] = {"registry": self.registry}
         self._requests = prometheus.Counter(
@@ -164,12 +167,16 @@ class Metrics:
         multiprocess.MultiProcessCollector(registry)
         return prometheus.generate_latest(registry)
 
-    def _make_files(self) -> MetricFiles | None:
+    def _make_files(self, worker: int | None) -> MetricFiles | None:
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         if folder is None:
             return None
         try:
-            return MetricFiles(folder)
+            if worker is None:
+                return MetricFiles(folder, os.getpid())
+            files = MetricFiles(folder, worker)
+            values.ValueClass = values.MultiProcessValue(lambda: worker)
+            return files
         except OSError as e:
             values.ValueClass = values.MutexValue
             self.log.warning(

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from jaxembed.serve.features import ServedFeature
+
 from .served import ServedModel
 from .status import example
 from .strings import takes_strings
@@ -17,7 +19,6 @@ _ERRORS = {
     "503": "The server takes no requests; see Retry-After.",
     "504": "The deadline passed before the request was answered.",
 }
-_INTEGER = {"type": "integer", "minimum": 0}
 _STRING = {
     "anyOf": [
         {"type": "string"},
@@ -141,11 +142,16 @@ def _infer_answer() -> dict[str, Any]:
     }
 
 
+def _integer(feature: ServedFeature) -> dict[str, Any]:
+    """Rows are not below 0; ids that are made into rows may be."""
+    return {"type": "integer", **({"minimum": 0} if feature.config.preprocessing is None else {})}
+
+
 def _predict(model: ServedModel | None) -> dict[str, Any]:
     row: dict[str, Any] = {}
     if model is not None:
         for path, feature in model.signature.features.items():
-            ids = _STRING if takes_strings(feature) else _INTEGER
+            ids = _STRING if takes_strings(feature) else _integer(feature)
             row[path] = {"anyOf": [ids, {"type": "array", "items": ids, "maxItems": feature.max_ids}]}
         row.update({name: {} for name in model.signature.dense})
     rows = {"type": "object", "properties": row, "required": list(row)}

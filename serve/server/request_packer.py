@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxembed import id_mapping
 from jaxembed.preprocessing import preprocess_leaf
 from jaxembed.serve.checks import BadIdError
 from jaxembed.serve.dense import DenseInputs
+from jaxembed.serve.features import ServedFeature
 from jaxembed.serve.layout import pack_alone
 from jaxembed.serve.packing import Packer
 from jaxembed.serve.rows import Rows
@@ -61,9 +63,18 @@ class RequestPacker:
         if missing:
             raise RequestError(400, f"input {missing[0]!r} is missing; features are {paths}.")
         leaves = [
-            inputs[path] if f.config.preprocessing is None else preprocess_leaf(path, f.config, inputs[path])
+            inputs[path] if f.config.preprocessing is None else _rows_of(path, f, inputs[path])
             for path, f in self._features.items()
         ]
         request = self._packer.measure(leaves, [weights.get(path) for path in paths] if weights else None)
         arrays = self._dense.read(dense, request.rows)
         return Rows(pack_alone(self._packer, request), arrays)
+
+
+def _rows_of(path: str, feature: ServedFeature, ids: Any) -> Any:
+    try:
+        return preprocess_leaf(path, feature.config, ids)
+    except ValueError as e:
+        # The error of an id is raised while that of the mapping is handled.
+        is_id = isinstance(e.__context__, id_mapping.BadIdError)
+        raise RequestError(400, str(e), feature=path if is_id else None) from None

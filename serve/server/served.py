@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxembed import structure
 from jaxembed.checkpoint import Bundle, open_bundle
+from jaxembed.names import UnregisteredError
 from jaxembed.quantized_table import QuantizedTable
 from jaxembed.serve.compile_cache import compile_cache
 from jaxembed.serve.features import DEFAULT_MAX_IDS, served_features
@@ -148,7 +149,10 @@ class BundleModel:
 
 
 def _open(config: ServerConfig, version: int) -> Bundle:
-    bundle = open_bundle(config.directory, version)
+    try:
+        bundle = open_bundle(config.directory, version)
+    except UnregisteredError as e:
+        raise OptionError(str(e)) from e
     if config.tables == "mapped":
         return bundle
     shared = None if config.state is None else shared_tables(pathlib.Path(config.state).absolute())

@@ -13,6 +13,8 @@ import threading
 
 import jax
 
+from jaxembed.cli.importing import import_modules
+
 from . import logs
 from .config import CONFIG_VARIABLE, MISTAKE, MISTAKE_STATUS, ServerConfig
 from .doors import Doors
@@ -23,7 +25,9 @@ from .service import Service
 from .versions import LOADER, Versions
 
 
-async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | None, supervisor: int) -> None:
+async def serve(
+    config: ServerConfig, listener: socket.socket, grpc_port: int | None, supervisor: int, slot: int
+) -> None:
     """Serves until SIGTERM or SIGINT, and then answers what was admitted.
 
     Args:
@@ -31,9 +35,10 @@ async def serve(config: ServerConfig, listener: socket.socket, grpc_port: int | 
       listener: bound, and listening.
       grpc_port: may be shared with other processes; None serves no gRPC.
       supervisor: pid of the process that started this one, and whose end is that of this one, too.
+      slot: number of this process among the workers.
     """
     assert config.state is not None, "the supervisor names one"
-    metrics, peers = Metrics(), Peers(config.state)
+    metrics, peers = Metrics(slot), Peers(config.state)
     service = Service(config, metrics, Versions(config, metrics, peers=peers))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -76,12 +81,13 @@ async def _orphaned(supervisor: int) -> None:
         await asyncio.sleep(0.5)
 
 
-def _check_model(config: ServerConfig) -> None:
-    """Ends the process if the command line names a model that there is not; the supervisor says so."""
-    if config.model is None or config.state is None:
-        return
+def _import_modules(config: ServerConfig) -> None:
+    """Ends the process if the command line names modules or a model that there are not; the supervisor says so."""
+    assert config.state is not None, "the supervisor names one"
     try:
-        find_model(config.model)
+        import_modules(config.imports)
+        if config.model is not None:
+            find_model(config.model)
     except ValueError as e:
         (pathlib.Path(config.state) / MISTAKE).write_text(str(e), "utf-8")
         sys.exit(MISTAKE_STATUS)
@@ -98,14 +104,14 @@ def _end() -> None:
 
 
 def main() -> None:
-    """What the supervisor starts: `python -m jaxembed.serve.server.worker FD GRPC_PORT SUPERVISOR`, the configuration in CONFIG_VARIABLE.
+    """What the supervisor starts: `python -m jaxembed.serve.server.worker FD GRPC_PORT SUPERVISOR SLOT`, the configuration in CONFIG_VARIABLE.
 
     Others may read the command line of a process, but not its environment, and a token is in it.
     """
     config = ServerConfig.from_json(os.environ.pop(CONFIG_VARIABLE))
     logs.configure()
-    sys.path.append(os.getcwd())  # for --model
-    _check_model(config)
+    sys.path.append(os.getcwd())  # for --model and --import
+    _import_modules(config)
     # Batches run where they are called from: to hand them to another thread costs more than quick ones take.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # What loads a version beside the one that serves lets go of the interpreter after so long, instead of 5 ms.
@@ -117,8 +123,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     listener = socket.socket(fileno=int(sys.argv[1]))
-    port, supervisor = int(sys.argv[2]), int(sys.argv[3])
-    serving = serve(config, listener, port if port >= 0 else None, supervisor)
+    port, supervisor, slot = map(int, sys.argv[2:])
+    serving = serve(config, listener, port if port >= 0 else None, supervisor, slot)
     try:
         import uvloop
     except ImportError:

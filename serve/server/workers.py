@@ -108,9 +108,11 @@ class Supervisor:
             )
             while not self._stop.wait(0.05):
                 self._restart_dead()
-                if self._mistake is not None and not self._any_serves:
-                    self._end()
-                    raise ValueError(self._mistake)
+                if self._mistake is not None:
+                    if not self._serves:
+                        self._end()
+                        raise ValueError(self._mistake)
+                    self._mistake = None  # a worker that finds it again says so again
                 if self._failures >= _HOPELESS and not self._any_serves:
                     self._log.error(
                         "giving up: every worker dies when it starts, or cannot be started; what was printed says why"
@@ -132,8 +134,13 @@ class Supervisor:
             process.poll() is None and now - started > _HEALTHY_SECONDS
             for process, started in self._workers.values()
         )
+        return self._lived or self._serves
+
+    @property
+    def _serves(self) -> bool:
+        """Whether a worker has a version to serve."""
         try:
-            return self._lived or bool(self._peers.others())
+            return bool(self._peers.others())
         except OSError as e:
             if e.errno in _LACKS:  # it cannot be told, and one may
                 return True
@@ -147,7 +154,7 @@ class Supervisor:
         port = -1 if self.grpc_port is None else self.grpc_port
         # Without -P, what lies in the working folder is taken for packages of the same names, in a clone ours.
         command = [sys.executable, "-P", "-m", "jaxembed.serve.server.worker"]
-        command += [str(descriptor), str(port), str(os.getpid())]
+        command += [str(descriptor), str(port), str(os.getpid()), str(slot)]
         environment = {
             **os.environ,
             "PROMETHEUS_MULTIPROC_DIR": str(self._metrics),
@@ -164,10 +171,12 @@ class Supervisor:
                 continue
             if slot not in self._due:
                 with contextlib.suppress(OSError):  # else before the next one starts
-                    self._forget(process.pid)
+                    self._forget(slot, process.pid)
                 now = time.monotonic()
-                self._lived |= now - started > _HEALTHY_SECONDS
-                self._failures = 0 if now - started > _HEALTHY_SECONDS else self._failures + 1
+                # To find out that the command line is wrong may take long, and is no life.
+                lived = now - started > _HEALTHY_SECONDS and process.returncode != MISTAKE_STATUS
+                self._lived |= lived
+                self._failures = 0 if lived else self._failures + 1
                 # One that lived is replaced at once, one that dies young more and more slowly.
                 delay = min(
                     0.0 if self._failures <= 1 else 0.5 * 2 ** min(self._failures, 10), _SLOWEST_RESTART
@@ -178,9 +187,10 @@ class Supervisor:
                 )
             if time.monotonic() >= self._due[slot]:
                 try:
-                    self._forget(process.pid)
+                    self._forget(slot, process.pid)
                     if process.returncode == MISTAKE_STATUS:
                         self._mistake = (self._state.path / MISTAKE).read_text("utf-8")
+                        self._log.error("the command line is wrong", extra={"reason": self._mistake})
                     self._start(slot)
                     del self._due[slot]
                 except OSError as e:
@@ -191,10 +201,10 @@ class Supervisor:
                         "a worker cannot be started", extra={"reason": str(e), "delay": _RETRY_SECONDS}
                     )
 
-    def _forget(self, pid: int) -> None:
+    def _forget(self, slot: int, pid: int) -> None:
         from prometheus_client import multiprocess
 
-        multiprocess.mark_process_dead(pid, str(self._metrics))
+        multiprocess.mark_process_dead(slot, str(self._metrics))
         self._peers.forget(pid)
 
     def _end(self) -> int:

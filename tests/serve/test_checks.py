@@ -2,6 +2,7 @@
 
 import operator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -165,6 +166,13 @@ def test_splits_of_a_device_that_decrease(serve):
     )
 
 
+@pytest.mark.parametrize("row", [-1, 3])
+def test_coordinates_that_no_constructor_has_seen(serve, row):
+    ids = SparseTensor(jnp.array([[0, 0], [row, 0]]), jnp.array([1, 2]), (2, 4))
+    for leaf in (ids, jax.device_get(ids)):
+        refused(serve, rf"{HISTORY}: entry 1 lies at \[{row}, 0\]", items__history=leaf)
+
+
 def test_sequences(serve):
     recent = "Feature 'items/recent'"
     refused(
@@ -243,7 +251,7 @@ def test_keys_that_are_one_name():
         ({"user": [1.0, 2.0]}, "'user', but input is dense"),
         (
             {"text/1": [[1.0] * 3, []]},
-            r"'text/1', which was not announced; construct .* with weighted=\['text/1'",
+            r"'text/1', which was not announced; pass weighted=\['text/1', .* export_model, or --weighted text/1 to",
         ),
         ({"items/recent": [[1.0], [1.0] * 4]}, "'items/recent', but this is a sequence feature"),
     ],

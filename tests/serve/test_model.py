@@ -148,6 +148,22 @@ def test_jit_function(served, reference):
     np.testing.assert_allclose(result, 2 * reference(inputs, dense=dense)["score"], rtol=1e-6)
 
 
+def test_jit_function_of_other_inputs_than_the_model_has(served):
+    ragged = {path: RaggedTensor.from_lists([[1], [2]]) for path in requests.PATHS}
+    arguments = served.embedding.embedding_tables, served.params
+    inputs, dense = requests.nest(ragged), bundles.dense_rows(2)
+    with pytest.raises(ValueError, match=r"takes the features \['items/history', .* got \['user'\]; pass all"):
+        served.jit_function(*arguments, {"user": inputs["user"]}, dense=dense)
+    for given, message in (
+        ({"age": dense["age"]}, r"takes the dense inputs \['dense', 'age'\], got \['age'\]; pass all"),
+        (None, r"takes the dense inputs \['dense', 'age'\], got \[\]; pass all"),
+        ({**dense, "dense": [[1.0, 2.0]] * 2}, r"dense inputs as arrays, 'dense' as \[B, 2\], got list"),
+        ({**dense, "age": dense["dense"]}, r"dense inputs as arrays, 'age' as \[B\], got \[2, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            served.jit_function(*arguments, inputs, dense=given)
+
+
 def test_without_a_model_gives_activations(checkpoint, tmp_path, compilations):
     with ServingModel(bundles.convert(checkpoint, tmp_path), max_batch_size=1, max_ids_per_row=6) as model:
         model.warm_up()

@@ -280,6 +280,41 @@ def test_a_failing_model_fails_its_batch_and_nothing_else():
     run(check())
 
 
+def test_threads_that_cannot_be_started(monkeypatch):
+    """Those that there are run the batches; without any, requests are refused, and nothing is kept of them."""
+    lacking = True
+    begin = threading.Thread.start
+
+    def start(thread):
+        if lacking:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+    async def check():
+        nonlocal lacking
+        model, batcher = Model(), await started(at_once=2)
+        tasks = [asyncio.create_task(batcher.submit(model, rows(i, 4), soon())) for i in range(3)]
+        for task in tasks:
+            with pytest.raises(RequestError, match="no thread to run them") as caught:
+                await task
+            assert (caught.value.status, caught.value.retry_after) == (503, 1)
+        assert (batcher.queued_rows, model.batches) == (0, [])
+        lacking = False
+        assert (await batcher.submit(model, rows(3), soon()))[0].tolist() == [3.0]
+        lacking = True
+        model.gate.clear()
+        tasks = [asyncio.create_task(batcher.submit(model, rows(i, 4), soon())) for i in range(4, 7)]
+        await settle()
+        model.gate.set()
+        assert [result[0][0] for result in await asyncio.gather(*tasks)] == [4.0, 5.0, 6.0]
+        assert batcher.queued_rows == 0
+        await batcher.stop()
+
+    run(check())
+
+
 def test_quick_batches_run_in_the_loop_unless_others_would_come_meanwhile():
     async def check():
         model, batcher = Model(), await started()

@@ -11,6 +11,7 @@ pytest.importorskip("grpc")
 
 import grpc
 
+from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.grpc_server import start_grpc
 from jaxembed.serve.server.messages import METHODS
 from tests.serve.server.servers import Gate, client_of, counts, run, until
@@ -92,6 +93,24 @@ def test_calls_that_end_in_an_error_of_ours_are_counted(shared_folder, monkeypat
                 await infer(request())
             assert caught.value.code() == grpc.StatusCode.UNKNOWN
             assert counts(service) == {'jaxembed_requests_total{protocol="v2_grpc",status="500"} 1.0'}
+
+    run(check())
+
+
+@pytest.mark.parametrize("character", ["x", "\u00e9", "\U0001f600"])
+def test_errors_of_long_texts_are_cut(shared_folder, monkeypatch, character):
+    """Clients take 8 KiB, and would say RESOURCE_EXHAUSTED instead."""
+
+    async def refuse(*_, **__):
+        raise RequestError(400, character * 6000)
+
+    async def check():
+        async with calling(shared_folder) as (infer, service):
+            monkeypatch.setattr(service, "infer", refuse)
+            with pytest.raises(grpc.RpcError) as caught:
+                await infer(request())
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details() == character * (2400 // len(character.encode())) + "..."
 
     run(check())
 

@@ -301,6 +301,26 @@ def test_who_gives_up_waiting_leaves_nothing():
     run(check())
 
 
+def test_a_thread_that_cannot_be_started_leaves_nothing(monkeypatch):
+    async def check():
+        lanes, seen = Large(1 << 20, Metrics()), []
+
+        def fail(thread):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as lacking:
+            lacking.setattr(threading.Thread, "start", fail)
+            for _ in range(2):
+                with pytest.raises(RequestError, match="no thread for large ones") as caught:
+                    await lanes.run(monotonic() + 60, seen.append, 1)
+                assert (caught.value.status, caught.value.retry_after) == (503, 1)
+        await lanes.run(monotonic() + 60, seen.append, 2)
+        assert seen == [2]
+        lanes.stop()
+
+    run(check())
+
+
 def test_a_process_that_dies_or_is_idle(shared_folder, monkeypatch):
     monkeypatch.setattr(large, "_IDLE_SECONDS", 0.2)
     monkeypatch.setattr(large, "_GRACE_SECONDS", 0.2)

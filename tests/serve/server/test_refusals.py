@@ -14,8 +14,9 @@ pytest.importorskip("uvicorn")
 from jaxembed.serve.server.http_protocol import DeadlineProtocol
 from jaxembed.serve.server.metrics import Refusals
 from jaxembed.serve.server.refusals import Turn, usual_request
-from tests.serve.server.servers import run
-from tests.serve.server.sockets import answer_of, connect_slowly, echo, post, serving
+from tests.serve.server.servers import counts, run
+from tests.serve.server.sockets import answer_of, connect_slowly, echo, post, serving, serving_bundles
+from tests.serve.server.test_http_protocol import PREDICT
 
 
 class Logged(DeadlineProtocol):
@@ -155,6 +156,46 @@ def test_refusals_that_cannot_be_sent_are_not_counted(make):
             client.close()
 
     run_on(make, check())
+
+
+LAST = PREDICT.replace(b"Host: x", b"Host: x\r\nConnection: close")
+HEALTH = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "leaving"),
+    [
+        (LAST, False),
+        (PREDICT.replace(b"HTTP/1.1", b"HTTP/1.0"), False),
+        (HEALTH + PREDICT, False),  # at its headers, an answer is due
+        (PREDICT, True),
+    ],
+)
+def test_what_is_not_refused_at_its_headers_finds_no_more_room_than_there_is(shared_folder, sent, leaving):
+    async def check():
+        async with serving_bundles(shared_folder, max_queue_requests=1) as (port, service):
+
+            async def ask():
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(sent)
+                for _ in range(sent.count(b" HTTP/1.")):
+                    status, body = await asyncio.wait_for(answer_of(reader), 20)
+                writer.close()
+                return status, body
+
+            service.leaving = leaving
+            with service.admission():
+                status, body = await ask()
+                assert (status, b"1 requests are served or wait already" in body) == (429, True)
+                assert service.admitted == 1
+            assert (await ask())[0] == 200
+            assert not service.full
+            assert counts(service) == {
+                'jaxembed_requests_total{protocol="tf_rest",status="200"} 1.0',
+                'jaxembed_requests_total{protocol="tf_rest",status="429"} 1.0',
+            }
+
+    run(check())
 
 
 class Connection:

@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import types
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxembed.serve.server import tf_predict
+from jaxembed.serve.server.signature import Output, Signature
 from tests.serve.server import bundles
 from tests.serve.server.servers import client_of, run
 
@@ -140,6 +144,8 @@ def test_health_metadata_and_metrics(shared_folder):
 
             for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/model/ready", "/v2", "/"):
                 await get(path)
+            for path in ("/v2/models/model/ready", "/v2/models/model/versions/0/ready"):
+                assert (await get(path)).json() == {"name": "model", "ready": True}
             metadata = (await get("/v2/models/model")).json()
             assert metadata["versions"] == ["0"]
             assert [i["name"] for i in metadata["inputs"]] == [
@@ -168,9 +174,26 @@ def test_health_metadata_and_metrics(shared_folder):
             service.draining = True
             answer = await client.get("/v2/health/ready")
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.json() == {"ready": False}
+            answer = await client.get("/v2/models/model/ready")
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.json() == {"name": "model", "ready": False}
             assert (await client.get("/v2/health/live")).status_code == 200
 
     run(check_all())
+
+
+def test_types_of_outputs_as_tensorflow_names_them():
+    kinds = {
+        f"{sign}int{bits}": f"DT_{sign}INT{bits}".upper() for sign in ("", "u") for bits in (8, 16, 32, 64)
+    }
+    kinds |= {"float16": "DT_HALF", "float32": "DT_FLOAT", "float64": "DT_DOUBLE", "bool": "DT_BOOL"}
+    outputs = [Output(name, (), np.dtype(name)) for name in kinds]
+    outputs.append(Output("bfloat16", (2,), np.dtype(ml_dtypes.bfloat16)))
+    model = types.SimpleNamespace(signature=Signature({}, {}, tuple(outputs), max_rows=64), version=3)
+    said = tf_predict.metadata(model, "model")["metadata"]["signature_def"]["signature_def"]
+    found = {name: info["dtype"] for name, info in said["serving_default"]["outputs"].items()}
+    assert found == {**kinds, "bfloat16": "DT_BFLOAT16"}
 
 
 ROW = {"user": 1, "history": [1], "dense": [0.0, 0.0]}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import FeatureConfig, HashBuckets, TableConfig
+from jaxembed import FeatureConfig, HashBuckets, TableConfig, combiners
 from jaxembed.combiners import CustomCombiner, register_combiner
 from jaxembed.initializers import RandomUniform
 from jaxembed.optimizers import SGD
@@ -154,6 +154,19 @@ def test_weights_of_combiners_are_those_of_the_version(tmp_path):
             assert service.versions.current.compile_count == 0  # weights are arguments of the same programs
 
     run(check())
+
+
+def test_a_combiner_whose_module_is_not_imported(tmp_path, monkeypatch):
+    """What the command line lacks is an OptionError, whose message is all that is logged."""
+    combiner = CustomCombiner(scaled, max_valency=2, num_weights=2, initializer=RandomUniform(-1, 1))
+    config = {"x": FeatureConfig(TableConfig(9, 3, combiner=combiner, name="t"))}
+    own = ShardedEmbedding(config, SGD(0.1), jax.make_mesh((1,), ("d",)))
+    with Checkpointer(tmp_path / "checkpoint", own) as checkpointer:
+        checkpointer.save(own.init(jax.random.key(0)))
+    bundles.add(tmp_path / "checkpoint", tmp_path / "bundles", 0)
+    monkeypatch.setattr(combiners, "_REGISTRY", {})
+    with pytest.raises(OptionError, match=r"unknown combiner 'test_served_scaled'.*--import MODULE"):
+        BundleModel(ServerConfig(str(tmp_path / "bundles")), 0)
 
 
 def test_the_second_start_compiles_nothing(shared_folder, tmp_path):

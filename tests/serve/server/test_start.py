@@ -1,5 +1,6 @@
 """What is said before any worker starts: ports that are taken, folders and packages that are not there."""
 
+import argparse
 import importlib.util
 import os
 import socket
@@ -9,9 +10,11 @@ import sys
 import pytest
 
 from jaxembed.cli import main
-from jaxembed.serve.server.config import ServerConfig
+from jaxembed.serve.server.config import MISTAKE, MISTAKE_STATUS, ServerConfig
 
 pytest.importorskip("uvicorn")
+
+from jaxembed.serve.server import command, worker
 
 
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
@@ -75,10 +78,7 @@ def test_dense_inputs_of_a_configuration_are_checked():
         ServerConfig("b", model="json:loads", dense_inputs={"a": -3})
 
 
-@pytest.mark.parametrize(
-    ("name", "said"), [("nope", "has no attribute 'nope'"), ("__doc__", "must be callable, got str")]
-)
-def test_a_model_that_its_module_has_not(tmp_path, name, said):
+def test_a_model_that_its_module_has_not(tmp_path):
     """Only workers import it; one line, from a server that ends."""
     command = [sys.executable, "-c", "import sys; from jaxembed.cli import main; sys.exit(main())", "serve"]
     command += [
@@ -90,13 +90,29 @@ def test_a_model_that_its_module_has_not(tmp_path, name, said):
         "--workers",
         "2",
         "--model",
-        f"json:{name}",
+        "json:nope",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
-    assert f"jaxembed: model 'json:{name}'" in done.stderr
-    assert said in done.stderr
+    assert "jaxembed: model 'json:nope'" in done.stderr
+    assert "has no attribute 'nope'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_workers_import_the_modules_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "imported_by_workers.py").write_text("import pathlib; pathlib.Path('imported').touch()\n")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = ["--import", "imported_by_workers", "--state", str(tmp_path)]
+    config = command.config_from(parser.parse_args(["bundles", *options]), {})
+    worker._import_modules(ServerConfig.from_json(config.to_json()))
+    assert (tmp_path / "imported").exists()
+    with pytest.raises(SystemExit) as stopped:
+        worker._import_modules(ServerConfig("bundles", imports=("nosuch",), state=str(tmp_path)))
+    assert stopped.value.code == MISTAKE_STATUS
+    assert (tmp_path / MISTAKE).read_text("utf-8").startswith("--import nosuch cannot be imported: No module")
 
 
 @pytest.mark.parametrize("flag", ["--state", "--compile-cache"])

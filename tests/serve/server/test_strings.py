@@ -2,6 +2,7 @@
 
 import base64
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxembed.serve.features import ServedFeature
 from jaxembed.serve.server import tf_predict, v2_grpc
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.messages import METHODS
+from jaxembed.serve.server.openapi import openapi
 from jaxembed.serve.server.signature import Signature
 from jaxembed.train import Checkpointer, ShardedEmbedding
 from tests.serve.server import bundles
@@ -219,18 +221,40 @@ def test_ids_of_a_vocabulary_are_named_as_they_were_sent(folder):
     inputs = {"hashed": HASHED, "named": NAMED, "numbered": [[30, 5], []]}
 
     async def check_all():
-        async with client_of(folder, **OPTIONS) as (client, _):
+        async with client_of(folder, **OPTIONS) as (client, service):
             answer = await client.post(PREDICT, json={"inputs": inputs})
             assert answer.status_code == 400
             said = "Feature 'numbered', row 0, position 1: id 5 is not in the vocabulary of 2 ids"
             assert answer.json()["error"].startswith(said)
+            answer = await client.post(PREDICT, json={"inputs": {**inputs, "numbered": [[30], 20]}})
+            assert answer.json()["error"].startswith(
+                "Feature 'numbered', row 1 must be a list of ids or one id"
+            )
+            lines = service.metrics.text().decode().splitlines()
+            bad = [line for line in lines if line.startswith("jaxembed_bad_ids_total{")]
+            assert bad == ['jaxembed_bad_ids_total{feature="numbered"} 1.0']
             kinds = (await client.get("/openapi.json")).json()["paths"]["/v1/models/model:predict"]["post"]
             content = kinds["requestBody"]["content"]["application/json"]["schema"]["oneOf"][0]
             row = content["properties"]["instances"]["items"]["properties"]
             assert row["named"]["anyOf"][0]["anyOf"][0] == {"type": "string"}
-            assert row["numbered"]["anyOf"][0] == {"type": "integer", "minimum": 0}
+            assert row["numbered"]["anyOf"][0] == {"type": "integer"}
 
     run(check_all())
+
+
+def test_ids_below_0_are_announced_where_they_are_served():
+    table = TableConfig(64, 1, name="t")
+    features = {
+        "rows": FeatureConfig(table),
+        "hashed": FeatureConfig(table, preprocessing=HashBuckets(64)),
+    }
+    served = {name: ServedFeature(name, config, 3, False) for name, config in features.items()}
+    model = types.SimpleNamespace(version=0, signature=Signature(served, {}, (), max_rows=64))
+    post = openapi("model", model)["paths"]["/v1/models/model:predict"]["post"]  # pyright: ignore[reportArgumentType]
+    content = post["requestBody"]["content"]["application/json"]["schema"]["oneOf"][0]
+    row = content["properties"]["instances"]["items"]["properties"]
+    assert row["rows"]["anyOf"][0] == {"type": "integer", "minimum": 0}
+    assert row["hashed"]["anyOf"][0] == {"type": "integer"}
 
 
 def changed(at, **changes):

@@ -4,9 +4,11 @@ import errno
 import time
 
 import pytest
+from prometheus_client import values
 
 from jaxembed.serve.server import workers
 from jaxembed.serve.server.config import ServerConfig
+from jaxembed.serve.server.metrics import Metrics
 
 
 class Process:
@@ -98,6 +100,65 @@ def test_a_supervisor_without_files_to_open_ends_nobody(supervisor, monkeypatch)
     supervisor._restart_dead()
     assert supervisor._workers[0][0].poll() is None
     assert not serving.exists()
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_a_mistake_that_took_long_to_find_is_said(supervisor, monkeypatch, serves):
+    """It ends the server unless another worker serves, which is told from what workers serve, not from their age."""
+    (supervisor._state.path / workers.MISTAKE).write_text("model 'm:f' cannot be imported")
+    if serves:
+        (supervisor._state.path / "serving" / "123-7").touch()
+    made, said = [], []
+
+    def start(*arguments, **options):
+        made.append(Process())
+        if len(made) == 1:
+            made[0].returncode = workers.MISTAKE_STATUS
+        elif len(made) > 2:  # the mistaken one was replaced
+            supervisor._stop.set()
+        return made[-1]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor._state, "close", lambda: None)  # which the fixture does
+    monkeypatch.setattr(workers, "_HEALTHY_SECONDS", -1.0)  # all are old
+    monkeypatch.setattr(
+        supervisor._log, "error", lambda message, extra: said.append((message, extra.get("reason")))
+    )
+    if serves:
+        assert supervisor.run() == 0
+        assert supervisor._mistake is None
+        assert supervisor._failures == 1
+    else:
+        with pytest.raises(ValueError, match="model 'm:f' cannot be imported"):
+            supervisor.run()
+    assert said[1:] == [("the command line is wrong", "model 'm:f' cannot be imported")]
+
+
+def test_workers_that_die_count_on_in_the_same_files(supervisor, monkeypatch):
+    """However many die, their files are those of as many as there are at a time, and what they counted is kept."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(supervisor._metrics))
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda command, **_: commands.append(command) or Process())
+    commands, lines = [], set()
+    for slot in (0, 1):
+        supervisor._start(slot)
+    for deaths in range(1, 4):
+        for slot, command in enumerate(commands[-2:]):
+            assert command[-1] == str(slot)
+            metrics = Metrics(slot)
+            metrics.request("tf_rest", 200, 0.1)
+            metrics.queued(5)
+            metrics.flush()
+            lines = set(metrics.text().decode().splitlines())
+            supervisor._workers[slot][0].returncode = -9
+        assert f'jaxembed_requests_total{{protocol="tf_rest",status="200"}} {2.0 * deaths}' in lines
+        assert f'jaxembed_request_seconds_count{{protocol="tf_rest"}} {2.0 * deaths}' in lines
+        assert "jaxembed_queued_rows 10.0" in lines
+        assert len(list(supervisor._metrics.iterdir())) == 8
+        supervisor._due = {0: 0.0, 1: 0.0}
+        supervisor._restart_dead()
+        assert len(list(supervisor._metrics.iterdir())) == 4  # what lives no more has no queue and no version
 
 
 def test_a_process_that_can_never_be_made_counts_as_one_that_dies(supervisor, monkeypatch):
