@@ -54,6 +54,7 @@ $(SANITIZED)/.built: $(VENV)/.installed $(SOURCES) tests/native/kernel_test.cc
 sanitize: $(VENV)/.test $(SANITIZED)/.built
 	$(SANITIZED)/kernel_test
 	PYTHONPATH=$(SANITIZED)/install ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc JAXEMBED_SANITIZED=1 \
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(PYTEST) $(SPREAD) tests/test_native.py tests/serve/test_native_packing.py
 
