@@ -68,8 +68,10 @@ class Results:
         return min(times, default=math.inf) / self.timings[cell, OURS].median
 
     def drop(self, cells: Iterable[Cell]) -> None:
-        """Forgets the timings of some cells."""
+        """Forgets the timings of some cells, and who was wrong in them."""
         dropped = set(cells)
+        lines = [f", {cell}: " for cell in dropped]
+        self.wrong = [text for text in self.wrong if not any(line in text for line in lines)]
         self.timings = {key: timing for key, timing in self.timings.items() if key[0] not in dropped}
 
     def sort(self, cells: Sequence[Cell]) -> None:
@@ -113,20 +115,30 @@ class Results:
         """Takes in what `write_csv` wrote, of a run that was cut short or of other cells.
 
         Raises:
-          ValueError: it was written on another processor, or with other versions.
+          ValueError: it was written on another processor, or with other versions, or does not say on which.
         """
         parse = {int: int, str: str, bool: lambda text: text == "True"}
         fields = [(name, parse[kind]) for name, kind in get_type_hints(Cell).items()]
         with path.open(newline="") as file:
             lines = file.read().splitlines()
-        for name, _, text in (line[2:].partition(": ") for line in lines if line.startswith("# ")):
-            if name == "wrong":
-                self.wrong.append(text)
-            elif text != self.facts.get(name, text):
+        told = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
+        facts = {name: text for name, _, text in told if name != "wrong"}
+        missing = [
+            f"# {name}: {self.facts[name]}" for name in _SAME if name in self.facts and name not in facts
+        ]
+        if missing:
+            raise ValueError(
+                f"{path} does not say what its cells were measured with, so they may not compare with this run's; give "
+                "another --out, leave out --resume or, if it was the same, begin the file with:\n"
+                + "\n".join(missing)
+            )
+        for name, text in facts.items():
+            if text != self.facts.get(name, text):
                 raise ValueError(
                     f"{path} is of {name} {text!r}, this run of {self.facts[name]!r}: cells of both do not "
                     "compare; give another --out, or leave out --resume."
                 )
+        self.wrong += [text for name, _, text in told if name == "wrong"]
         for line in csv.DictReader(line for line in lines if not line.startswith("# ")):
             cell = Cell(*(read(line[name]) for name, read in fields))
             times = [float(line[name]) / 1e6 for name in ("median_us", "low_quartile_us", "high_quartile_us")]

@@ -2,7 +2,9 @@
 
 python benchmarks/serve_promises.py swaps --count 1000
 python benchmarks/serve_promises.py overload --seconds 20
-python benchmarks/serve_promises.py growth --count 1000000
+python benchmarks/serve_promises.py growth --count 1000000 --seconds 700
+
+swaps and overload measure for --seconds; growth ends at --count requests, or after --seconds.
 """
 
 import argparse

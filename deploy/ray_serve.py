@@ -27,6 +27,7 @@ from dataclasses import replace
 from ray import serve
 from starlette.applications import Starlette
 
+from jaxembed.cli.importing import import_modules
 from jaxembed.serve.server.app import make_app
 from jaxembed.serve.server.command import add_arguments, config_from
 from jaxembed.serve.server.config import ServerConfig
@@ -66,8 +67,13 @@ def app(arguments: Mapping[str, str]) -> serve.Application:
 
 
 def application(config: ServerConfig) -> Starlette:
-    """What a replica runs: it has started once a version serves."""
+    """What a replica runs: it has started once a version serves.
+
+    Raises:
+      ValueError: if a module that the options import cannot be.
+    """
     # Ray gives a replica one core, and it sees all of the machine's, as the other replicas do.
     config = replace(config, threads=config.threads or 1, batches_at_once=config.batches_at_once or 1)
     os.environ["NPROC"] = str(config.threads)  # what XLA sizes its threads by; there is no option for it
+    import_modules(config.imports)
     return make_app(Service(config), lifespan=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jaxembed.quantized_table import QuantizedTable
 
@@ -137,7 +138,31 @@ def _rows(table: Any, ids: jax.Array) -> jax.Array:
         return jnp.zeros((ids.shape[0], table.shape[1]), jnp.float32)
     if isinstance(table, QuantizedTable):
         return table.rows(ids)
-    return jnp.asarray(table).at[ids].get(mode="clip", wrap_negative_indices=False).astype(jnp.float32)
+    table = jnp.asarray(table)
+    if table.dtype.itemsize < 4:
+        return _widened_rows(table, ids)
+    return _gathered(table, ids).astype(jnp.float32)
+
+
+def _gathered(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return table.at[ids].get(mode="clip", wrap_negative_indices=False)
+
+
+@jax.custom_jvp
+def _widened_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return _gathered(table, ids).astype(jnp.float32)
+
+
+def _widened_tangent(primals, tangents):
+    """Widens before it gathers: the transpose then adds in float32 and rounds once, where bfloat16 would count to 256."""
+    (table, ids), (tangent, _) = primals, tangents
+    rows = _widened_rows(table, ids)
+    if isinstance(tangent, SymbolicZero):
+        return rows, jnp.zeros_like(rows)
+    return rows, _gathered(tangent.astype(jnp.float32), ids)
+
+
+_widened_rows.defjvp(_widened_tangent, symbolic_zeros=True)
 
 
 def _segment_sum(values: jax.Array, segment: jax.Array, num_segments: int) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxembed.initializers import initializer_class
+from jaxembed.initializers import initializer_from_dict, initializer_to_dict
 from jaxembed.names import unregistered
 from jaxembed.optimizers.learning_rate import number
 from jaxembed.shapes import Activations, CombinerWeights, Sequences, Valencies
@@ -84,10 +84,7 @@ class CustomCombiner:
             )
         initializer = None
         if self.initializer is not None:
-            initializer_name = getattr(type(self.initializer), "name", "")
-            if initializer_class(initializer_name) is not type(self.initializer):
-                raise ValueError(f"the initializer {self.initializer!r} of a CustomCombiner cannot be stored.")
-            initializer = {"name": initializer_name, "arguments": dataclasses.asdict(self.initializer)}
+            initializer = initializer_to_dict(self.initializer, f"the CustomCombiner {name!r}")
         return {
             "combiner_computation": name,
             "max_valency": self.max_valency,
@@ -130,18 +127,22 @@ def register_combiner(name: str) -> Callable[[Callable[..., Any]], Callable[...,
     return register
 
 
-def combiner_from_dict(data: dict[str, Any]) -> CustomCombiner:
+def combiner_from_dict(data: dict[str, Any], keep_unregistered: bool = False) -> CustomCombiner:
     """The inverse of `CustomCombiner.to_dict`.
 
+    Args:
+      data: what that gave.
+      keep_unregistered: whether an initializer that is not registered is kept as stored.
+
     Raises:
-      UnregisteredError: if the function is not registered.
+      UnregisteredError: if the function is not registered, or the initializer is neither that nor kept.
     """
     arguments = dict(data)
     name, initializer = arguments.pop("combiner_computation"), arguments.pop("initializer")
     if name not in _REGISTRY:
         raise unregistered("combiner", name, _REGISTRY, "jaxembed.combiners.register_combiner")
     if initializer is not None:
-        initializer = initializer_class(initializer["name"])(**initializer["arguments"])
+        initializer = initializer_from_dict(initializer, keep_unregistered)
     return CustomCombiner(_REGISTRY[name], initializer=initializer, **arguments)
 
 

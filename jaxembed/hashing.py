@@ -24,10 +24,17 @@ def hash_ints(ids: np.ndarray, seed: int = 0) -> np.ndarray:
     Returns:
       uint64, of the same shape.
 
+    Raises:
+      ValueError: if the ids are no integers of 64 bits.
+
     References:
       Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (2014); Vigna's splitmix64.c.
     """
     ids = np.asarray(ids)
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise ValueError(
+            f"ids must be integers of at most 64 bits, got {ids.dtype}; convert them, or hash their strings."
+        )
     hashed = _splitmix64(ids if ids.dtype == np.uint64 else ids.astype(np.int64).view(np.uint64))
     return _splitmix64(hashed ^ np.uint64(seed)) if seed else hashed
 

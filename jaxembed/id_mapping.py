@@ -14,17 +14,10 @@ import numpy as np
 import xxhash
 
 from jaxembed.hashing import hash_ints, hash_strings
+from jaxembed.raw_ids import BadIdError, checked_integers, checked_strings
 from jaxembed.shapes import AnyValues, HostIds
 
 DTYPES = ("int64", "string")
-
-
-class BadIdError(ValueError):
-    """An id that no row answers to, with its position among those that were passed."""
-
-    def __init__(self, at: int, message: str):
-        super().__init__(message)
-        self.at = at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +63,12 @@ class HashBuckets:
         return 0 if self.dtype == "int64" else "a"
 
     def rows(self, ids: AnyValues) -> HostIds:
-        """int32 [N] rows of [N] ids of type `dtype`."""
+        """int32 [N] rows of [N] ids of type `dtype`.
+
+        Raises:
+          BadIdError: if an id is not of that type.
+        """
+        ids = _checked(ids, self.dtype)
         hashed = hash_ints(ids, self.seed) if self.dtype == "int64" else hash_strings(ids, self.seed)
         return (hashed % np.uint64(self.num_buckets)).astype(np.int32)
 
@@ -149,8 +147,9 @@ class VocabularyFile:
         """int32 [N] rows of [N] ids of type `dtype`.
 
         Raises:
-          BadIdError: if an id is not in the file, and there are no buckets for such.
+          BadIdError: if an id is not of that type, or not in the file and there are no buckets for such.
         """
+        ids = _checked(ids, self.dtype)
         rows = self._integers(ids) if self.dtype == "int64" else self._strings(ids)
         missing = np.flatnonzero(rows < 0)
         if missing.size:
@@ -223,9 +222,8 @@ class VocabularyFile:
         """
         _ = self._index
 
-    def _integers(self, ids: Any) -> np.ndarray:
+    def _integers(self, ids: np.ndarray) -> np.ndarray:
         ordered, order = self._index
-        ids = np.asarray(ids)
         if not self.size or not ids.size:
             return np.full(ids.shape, -1, np.int32)
         at = np.minimum(np.searchsorted(ordered, ids), self.size - 1)
@@ -305,6 +303,10 @@ def _integer(line: bytes, at: int, file: str) -> int:
     if value is None or not -(2**63) <= value < 2**63:
         raise ValueError(f"vocabulary file {file}, line {at + 1} must be an int64, got {line!r:.80}.")
     return value
+
+
+def _checked(ids: Any, dtype: str) -> Any:
+    return checked_integers(ids) if dtype == "int64" else checked_strings(ids)
 
 
 def _check_int(config: Any, name: str, low: int, high: int) -> None:

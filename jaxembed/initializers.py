@@ -1,13 +1,14 @@
 """Table initializers: frozen, comparable by value, and named so that a configuration can be stored."""
 
 import dataclasses
+import json
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Never
 
 import jax
 import jax.numpy as jnp
 
-from jaxembed.names import unregistered
+from jaxembed.names import UnregisteredError, unregistered
 
 __all__ = [
     "Constant",
@@ -21,7 +22,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """Base of the initializers; call as `initializer(key, shape, dtype) -> Array`."""
+    """Base of the initializers; call as `initializer(key, shape, dtype) -> Array`.
+
+    Fields annotated as `float` become such, and must be finite.
+    """
 
     name: ClassVar[str]
 
@@ -30,6 +34,8 @@ class Initializer:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            if field.type not in (float, "float"):  # text where annotations are postponed
+                continue
             value = getattr(self, field.name)
             try:
                 value = float(value)
@@ -73,11 +79,24 @@ class RandomNormal(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class RandomUniform(Initializer):
-    """Uniform values in [minval, maxval) (`tf.initializers.RandomUniform`)."""
+    """Uniform values in [minval, maxval) (`tf.initializers.RandomUniform`).
+
+    They are drawn in float32 and rounded to the type of the table, in which they may be `maxval`.
+
+    Raises:
+      ValueError: if `minval` is above `maxval`.
+    """
 
     name: ClassVar[str] = "random_uniform"
     minval: float = -0.05
     maxval: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.minval > self.maxval:
+            raise ValueError(
+                f"RandomUniform: minval must be at most maxval, got {self.minval} and {self.maxval}; swap them."
+            )
 
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, jnp.float32, self.minval, self.maxval).astype(dtype)
@@ -120,3 +139,61 @@ def initializer_class(name: str) -> type:
     if name not in _REGISTRY:
         raise unregistered("initializer", name, _REGISTRY, "jaxembed.initializers.register_initializer")
     return _REGISTRY[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class UnregisteredInitializer:
+    """An initializer that nothing registered in this process: it can be stored again, and not be called.
+
+    Args:
+      stored: JSON of its name and arguments.
+      reason: why it is not known.
+    """
+
+    stored: str
+    reason: str = dataclasses.field(compare=False, repr=False)
+
+    def __call__(self, *_: Any) -> Never:
+        """Raises:
+        UnregisteredError: always.
+        """
+        raise UnregisteredError(self.reason)
+
+
+def initializer_to_dict(initializer: Any, owner: str) -> dict[str, Any]:
+    """Its name and arguments as JSON-able values; `initializer_from_dict` gives it back.
+
+    Args:
+      initializer: of a table or of a combiner's weights.
+      owner: whose it is, in words.
+
+    Raises:
+      ValueError: if it has no registered name.
+    """
+    if isinstance(initializer, UnregisteredInitializer):
+        return json.loads(initializer.stored)
+    name = getattr(type(initializer), "name", None)
+    if not isinstance(name, str) or _REGISTRY.get(name) is not type(initializer):
+        raise ValueError(
+            f"the initializer of {owner} cannot be stored: {initializer!r} has no registered name; use one of "
+            "jaxembed.initializers or register yours with register_initializer."
+        )
+    return {"name": name, "arguments": dataclasses.asdict(initializer)}
+
+
+def initializer_from_dict(data: dict[str, Any], keep_unregistered: bool = False) -> Any:
+    """The inverse of `initializer_to_dict`.
+
+    Args:
+      data: what that gave.
+      keep_unregistered: whether one that is not registered is kept as stored.
+
+    Raises:
+      UnregisteredError: if it is not registered, and not kept.
+    """
+    try:
+        return initializer_class(data["name"])(**data["arguments"])
+    except UnregisteredError as e:
+        if not keep_unregistered:
+            raise
+        return UnregisteredInitializer(json.dumps(data), str(e))

@@ -14,10 +14,10 @@ import numpy as np
 from jaxembed import structure
 from jaxembed.config import FeatureConfig
 from jaxembed.features import flat_features
-from jaxembed.id_mapping import BadIdError
 from jaxembed.inputs import RaggedTensor, SparseTensor
 from jaxembed.inputs.convert import converted
 from jaxembed.inputs.ids import is_concrete
+from jaxembed.raw_ids import BadIdError
 from jaxembed.shapes import Inputs
 
 
@@ -87,7 +87,9 @@ def _walk(inputs: Any, features: Mapping[str, FeatureConfig], path: structure.Pa
     children = structure.children(inputs)
     if children is None:
         return inputs
-    return structure.rebuild(inputs, [_walk(child, features, (*path, str(key))) for key, child in children])
+    return structure.rebuild(
+        inputs, [_walk(child, features, (*path, str(key))) for key, child in children], own_order=True
+    )
 
 
 def _from_lists(path: str, feature: FeatureConfig, rows: Sequence[Any]) -> Any:
@@ -114,7 +116,6 @@ def _rows(path: str, feature: FeatureConfig, ids: Any, places: np.ndarray | None
     preprocessing = feature.preprocessing
     assert preprocessing is not None
     try:
-        ids = _integers(ids) if preprocessing.dtype == "int64" else _strings(ids)
         return preprocessing.rows(ids)
     except BadIdError as e:
         raise ValueError(f"Feature {path!r}, {_place(e.at, places)}: {e}") from None
@@ -127,42 +128,6 @@ def _place(at: int, places: np.ndarray | None) -> str:
         return f"row {places[at, 0]}, position {places[at, -1]}"
     row = int(np.searchsorted(places, at, side="right")) - 1
     return f"row {row}, position {at - int(places[row])}"
-
-
-def _integers(ids: Any) -> np.ndarray:
-    if isinstance(ids, np.ndarray) and (ids.dtype.kind in "iu" or not ids.size):
-        return ids.astype(np.int64) if ids.dtype.kind != "u" or ids.dtype.itemsize < 8 else _signed(ids)
-    for at, value in enumerate(ids):
-        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-            raise BadIdError(at, f"the id must be an int64, got {value!r:.80}; dtype='string' takes strings.")
-        if not -(2**63) <= value < 2**63:
-            raise BadIdError(at, f"the id must be an int64, got {value!r:.80}.")
-    return np.array(ids, np.int64)
-
-
-def _signed(ids: np.ndarray) -> np.ndarray:
-    large = np.flatnonzero(ids >= np.uint64(2**63))
-    if large.size:
-        raise BadIdError(int(large[0]), f"the id must be an int64, got {ids[large[0]]}.")
-    return ids.astype(np.int64)
-
-
-def _strings(ids: Any) -> list[str | bytes]:
-    if isinstance(ids, np.ndarray):
-        if ids.dtype.kind not in "USOT" and ids.size:
-            raise BadIdError(0, f"the id must be a string, got {ids[0]!r:.80}; dtype='int64' takes integers.")
-        ids = ids.tolist()
-    for at, value in enumerate(ids):
-        if not isinstance(value, str | bytes):
-            raise BadIdError(at, f"the id must be a string, got {value!r:.80}; dtype='int64' takes integers.")
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise BadIdError(
-                    at, f"the id must be a string of whole characters, got {value!r:.80}."
-                ) from None
-    return list(ids)
 
 
 def _arrays(leaf: Any) -> list[Any]:

@@ -14,10 +14,10 @@ from jaxembed.combiners import CustomCombiner, combiner_from_dict
 from jaxembed.config import FeatureConfig, QuantizationConfig, TableConfig
 from jaxembed.features import feature_tables, flat_features
 from jaxembed.id_mapping import preprocessing_from_dict, preprocessing_to_dict
-from jaxembed.initializers import initializer_class
+from jaxembed.initializers import initializer_from_dict, initializer_to_dict
 from jaxembed.names import UnregisteredError
 from jaxembed.optimizers import Optimizer, optimizer_from_dict
-from jaxembed.unregistered import UnregisteredInitializer, UnregisteredOptimizer
+from jaxembed.unregistered import UnregisteredOptimizer
 
 FORMAT_VERSION = 1
 
@@ -50,8 +50,8 @@ def feature_config_from_json(text: str, *, keep_unregistered: bool = False) -> A
 
     Args:
       text: JSON.
-      keep_unregistered: whether optimizers and initializers that are not registered are kept as stored, an error only
-        where they are used. Combiners are looked up with, so are never.
+      keep_unregistered: whether optimizers and initializers, those of combiners' weights too, that are not registered
+        are kept as stored, an error only where they are used. Combiners are looked up with, so are never.
 
     Raises:
       UnregisteredError: if it names a function or class that is not registered.
@@ -113,7 +113,7 @@ def _table_to_dict(table: TableConfig) -> dict[str, Any]:
         "vocabulary_size": table.vocabulary_size,
         "dim": table.dim,
         "dtype": jnp.dtype(table.dtype).name,
-        "initializer": _initializer_to_dict(table),
+        "initializer": initializer_to_dict(table.initializer, f"table {table.name!r}"),
         "optimizer": None if optimizer is None else optimizer.to_dict(),
         "combiner": combiner.to_dict() if isinstance(combiner, CustomCombiner) else combiner,
         "quantization_config": None if quantization is None else dataclasses.asdict(quantization),
@@ -130,9 +130,9 @@ def _table_from_dict(data: dict[str, Any], keep_unregistered: bool) -> TableConf
     return TableConfig(
         data["vocabulary_size"],
         data["dim"],
-        initializer=_initializer_from_dict(data["initializer"], keep_unregistered),
+        initializer=initializer_from_dict(data["initializer"], keep_unregistered),
         optimizer=_optimizer_from_dict(data["optimizer"], keep_unregistered),
-        combiner=combiner if isinstance(combiner, str) else combiner_from_dict(combiner),
+        combiner=combiner if isinstance(combiner, str) else combiner_from_dict(combiner, keep_unregistered),
         name=data["name"],
         quantization_config=None if quantization is None else QuantizationConfig(**quantization),
         dtype=data["dtype"],
@@ -146,32 +146,6 @@ def _optimizer_from_dict(data: dict[str, Any] | None, keep_unregistered: bool) -
         if not keep_unregistered:
             raise
         return UnregisteredOptimizer(stored=json.dumps(data), reason=str(e))
-
-
-def _initializer_from_dict(data: dict[str, Any], keep_unregistered: bool) -> Any:
-    try:
-        return initializer_class(data["name"])(**data["arguments"])
-    except UnregisteredError as e:
-        if not keep_unregistered:
-            raise
-        return UnregisteredInitializer(json.dumps(data), str(e))
-
-
-def _initializer_to_dict(table: TableConfig) -> dict[str, Any]:
-    initializer = table.initializer
-    if isinstance(initializer, UnregisteredInitializer):
-        return json.loads(initializer.stored)
-    name = getattr(type(initializer), "name", None)
-    try:
-        registered = isinstance(name, str) and initializer_class(name) is type(initializer)
-    except ValueError:
-        registered = False
-    if not registered or not dataclasses.is_dataclass(initializer) or isinstance(initializer, type):
-        raise ValueError(
-            f"the initializer of table {table.name!r} cannot be stored: {initializer!r} has no registered "
-            "name; use one of jaxembed.initializers or register yours with register_initializer."
-        )
-    return {"name": name, "arguments": dataclasses.asdict(initializer)}
 
 
 def _structure_to_json(tree: Any) -> dict[str, Any]:

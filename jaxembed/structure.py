@@ -20,23 +20,26 @@ def flatten(tree: Any, prefix: Path = ()) -> list[tuple[Path, Any]]:
     return [leaf for key, child in entries for leaf in flatten(child, (*prefix, str(key)))]
 
 
-def pack(tree: Any, leaves: Iterator[Any]) -> Any:
-    """A structure like `tree` with its leaves taken from `leaves`, in the order of `flatten`."""
+def pack(tree: Any, leaves: Iterator[Any], own_order: bool = False) -> Any:
+    """A structure like `tree` with its leaves taken from `leaves`, in the order of `flatten`; see `rebuild`."""
     entries = children(tree)
-    return next(leaves) if entries is None else rebuild(tree, [pack(child, leaves) for _, child in entries])
+    if entries is None:
+        return next(leaves)
+    return rebuild(tree, [pack(child, leaves, own_order) for _, child in entries], own_order)
 
 
-def rebuild(tree: Any, values: list[Any]) -> Any:
+def rebuild(tree: Any, values: list[Any], own_order: bool = False) -> Any:
     """A dict, list or tuple like `tree` with `values` for its children, in the order of `children`.
 
     Any dict comes in the order of its keys, as out of a program of JAX: a model that goes through its activations must
     find them in one order in training and serving. So does an OrderedDict, whose order JAX would keep: batches, and
-    configurations that were stored, hold dicts in its place.
+    configurations that were stored, hold dicts in its place. With `own_order` dicts keep theirs: JAX takes OrderedDicts
+    of two orders for two structures, and a caller may map over both `tree` and this.
     """
     if isinstance(tree, Mapping):
         packed = dict(zip(sorted(tree, key=str), values, strict=True))
         with contextlib.suppress(TypeError):  # of keys that have no order, which are no pytree either
-            packed = {key: packed[key] for key in sorted(packed)}
+            packed = {key: packed[key] for key in (tree if own_order else sorted(packed))}
         # JAX tells these apart from a dict.
         if isinstance(tree, collections.OrderedDict):
             return collections.OrderedDict(packed)

@@ -1,4 +1,4 @@
-"""Optimizers and initializers that nothing registered in this process: kept as they are stored.
+"""Optimizers that nothing registered in this process: kept as they are stored.
 
 Whoever serves, converts or inspects has no use for them, and need not have the modules that define them.
 """
@@ -37,22 +37,3 @@ class UnregisteredOptimizer(Optimizer):
     def to_dict(self) -> dict[str, Any]:
         """As it was stored."""
         return json.loads(self.stored)
-
-
-@dataclasses.dataclass(frozen=True)
-class UnregisteredInitializer:
-    """An initializer that can be stored again, and not be called.
-
-    Args:
-      stored: JSON of its name and arguments.
-      reason: why it is not known.
-    """
-
-    stored: str
-    reason: str = dataclasses.field(compare=False, repr=False)
-
-    def __call__(self, *_: Any) -> Never:
-        """Raises:
-        UnregisteredError: always.
-        """
-        raise UnregisteredError(self.reason)

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from jaxembed.inputs import RaggedTensor, SparseTensor, as_input
-from jaxembed.inputs.sparse import check_indices
 
 from . import checks
 from .features import ServedFeature
@@ -38,7 +37,7 @@ def _bags(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray, n
     if isinstance(leaf, SparseTensor):
         return _sparse(feature, leaf, weight)
     if isinstance(leaf, RaggedTensor):
-        ids, splits = _ragged(feature, leaf)
+        ids, splits = _ragged(f"Feature {feature.path!r}", leaf)
     elif isinstance(leaf, list | tuple) and leaf and all(isinstance(row, np.ndarray) for row in leaf):
         ids, splits = _rows(feature, leaf)
     else:
@@ -78,7 +77,7 @@ def as_weights(
             continue
         checks.takes_weights(feature)
         if isinstance(weight, RaggedTensor):
-            weight = weight.to_lists()
+            weight = _checked(f"Weight for {feature.path!r}", weight).to_lists()
         if not isinstance(weight, list | tuple):
             raise checks.weight_kind(feature, weight, "a list of lists")
         for row in weight:
@@ -104,10 +103,18 @@ def _converted(feature: ServedFeature, value: Any) -> Any:
         raise ValueError(f"Feature {feature.path!r}: {e}") from None
 
 
-def _ragged(feature: ServedFeature, leaf: RaggedTensor) -> tuple[np.ndarray, np.ndarray]:
-    splits, values = leaf.row_splits, leaf.values
-    # Checks splits that were on a device, or that have changed.
-    leaf = RaggedTensor(np.asarray(values), np.asarray(splits))
+def _checked(what: str, leaf: Any) -> Any:
+    """A RaggedTensor or SparseTensor of the host; one of a device, or that has changed, no constructor has checked."""
+    try:
+        if isinstance(leaf, RaggedTensor):
+            return RaggedTensor(np.asarray(leaf.values), np.asarray(leaf.row_splits))
+        return SparseTensor(np.asarray(leaf.indices), np.asarray(leaf.values), leaf.dense_shape)
+    except ValueError as e:
+        raise ValueError(f"{what}: {e}") from None
+
+
+def _ragged(what: str, leaf: RaggedTensor) -> tuple[np.ndarray, np.ndarray]:
+    leaf = _checked(what, leaf)
     splits, values = leaf.row_splits.astype(np.int64, copy=False), leaf.values
     return values[: splits[-1]], splits
 
@@ -181,7 +188,7 @@ def _weights(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray
             raise wrong or ValueError(f"Weight for {feature.path!r}: {e}") from None
     if not isinstance(weight, RaggedTensor):
         raise checks.weight_kind(feature, weight, "a RaggedTensor or a list of lists")
-    values, splits = _ragged(feature, weight)
+    values, splits = _ragged(f"Weight for {feature.path!r}", weight)
     return _floats(feature, values), splits
 
 
@@ -206,19 +213,19 @@ def _sparse(
     if len(leaf.dense_shape) != 2:
         raise checks.sparse_rank(feature, leaf.dense_shape)
     config, (num_rows, _) = feature.config, leaf.dense_shape
-    indices, ids, values = np.asarray(leaf.indices), _integers(feature, np.asarray(leaf.values)), None
-    # Checks those that were on a device, or that no constructor has seen.
-    check_indices(indices, leaf.dense_shape, f"Feature {feature.path!r}")
+    leaf = _checked(f"Feature {feature.path!r}", leaf)
+    indices, ids, values = leaf.indices, _integers(feature, leaf.values), None
     if weight is not None:
         checks.takes_weights(feature)
         if not isinstance(weight, SparseTensor):
             raise checks.weight_kind(feature, weight, "a SparseTensor, as its ids are")
+        weight = _checked(f"Weight for {feature.path!r}", weight)
         if weight.dense_shape != leaf.dense_shape or not np.array_equal(weight.indices, indices):
             raise ValueError(
                 f"Weight for {feature.path} must be parallel to its input: their indices differ; build the "
                 "weights with the indices of the ids."
             )
-        values = _floats(feature, np.asarray(weight.values))
+        values = _floats(feature, weight.values)
     keep = indices[:, 0] < num_rows
     length = config.max_sequence_length
     if length:

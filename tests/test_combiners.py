@@ -1,5 +1,7 @@
 """CustomCombiner means the same on ragged and on sparse ids."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,5 +129,8 @@ def test_stored_by_name():
     assert combiner_from_dict(combiner.to_dict()) == combiner
     with pytest.raises(ValueError, match="cannot be stored: it has no registered name"):
         CustomCombiner(lambda n, v: v[0], 2).to_dict()
+    unnamed = dataclasses.replace(combiner, initializer=lambda key, shape, dtype: jnp.ones(shape, dtype))
+    with pytest.raises(ValueError, match=r"initializer of the CustomCombiner '.*' cannot be stored: .*lambda"):
+        unnamed.to_dict()
     with pytest.raises(ValueError, match="unknown combiner 'nobody'"):
         combiner_from_dict(combiner.to_dict() | {"combiner_computation": "nobody"})

@@ -11,7 +11,7 @@ import pytest
 
 import jaxembed as je
 from jaxembed.features import feature_tables
-from jaxembed.initializers import Constant, TruncatedNormal
+from jaxembed.initializers import Constant, Initializer, RandomUniform, TruncatedNormal
 
 TABLE = je.TableConfig(10, 4, name="t")
 
@@ -31,6 +31,31 @@ def test_default_initializer_is_a_truncated_normal():
     assert np.abs(values).max() <= 2 * 0.5
     # The standard deviation of a normal truncated at two of its own.
     assert math.isclose(values.std(), 0.5 * 0.8796, rel_tol=0.03)
+
+
+def test_the_ends_of_a_uniform_initializer_are_in_order():
+    values = np.asarray(RandomUniform(-1, 2)(jax.random.key(0), (1000, 4)))
+    assert -1 <= values.min() < -0.9
+    assert 1.9 < values.max() < 2
+    assert np.unique(RandomUniform(0.5, 0.5)(jax.random.key(0), (5, 4))).tolist() == [0.5]
+    with pytest.raises(ValueError, match=r"minval must be at most maxval, got 0\.05 and -0\.05; swap them"):
+        RandomUniform(0.05, -0.05)
+
+
+def test_only_floats_of_an_initializer_become_floats():
+    @dataclasses.dataclass(frozen=True)
+    class Scaled(Initializer):
+        scale: float = 1.0
+        axis: int = 1
+        mode: str = "fan_in"
+        base: Initializer | None = None
+        late: "float" = 2.0
+
+    made = Scaled(scale=3, axis=2, late=4)
+    assert (made.scale, made.axis, made.mode, made.base, made.late) == (3.0, 2, "fan_in", None, 4.0)
+    assert [type(value) for value in (made.scale, made.axis, made.late)] == [float, int, float]
+    with pytest.raises(ValueError, match="Scaled: late must be a finite number, got inf"):
+        Scaled(late=float("inf"))
 
 
 @pytest.mark.parametrize(

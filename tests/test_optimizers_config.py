@@ -329,6 +329,25 @@ def test_another_rule_inherits_no_promises():
     table, _ = sparse_update(L2(0.1), jnp.full((3, 1), 10.0), {}, np.array([2]), jnp.ones((1, 1)), 0)
     np.testing.assert_allclose(table[:, 0], [10.0, 10.0, 9.4], rtol=1e-6)
 
+    class Decayed:
+        def rule(self, gradient, rows, slots, learning_rate, step):
+            return super().rule(gradient + 0.5 * rows, rows, slots, learning_rate, step)
+
+    class Mixed(Decayed, SGD):
+        pass
+
+    assert (Mixed.is_additive, Mixed.is_elementwise) == (False, False)
+    table, _ = sparse_update(Mixed(0.1), jnp.full((3, 1), 10.0), {}, np.array([2]), jnp.ones((1, 1)), 0)
+    np.testing.assert_allclose(table[:, 0], [10.0, 10.0, 9.4], rtol=1e-6)
+
+    class Stating(Decayed):
+        is_elementwise = True
+
+    class MixedStating(Stating, SGD):
+        pass
+
+    assert (MixedStating.is_additive, MixedStating.is_elementwise) == (False, True)
+
     @dataclasses.dataclass(frozen=True)
     class Renamed(SGD):
         name = "renamed"
@@ -452,7 +471,7 @@ def test_as_optax_errors():
     view = as_optax(SGD())
     with pytest.raises(ValueError, match="as_optax needs the parameters"):
         view.update(jnp.ones(2), view.init(jnp.ones(2)))
-    with pytest.raises(ValueError, match=r"updates tables \[V, D\], got a parameter of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"updates tables \[V, D\], got a parameter of shape \(2,\); set"):
         as_optax(CustomOptimizer(momentum_computation)).init(jnp.ones(2))
     with pytest.raises(ValueError, match=r"such as Adagrad\(0.05\), got GradientTransformation"):
         as_optax(optax.sgd(0.1))

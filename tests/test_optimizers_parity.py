@@ -212,14 +212,24 @@ def test_slot_names_are_those_of_tensorflow():
         ("CosineDecay", (0.3, 10, {"warmup_target": 0.7})),
         ("ExponentialDecay", (0.3, 10, 0.9)),
         ("ExponentialDecay", (0.3, 10, 0.9, True)),
+        # Multiples of these, divided in a compiled function, are no whole numbers.
+        ("PolynomialDecay", (0.3, 41, 0.1, 0.5)),
+        ("PolynomialDecay", (1.0, 1000, 0.0, 1.0, True)),
+        ("CosineDecay", (0.3, 41)),
+        ("ExponentialDecay", (1.0, 41, 0.5, True)),
+        ("ExponentialDecay", (1.0, 1000, 0.5, True)),
     ],
 )
 def test_schedules_are_those_of_tensorflow(name, arguments):
     classes = getattr(tf.keras.optimizers.schedules, name), getattr(optimizers, name)
     positional = [value for value in arguments if not isinstance(value, dict)]
     theirs, ours = (cls(*positional, **dict(*arguments[len(positional) :])) for cls in classes)
-    steps = np.arange(45)
-    np.testing.assert_allclose(ours(steps), [float(theirs(step)) for step in steps], rtol=1e-6, atol=1e-7)
+    multiples = ours.decay_steps * np.arange(1, 10)
+    steps = np.unique(np.concatenate([np.arange(45), multiples - 1, multiples, multiples + 1]))
+    expected = [float(theirs(step)) for step in steps]
+    np.testing.assert_allclose(ours(steps), expected, rtol=1e-6, atol=1e-7)
+    compiled = jax.jit(ours)
+    np.testing.assert_allclose([compiled(step) for step in steps], expected, rtol=1e-6, atol=1e-7)
     own = inspect.signature(classes[1]).parameters
     for argument, parameter in inspect.signature(classes[0]).parameters.items():
         assert argument == "name" or own[argument].default == parameter.default, argument

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xxhash
@@ -24,6 +25,7 @@ from jaxembed import (
 from jaxembed.checkpoint import CheckpointError, convert_to_bundle, open_bundle
 from jaxembed.hashing import hash_ints, hash_strings
 from jaxembed.optimizers import SGD
+from jaxembed.raw_ids import BadIdError
 from jaxembed.serialization import feature_config_from_json, feature_config_to_json
 from jaxembed.serve import EmbeddingForServing, ServingFunction, ServingModel
 from jaxembed.train import Checkpointer, ShardedEmbedding
@@ -302,6 +304,50 @@ def test_ids_that_match_a_feature_are_never_taken_for_rows(features, inputs, ref
 def test_errors_of_ids(dtype, leaf, message):
     with pytest.raises(ValueError, match=message):
         preprocess({"f": leaf}, {"f": FeatureConfig(TABLE, preprocessing=HashBuckets(5, dtype))})
+
+
+def test_an_ordered_dict_keeps_its_order():
+    """Another order is another structure to JAX."""
+    inputs = collections.OrderedDict(b=IDS, a=collections.OrderedDict(d=IDS, c=IDS))
+    found = preprocess(inputs, {"a": {"c": A, "d": FeatureConfig(TABLE)}, "b": B})
+    assert (list(found), list(found["a"])) == (["b", "a"], ["d", "c"])
+    assert jax.tree.structure(found) == jax.tree.structure(inputs)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.array([5, 2**63], np.uint64), "must be an int64, got 9223372036854775808"),
+        ([2**63, -1], "must be an int64, got 9223372036854775808"),
+        (np.array([5.0]), "must be an int64, got"),
+        (["5"], "must be an int64, got '5'"),
+        (np.array(["5"]), "must be an int64, got"),
+        ([True], "must be an int64, got True"),
+    ],
+)
+def test_rows_of_ids_of_another_type_are_refused(tmp_path, ids, message):
+    """Rather than rounded or parsed to ids that they are not."""
+    (tmp_path / "numbers.txt").write_text("5\n-1\n1152921504606846977\n")
+    vocabulary = VocabularyFile(tmp_path / "numbers.txt", 1, "int64")
+    for preprocessing in (vocabulary, HashBuckets(10)):
+        with pytest.raises(BadIdError, match=message):
+            preprocessing.rows(ids)
+    for preprocessing in (VocabularyFile(tmp_path / "numbers.txt", 1), HashBuckets(10, "string")):
+        with pytest.raises(BadIdError, match="must be a string, got"):
+            preprocessing.rows([5])
+    if isinstance(ids, np.ndarray) and ids.dtype.kind != "u":
+        with pytest.raises(ValueError, match="ids must be integers of at most 64 bits"):
+            hash_ints(ids)
+
+
+def test_rows_of_arrays_of_integers(tmp_path):
+    """float64 does not tell such ids apart, and numpy compares uint64 with int64 in it."""
+    (tmp_path / "numbers.txt").write_text("1152921504606846976\n1152921504606846977\n5\n")
+    vocabulary = VocabularyFile(tmp_path / "numbers.txt", 0, "int64")
+    assert vocabulary.rows(np.array([2**60 + 1, 2**60], np.uint64)).tolist() == [1, 0]
+    assert vocabulary.rows(jnp.array([5])).tolist() == [2]
+    assert HashBuckets(10).rows(jnp.array([5])).tolist() == HashBuckets(10).rows([5]).tolist()
+    assert vocabulary.rows(np.array([])).tolist() == HashBuckets(10).rows([]).tolist() == []
 
 
 def test_out_of_vocabulary_without_buckets(words):

@@ -52,6 +52,32 @@ def test_rows_add_up_to_the_dense_gradient(case, path):
     assert np.abs(dense).max() > 0.1
 
 
+@pytest.mark.parametrize("path", ["xla", "native"])
+@pytest.mark.parametrize(("dtype", "count"), [("bfloat16", 1000), ("float16", 5000)])
+def test_gradients_of_16_bit_tables_are_added_in_float32(dtype, count, path):
+    if path == "native" and not kernel.available():
+        pytest.skip(f"no native kernel: {kernel.unavailable_reason()}")
+    table, ids = jnp.ones((2, 1), dtype), jnp.zeros(count, jnp.int32)
+    splits, weights = jnp.array([0, count], jnp.int32), jnp.ones(count, jnp.float32)
+
+    def forward(table, weights=None):
+        operands = BagOperands(table, ids, splits, weights=weights)
+        return embedding_bags([Bag("ragged", 1)], [operands], path)[0][0].astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(forward))(table)
+    assert gradient.dtype == dtype
+    assert gradient.tolist() == [[count], [0]]
+    rematerialized = jax.grad(jax.checkpoint(forward))(table)
+    assert rematerialized.tolist() == [[count], [0]]
+    mapped = jax.vmap(jax.grad(forward))(jnp.stack([table, 2 * table]))
+    assert mapped.tolist() == [[[count], [0]]] * 2
+    # Of weights alone, the table has no tangent.
+    assert jax.grad(forward, 1)(table, weights).tolist() == [1] * count
+    if path == "xla":
+        _, tangent = jax.jvp(forward, (table,), (2 * table,))
+        assert tangent.tolist() == 2 * count
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
 def test_narrow_ids_do_not_turn_padding_into_a_row(dtype):
     table, ids = jnp.ones((300, D)), jnp.array([1, 2, 3], dtype)

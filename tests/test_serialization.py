@@ -45,7 +45,7 @@ positive = st.floats(1e-6, 1e6)
 initializer = st.one_of(
     st.none(),
     st.builds(initializers.TruncatedNormal, finite, positive),
-    st.builds(initializers.RandomUniform, finite, finite),
+    st.tuples(finite, finite).map(lambda ends: initializers.RandomUniform(*sorted(ends))),
     st.builds(initializers.Constant, finite),
     st.builds(Staircase, finite),
 )
@@ -143,6 +143,17 @@ def test_custom_combiner_comes_back():
     stored = feature_config_to_json({"x": FeatureConfig(table(combiner=CustomCombiner(total, 4)))})
     with pytest.raises(ValueError, match=r"unknown combiner 'os\.system'"):
         feature_config_from_json(stored.replace("test_serialization.total", "os.system"))
+
+
+def test_an_unregistered_initializer_of_a_combiner_is_kept():
+    combiner = CustomCombiner(total, 3, 2, Staircase(0.5))
+    stored = feature_config_to_json({"x": FeatureConfig(table(combiner=combiner))}).replace("staircase", "gone")
+    with pytest.raises(ValueError, match="unknown initializer 'test_gone'"):
+        feature_config_from_json(stored)
+    kept = feature_config_from_json(stored, keep_unregistered=True)
+    assert feature_config_to_json(kept) == stored
+    with pytest.raises(ValueError, match="unknown initializer 'test_gone'"):
+        kept["x"].table.combiner.initializer(jax.random.key(0), (2,))
 
 
 def edited(**changes):

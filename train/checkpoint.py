@@ -19,14 +19,15 @@ from jaxembed.serialization import feature_config_to_json
 
 from .embedding import ShardedEmbedding
 from .engines.custom import checked_weights
-from .hosts import on_all
+from .fresh_slots import with_fresh_slots
+from .hosts import largest, on_all
 from .restoring import (
     check_meaning,
     check_slots,
     check_tables,
     restore_data,
     restore_model,
-    with_fresh_slots,
+    takes_all_hosts,
 )
 from .saving import as_array, encode, save_arrays
 from .stack_reading import read_stacks
@@ -253,7 +254,9 @@ class Checkpointer:
             quantization_config, or map a feature's ids by another preprocessing; otherwise that is an error, but for
             vocabulary files without out-of-vocabulary buckets that have grown at their end, where tables may grow.
           fresh_slots: start slots that the checkpoint lacks at their initial values, as of tables that were converted
-            without them or, with `partial`, trained by another optimizer; otherwise they are an error.
+            without them or, with `partial`, trained by another optimizer; otherwise they are an error. Slots of another
+            optimizer start anew whatever their names, but for "accumulators" that are sums of squared gradients in both.
+            "linears" of FTRL, of which it makes the rows, start as those that make the rows that are restored.
 
         Raises:
           FileNotFoundError: if there is no such whole step.
@@ -266,16 +269,25 @@ class Checkpointer:
                 "vocabulary_growth='initialize' needs a key for the rows that are new; pass key=..."
             )
         self.wait()
+        if step is None:
+            # Listings of one folder may differ for a while from host to host.
+            step = largest(on_all(self.latest_step, "list the steps"))
         opened = on_all(lambda: open_checkpoint(self.directory, step, verify=verify), "open the checkpoint")
         grows = check_tables(self._embedding, opened, bool(vocabulary_growth), partial)
         check_slots(self._embedding, opened, partial, fresh_slots)
         if not reinterpret:
             check_meaning(self._embedding, opened, bool(vocabulary_growth))
         fresh = self._embedding.init(key) if grows and key is not None else None
-        stored = with_fresh_slots(self._embedding, opened.slots) if fresh_slots else opened.slots
-        tables, slots = read_stacks(
-            self._embedding.stacks, self._embedding.abstract_state(), opened.tables, stored, fresh
-        )
+        stored = with_fresh_slots(self._embedding, opened) if fresh_slots else opened.slots
+        stacks, abstract = self._embedding.stacks, self._embedding.abstract_state()
+        alone = model is None or not takes_all_hosts(model)
+
+        def read() -> tuple[Any, Any, Any]:
+            arrays = read_stacks(stacks, abstract, opened.tables, stored, fresh)
+            dense = restore_model(opened, model) if model is not None and alone else None
+            return arrays, dense, restore_data(opened)
+
+        (tables, slots), dense, data = on_all(read, "read the checkpoint")
         found: int = opened.manifest["step"]
         weights = checked_weights(self._embedding.tables, layout.combiner_weights(opened.manifest))
         return Restored(
@@ -283,8 +295,8 @@ class Checkpointer:
             state=EmbeddingState(
                 tables, slots, *jax.device_put((np.int32(found), weights), self._embedding.replicated)
             ),
-            model=None if model is None else restore_model(opened, model),
-            data=restore_data(opened),
+            model=dense if alone else restore_model(opened, model),
+            data=data,
             metadata=opened.manifest["metadata"],
         )
 

@@ -177,7 +177,8 @@ class ShardedEmbedding(ShardedInputs):
             lookup and update take that many times as long.
 
         Returns:
-          A structure like the batch of activations, sharded over their first dimension; with counts a tuple.
+          A structure like the batch, its dicts in the order of their keys, of activations, sharded over their first
+          dimension; with counts a tuple.
 
         Raises:
           ValueError: if batch or weights do not fit the configuration, or inputs that are laid out here hold an

@@ -1,6 +1,5 @@
 """What a checkpoint holds beside the rows of its tables, and whether it fits."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import orbax.checkpoint as ocp
 from jaxembed.checkpoint import CheckpointError, layout
 from jaxembed.checkpoint.digests import Digests
 from jaxembed.checkpoint.reading import OpenedCheckpoint, check_model, flat_arrays
-from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.features import feature_tables, flat_features
 from jaxembed.id_mapping import VocabularyFile
 
@@ -124,32 +122,6 @@ def check_slots(embedding: ShardedEmbedding, opened: OpenedCheckpoint, partial: 
             )
 
 
-def with_fresh_slots(
-    embedding: ShardedEmbedding, slots: Mapping[str, Mapping[str, StoredArray]]
-) -> dict[str, dict[str, StoredArray]]:
-    """Slots by table and slot name; those that are missing at their initial values, which take no memory.
-
-    Only where `slot_variable_creation_fn` makes them are they arrays of the host's.
-    """
-    whole = {name: dict(found) for name, found in slots.items()}
-    for stack in embedding.stacks.values():
-        optimizer = stack.optimizer
-        for p in stack.placements:
-            name, shape = p.table.name, (p.table.vocabulary_size, p.table.dim)
-            found = whole.setdefault(name, {})
-            missing = [slot for slot in optimizer.slot_names if slot not in found]
-            initial: Any = optimizer.slot_initial_values
-            if missing and optimizer.slot_variable_creation_fn is not None:
-                initial = optimizer.init_slots(shape)
-            for slot in missing:
-                values = np.asarray(initial[slot], np.float32)
-                found[slot] = StoredArray(
-                    f"slot {slot!r} of table {name!r}",
-                    np.broadcast_to(values, optimizer.slot_shape(slot, shape)),
-                )
-    return whole
-
-
 def restore_model(opened: OpenedCheckpoint, abstract: Any) -> Any:
     """The dense model, of the structure, types and shardings of `abstract`.
 
@@ -185,6 +157,12 @@ def restore_model(opened: OpenedCheckpoint, abstract: Any) -> Any:
     if opened.verify:
         check_model(opened.directory, model, stored)
     return model
+
+
+def takes_all_hosts(abstract: Any) -> bool:
+    """Whether `restore_model` compares values that are spread over several hosts, which takes all of them."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(abstract)]
+    return any(not (s is None or s.is_fully_replicated or s.is_fully_addressable) for s in shardings)
 
 
 def restore_data(opened: OpenedCheckpoint) -> Any:

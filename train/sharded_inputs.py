@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import threading
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxembed import structure
 from jaxembed.preprocessing import preprocess
 from jaxembed.shapes import AnyPerExample, Inputs, Weights
 from jaxembed.validation import check_ids
 
 from .engines import custom
-from .engines.batch import PackedBatch, ShardedBatch, ShardedWeights
+from .engines.batch import BatchLayout, PackedBatch, ShardedBatch, ShardedWeights
 from .engines.host_shards import check_host_shards, hosts_of_shards
 from .engines.matching import Plan, is_traced, plan_batch
 from .engines.packing import pack_on_host, unpack_weights, widen
@@ -84,19 +86,22 @@ class ShardedInputs:
         With several hosts, each passes its own rows, as many on each, and all get the one global batch. They agree
         on its shapes, so all of them must call it on the same batches in the same order, on one thread;
         `pack_batch`, `agree` and `place_batch` are its parts. That waits for the step that runs, but where `capacity` is
-        fixed, or `agree` is called a step or two before `place_batch`.
+        fixed, or `agree` is called a step or two before `place_batch`. With a fixed capacity hosts ask each other nothing,
+        and batches of other features or numbers of rows on one of them go unnoticed.
 
         Args:
           batch: inputs as of `serving_embedding_lookup`; raw ids where a feature has preprocessing.
           weights: likewise.
           mask: [B], 0 for rows of padding, as `Batch.mask`: whatever ids they hold, nothing is looked up, updated or
-            counted for them, as for a bag without ids. A feature whose rows are no multiple of B keeps all of them.
+            counted for them, as for a bag without ids. It is of the features whose activations are [B, ...]: B rows, or k
+            an example with an `output_shape` of (B, ...). Others keep all of their rows.
 
         Returns:
           What `lookup` and `apply_gradients` take; both the weights, which are None where no feature has any.
 
         Raises:
-          ValueError: if they do not fit the configuration, or the entries of a shard the fixed capacity.
+          ValueError: if they do not fit the configuration, the mask no feature, or the entries of a shard the fixed
+            capacity.
         """
         return self._shard(self._plan(batch, weights, mask))
 
@@ -121,19 +126,23 @@ class ShardedInputs:
         return jax.process_count() == 1 or not any(stack.cores for stack in self.stacks.values())
 
     def agree(self, packed: PackedBatch) -> jax.Array | None:
-        """Starts to agree with the other hosts on how many entries a shard has room for, and that all have as many rows.
+        """Starts to agree with the other hosts on how many entries a shard has room for, and that batches are alike.
+
+        These are the same features with as many rows; with a fixed capacity nothing is agreed on, nor compared.
 
         A computation over all hosts: each must call it on its part of the same batch, in the same order.
         It does not wait; begun a step or two before its `place_batch`, it costs no time.
 
         Returns:
-          int32, for `place_batch`, or None where there is nothing to agree on.
+          int32, for `place_batch`, or None on one host and with a fixed capacity.
         """
-        # A batch of dense ids alone, too, has the room that batches before it needed, as far as this host knows.
-        if jax.process_count() == 1 or self._is_capacity_fixed or not packed.room:
+        if jax.process_count() == 1 or self._is_capacity_fixed:
             return None
-        rows = [packed.batch.layout.num_segments(stack) for stack in packed.room]
-        own = np.asarray([list(packed.room.values()), rows, np.negative(rows)], np.int32)
+        # A batch of dense ids alone, too, has the room that batches before it needed, as far as this host knows. As long
+        # on all hosts, whatever their batches have.
+        room = [packed.room.get(stack, 0) for stack in self.stacks]
+        forms = [_digest(packed.batch.layout, stack) for stack in self.stacks]
+        own = np.asarray([room, forms, np.negative(forms)], np.int32)
         local = np.tile(own.reshape(-1), (self._num_local_shards(), 1))
         return self._largest(jax.make_array_from_process_local_data(self.batch_sharding, local))
 
@@ -147,19 +156,21 @@ class ShardedInputs:
           agreed: what `agree` returned for it.
 
         Raises:
-          ValueError: on all hosts, if they have different numbers of rows.
+          ValueError: on all hosts, if they have different features or numbers of rows.
         """
         if agreed is not None:
-            largest, most, fewest = np.asarray(agreed).reshape(3, -1)
-            if (most != -fewest).any():
-                at = int(np.flatnonzero(most != -fewest)[0])
-                raise ValueError(
-                    f"each host must pass as many rows, got batches of {-fewest[at]} to {most[at]} output rows a device in "
-                    f"stack {list(packed.room)[at]!r}; give all the same, filled up with rows that a mask leaves out."
-                )
-            room = dict(zip(packed.room, largest.tolist(), strict=True))
+            largest, most, least = np.asarray(agreed).reshape(3, -1)
+            for at, stack in enumerate(self.stacks):
+                if most[at] != -least[at]:
+                    features = packed.batch.layout.of_stack(stack)
+                    rows = {f.path: f.num_rows // jax.process_count() for f in features}
+                    raise ValueError(
+                        f"each host must pass the same features with as many rows, got others on other hosts: in stack {stack!r} "
+                        f"this one has the rows {rows}; give all the same, filled up with rows that a mask leaves out."
+                    )
+            room = dict(zip(self.stacks, largest.tolist(), strict=True))
             self.reserve(room)
-            packed = widen(packed, self.stacks, room)
+            packed = widen(packed, self.stacks, {stack: room[stack] for stack in packed.room})
         put = partial(jax.make_array_from_process_local_data, self.batch_sharding)
         placed = jax.tree.map(put, packed.batch)
         return placed, None if packed.weights is None else ShardedWeights(jax.tree.map(put, packed.weights))
@@ -208,7 +219,8 @@ class ShardedInputs:
           gradients: with respect to the weights of `shard_batch(batch, weights, mask)`.
           batch: what was passed to `shard_batch`.
           weights: likewise.
-          mask: likewise.
+          mask: likewise; of a batch that `Trainer.shard_batch` laid out, its `Batch.mask`. With another one, or none,
+            gradients come back at the wrong weights: they do not say which rows had entries.
 
         Returns:
           A structure like `weights`.
@@ -228,7 +240,7 @@ class ShardedInputs:
             item.weights if value is None else _with_values(item.weights, value)
             for item, value in zip(plan.items, flat, strict=True)
         ]
-        return plan.layout.skeleton.pack(leaves)
+        return structure.pack(weights, iter(leaves), own_order=True)
 
     def _pack(self, plan: Plan) -> PackedBatch:
         num_shards = self._num_local_shards()
@@ -271,6 +283,12 @@ class ShardedInputs:
                 "larger capacity to ShardedEmbedding."
             )
         return max(room, 8)
+
+
+def _digest(layout: BatchLayout, stack: str) -> int:
+    """Of the features that look a stack up and their rows: 31 bits, so that its negative is an int32, too."""
+    form = [(f.path, f.num_rows, f.inner) for f in layout.of_stack(stack)]
+    return zlib.crc32(repr(form).encode()) & 0x7FFFFFFF
 
 
 def _next_capacity(num_entries: int) -> int:

@@ -1,11 +1,13 @@
 """One training step of tables and dense model together: lookup, gradients, both updates."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -169,7 +171,7 @@ class Trainer:
     def shard_batch(self, batch: Batch) -> Batch:
         """A host batch laid out over the mesh; what `step` and `predict` take.
 
-        Rows whose mask is 0 look nothing up, and update nothing.
+        Rows whose mask is 0 look nothing up, and update nothing: see `Batch.mask`.
 
         With several hosts, each passes its own rows, as `ShardedEmbedding.shard_batch` says.
         """
@@ -210,9 +212,11 @@ class Trainer:
             state.embedding, batch.features, batch.weights, count_rounds=True
         )
 
+        live = batch.mask > 0
+
         def loss_of(params, activations):
             logits, after = self._model.train(
-                params, state.model_state, batch.dense, activations, batch.mask > 0
+                params, state.model_state, batch.dense, _filled(activations, live), live
             )
             return self.loss(logits, batch), (logits, after)
 
@@ -229,7 +233,26 @@ class Trainer:
 
     def _predict(self, state: TrainState, batch: Batch) -> PerExample:
         activations = self.embedding.lookup(state.embedding, batch.features, batch.weights)
+        activations = _filled(activations, batch.mask > 0)
         return self.apply_model(self.variables(state.model), batch.dense, activations)
+
+
+def _filled(activations: ActivationTree, live: jax.Array) -> ActivationTree:
+    """The activations, without the zeros of rows that are not `live`, bool [B].
+
+    A model that divides by the norm of a row, or by a deviation within it, makes NaN of zeros, and a loss that leaves the
+    row out does not keep that from the gradients of the parameters. These numbers differ from column to column and from
+    feature to feature.
+    """
+    leaves, treedef = jax.tree.flatten(activations)
+    filled = []
+    for place, leaf in enumerate(leaves):
+        if leaf.ndim > 1 and leaf.shape[0] == live.shape[0]:
+            own = leaf.shape[1:]
+            row = jnp.sin(np.arange(1, 1 + math.prod(own), dtype=np.float32) + np.float32(place)).reshape(own)
+            leaf = jnp.where(live.reshape(-1, *[1] * len(own)), leaf, row.astype(leaf.dtype))
+        filled.append(leaf)
+    return jax.tree.unflatten(treedef, filled)
 
 
 class _Calling:

@@ -75,7 +75,8 @@ def check_digests(arrays: Iterable[tuple[Sequence[int], Any]]) -> None:
     if count > limit:
         raise ValueError(
             f"{num_bytes:,} bytes of tables and slots have {count:,} digests, one for each megabyte or less, and a manifest "
-            f"has room for {limit:,}; leave slots out, take a smaller type (--dtype), or spread the tables over several."
+            f"has room for {limit:,}; spread the tables over several, leave slots out or take an optimizer with fewer, or take "
+            "a smaller type (in a conversion --dtype, of a bundle --quantize)."
         )
 
 

@@ -22,6 +22,8 @@ MAX_NAME = 150
 ROOM = 600
 #: A folder that is being made is not locked yet.
 GRACE_SECONDS = 60
+#: Without a change in it, before a folder of another host is taken for abandoned.
+OTHERS_SECONDS = 7 * 24 * 3600
 #: What file systems say that have no hard links, or none from folder to folder.
 _NO_LINKS = (
     *(errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS),
@@ -34,8 +36,8 @@ def scratch_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """A new folder below `parent`, to be renamed once it is whole; what is left of it is removed.
 
     A process that is killed leaves its folder behind, and the next one of its host to write here removes it: it takes the
-    lock, which the kernel gave back. Where the file system has no locks, it stays, and so does that of another host, whose
-    locks this one may not see. What `replace_file` left goes by its age.
+    lock, which the kernel gave back. Where the file system has no locks, it stays. That of another host, whose locks this one
+    may not see, goes once nothing in it has changed for a week. What `replace_file` left goes by its age.
     Folders above it that were made for it and are empty in the end go, too.
 
     Raises:
@@ -139,6 +141,10 @@ def _of_host() -> str:
     return f"@{socket.gethostname()[:64]}"
 
 
+def _last_change(folder: pathlib.Path) -> float:
+    return max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+
+
 def _remove_if_abandoned(path: pathlib.Path) -> None:
     with contextlib.suppress(OSError):
         status = path.lstat()
@@ -148,7 +154,9 @@ def _remove_if_abandoned(path: pathlib.Path) -> None:
             if is_writing(path.name) and age > 60 * GRACE_SECONDS:
                 path.unlink()
             return
-        if age < GRACE_SECONDS or not path.name.endswith(_of_host()):
+        if age < GRACE_SECONDS or "@" not in path.name:
+            return
+        if not path.name.endswith(_of_host()) and time.time() - _last_change(path) < OTHERS_SECONDS:
             return
         lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
         try:

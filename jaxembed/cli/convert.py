@@ -129,7 +129,9 @@ def _planned(
         target_format=target_format,
         step=options.step,
         feature_config=config
-        and feature_config_from_json(read_named(config, MAX_JSON).decode(errors="replace")),
+        and feature_config_from_json(
+            read_named(config, MAX_JSON).decode(errors="replace"), keep_unregistered=True
+        ),
         keys=options.keys and keys_in_file(options.keys),
         dtype=options.dtype,
         combiner=options.combiner,

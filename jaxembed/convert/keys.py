@@ -1,7 +1,7 @@
 """Which array of a file is which table or slot: as the user says, else guessed, and shown."""
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -87,6 +87,7 @@ def place_arrays(
     arrays: Mapping[str, StoredArray],
     options: Options,
     guess: Callable[[str, StoredArray], Place | None],
+    others: Sequence[str] = (),
 ) -> tuple[dict[str, StoredArray], dict[str, dict[str, StoredArray]], tuple[str, ...]]:
     """Tables, slots, and notes about what was guessed or left out.
 
@@ -95,6 +96,7 @@ def place_arrays(
       arrays: by the names they have in it.
       options: whose `keys` go before any guess.
       guess: the place of an array, None to leave it out.
+      others: its arrays of types that no table has, each as "NAME (TYPE)"; they are left out.
 
     Raises:
       ValueError: if a key is not there, or the arrays cannot be tables and slots.
@@ -104,6 +106,12 @@ def place_arrays(
     else:
         missing = [key for key in options.keys if key not in arrays]
         if missing:
+            of_type = {name: kind for name, _, kind in (other.rpartition(" (") for other in others)}
+            if missing[0] in of_type:
+                raise ValueError(
+                    f"{where}: {missing[0]!r} has a type that no table has: {of_type[missing[0]].removesuffix(')')}; leave it "
+                    "out of keys."
+                )
             raise ValueError(
                 f"{where} has no array {missing[0]!r}; it has {_some(sorted(arrays))}. Keys name arrays of the source; to "
                 "name those of a target, convert from a checkpoint."
@@ -131,9 +139,10 @@ def place_arrays(
             _check_slot(where, key, arrays[key], (table, slot), tables)
             slots.setdefault(table, {})[slot] = arrays[key]
     if not tables:
+        shown = [*(f"{key} {array.dtype.name}{list(array.shape)}" for key, array in arrays.items()), *others]
         raise ValueError(
             f"{where} has no table that jaxembed recognizes; say which array is which table with keys. "
-            f"It has {_some([f'{key} {array.dtype.name}{list(array.shape)}' for key, array in arrays.items()])}."
+            f"It has {_some(shown)}."
         )
     how = "guessed" if options.keys is None else "as given"
     told = [f"{key} -> {show_place(place)} ({how})" for key, place in found.items() if own_place(key) != place]
@@ -141,12 +150,9 @@ def place_arrays(
     left_out = [key for key in arrays if key not in found]
     if left_out:
         notes.append(f"left out: {_some(left_out)}")
+    if others:
+        notes.append(f"left out, of types that no table has: {_some(others)}")
     return {name: tables[name] for name in sorted(tables)}, slots, tuple(notes)
-
-
-def left_out_types(names: list[str]) -> tuple[str, ...]:
-    """The note of arrays, each named with its type, that are of a type that no table has."""
-    return (f"left out, of types that no table has: {_some(names)}",) if names else ()
 
 
 def is_table(array: StoredArray) -> bool:
@@ -179,5 +185,5 @@ def show_place(place: Place) -> str:
     return f"table {place[0]!r}" if place[1] is None else f"slot {place[1]!r} of table {place[0]!r}"
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

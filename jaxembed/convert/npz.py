@@ -146,7 +146,10 @@ def _open(path: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
     def read_rows(start: int, stop: int) -> np.ndarray:
         with lock:
             if fortran:
-                return np.ascontiguousarray(copied()[start:stop], native(dtype))
+                rows = np.array(copied()[start:stop], native(dtype), order="C")
+                if stop == shape[0]:  # they are asked for in order
+                    copied.cache_clear()
+                return rows
             values: Any = np.frombuffer(read(start * row, (stop - start) * row), dtype)
         return np.ascontiguousarray(values.reshape(stop - start, *shape[1:]), native(dtype))
 

@@ -56,7 +56,9 @@ class Pieces:
 def _check_cover(what: str, shape: tuple[int, ...], extents: Sequence[Extent]) -> None:
     low = np.array([offsets for offsets, _ in extents], object).reshape(len(extents), -1)
     high = low + np.array([sizes for _, sizes in extents], object).reshape(low.shape)
-    inside = low.shape[1] == len(shape) and all((high <= np.array(shape, object)).flat)
+    inside = low.shape[1] == len(shape) and all(
+        ((low >= 0) & (low <= high) & (high <= np.array(shape, object))).flat
+    )
     if not inside or sum(math.prod(sizes) for _, sizes in extents) != math.prod(shape):
         raise CheckpointError(f"{what} is damaged: its pieces are not all of it.")
     filled = [i for i, (_, sizes) in enumerate(extents) if math.prod(sizes)]

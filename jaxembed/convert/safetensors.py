@@ -6,7 +6,7 @@ from jaxembed.checkpoint.files import write_file
 from jaxembed.checkpoint.safetensors_file import header_of, map_file
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.interface import Contents, Options, Source
-from jaxembed.convert.keys import left_out_types, own_key, place_arrays
+from jaxembed.convert.keys import own_key, place_arrays
 from jaxembed.convert.npy import guess_place
 from jaxembed.convert.sidecar import read_sidecar, sidecar_of
 
@@ -22,9 +22,9 @@ def read(path: pathlib.Path, options: Options) -> Source:
     """Maps the file."""
     tensors, metadata, others = map_file(path)
     arrays = {name: StoredArray(f"{path}: {name}", tensor) for name, tensor in tensors.items()}
-    tables, slots, notes = place_arrays(path, arrays, options, guess_place)
+    tables, slots, notes = place_arrays(path, arrays, options, guess_place, others)
     known = read_sidecar(path, metadata[METADATA]) if METADATA in metadata else {}
-    return Source(tables, slots, notes=notes + left_out_types(others), **known)
+    return Source(tables, slots, notes=notes, **known)
 
 
 def check(out: pathlib.Path, contents: Contents) -> None:

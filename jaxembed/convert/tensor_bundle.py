@@ -9,6 +9,7 @@ References:
   `EncodeTensorNameSlice` of tensorflow/core/util/saved_tensor_slice_util.cc, for the keys of pieces.
 """
 
+import functools
 import math
 import mmap
 import os
@@ -70,7 +71,7 @@ class TensorBundle:
         is in another byte order.
 
         Raises:
-          ValueError: if pieces of it are missing; when called, if it is not what was saved.
+          ValueError: when called, if pieces of it are missing, or it is not what was saved.
         """
         if not self._is_little:
             return None
@@ -78,14 +79,20 @@ class TensorBundle:
         entry = self._entries.get(name)
         if entry is None or not entry.slices:
             return lambda start, stop: self._map(what, name, shape, dtype)[start:stop]
-        try:
-            extents = [(tuple(e.start for e in piece.extent), _lengths(piece, shape)) for piece in entry.slices]
-        except ValueError as e:
-            raise CheckpointError(f"{what} is damaged: its pieces are not all of it.") from e
-        keys = [_piece_key(name, piece) for piece in entry.slices]
-        return Pieces(
-            what, shape, dtype, extents, lambda i: self._map(what, keys[i], extents[i][1], dtype)
-        ).read_rows
+
+        @functools.cache
+        def pieces() -> Pieces:
+            """Of a tensor that is asked for: others may be incomplete."""
+            try:
+                extents = [
+                    (tuple(e.start for e in piece.extent), _lengths(piece, shape)) for piece in entry.slices
+                ]
+            except ValueError as e:
+                raise CheckpointError(f"{what} is damaged: its pieces are not all of it.") from e
+            keys = [_piece_key(name, piece) for piece in entry.slices]
+            return Pieces(what, shape, dtype, extents, lambda i: self._map(what, keys[i], extents[i][1], dtype))
+
+        return lambda start, stop: pieces().read_rows(start, stop)
 
     def _map(self, what: str, key: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         entry = self._entries.get(key)

@@ -25,7 +25,7 @@ from jaxembed.checkpoint.files import open_regular, read_regular
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.interface import stored
 from jaxembed.convert.pieces import Pieces
-from jaxembed.convert.torch_pickle import DTYPES, load
+from jaxembed.convert.torch_pickle import DTYPES, flaw, load
 
 METADATA, SUFFIX = ".metadata", ".distcp"
 MAX_METADATA, MAX_PICKLE = 256 << 20, 1 << 20
@@ -158,7 +158,7 @@ def _view(what: str, data: mmap.mmap, chunk: Chunk, dtype: np.dtype) -> np.ndarr
         if min(0, offset, *strides) < 0 or (math.prod(sizes) and (sum(ends) + 1) * dtype.itemsize > size):
             raise ValueError("its values are outside of it")
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as e:
-        raise CheckpointError(f"{what} is damaged: {chunk.file}: {e!s:.200}.") from e
+        raise CheckpointError(f"{what} is damaged: {chunk.file}: {flaw(e)}.") from e
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
         raise CheckpointError(f"{what} cannot be read, or is damaged: {chunk.file}: {e!s:.200}.") from e
     crc = 0

@@ -17,6 +17,7 @@ from jaxembed.checkpoint.files import open_regular, refuse_pointer
 from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import stored
+from jaxembed.convert.torch_pickle import flaw
 
 MAX_DEPTH = 16
 CRC_BYTES = 16 << 20
@@ -84,7 +85,7 @@ def _checksums(path: pathlib.Path) -> set[tuple[int, int]] | None:
         ValueError,
     ) as e:
         raise CheckpointError(
-            f"{path} is no torch checkpoint of plain tensors, or is damaged: {str(e)[:200]}."
+            f"{path} is no torch checkpoint of plain tensors, or is damaged: {flaw(e)}."
         ) from e
     return {(records[name].file_size, records[name].CRC) for name in later} or None
 
@@ -131,7 +132,4 @@ def _check(what: str, content: np.ndarray, sums: set[tuple[int, int]]) -> None:
     for start in range(0, content.size, CRC_BYTES):
         crc = zlib.crc32(content[start : start + CRC_BYTES].data, crc)
     if (content.size, crc) not in sums:
-        raise CheckpointError(
-            f"{what} is damaged: it does not have the checksum it was saved with (torch saves checksums unless "
-            "torch.serialization.set_crc32_options(False) was called)."
-        )
+        raise CheckpointError(f"{what} is damaged: it does not have the checksum it was saved with.")

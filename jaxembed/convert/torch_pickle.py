@@ -39,6 +39,14 @@ DTYPES: dict[str, Any] = {
 }
 
 
+def flaw(e: Exception) -> str:
+    """What a zip of torch's has, as its reader says it; torch may have been told to save none of its checksums."""
+    hint = ""
+    if "Bad CRC-32" in str(e):
+        hint = ". If torch.serialization.set_crc32_options(False) was called, save it again with True"
+    return f"{e!s:.200}{hint}"
+
+
 class Record:
     """What stands for an object of torch.
 

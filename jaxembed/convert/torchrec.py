@@ -31,7 +31,7 @@ from jaxembed.checkpoint.stored import StoredArray
 from jaxembed.convert.arrays import bits, refuse_types
 from jaxembed.convert.formats import needed
 from jaxembed.convert.interface import Contents, Options, Place, Source, Stream
-from jaxembed.convert.keys import key_for, left_out_types, place_arrays
+from jaxembed.convert.keys import key_for, place_arrays
 from jaxembed.convert.mapped import mapped_rows
 from jaxembed.convert.torch_distributed import is_folder, read_folder
 from jaxembed.convert.torch_file import read_file
@@ -106,8 +106,7 @@ def read(path: pathlib.Path, options: Options) -> Source:
             slot = _ADAGRAD[array.shape != shape] if found[2] in _FIRST else None
         return (found[1], slot) if slot else None
 
-    tables, slots, notes = place_arrays(path, arrays, options, guess)
-    notes += left_out_types(others)
+    tables, slots, notes = place_arrays(path, arrays, options, guess, others)
     if any(ROW_ACCUMULATORS in of_table for of_table in slots.values()):
         notes += (
             f"{ROW_ACCUMULATORS} are of row-wise Adagrad, one a row: to train on from them takes a CustomOptimizer with its "

@@ -3,9 +3,11 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from jaxembed.combiners import CustomCombiner
 from jaxembed.config import FeatureConfig, TableConfig
 from jaxembed.features import flat_features
 from jaxembed.inspection.opening import Inspected, open_any
@@ -81,5 +83,12 @@ def _changed(
 ) -> Iterator[str]:
     for name in names:
         was, now = getattr(first, name), getattr(second, name)
-        if was != now:
+        if _seen(was) != _seen(now):
             yield f"{what}: {name} {was!r:.200} to {now!r:.200}"
+
+
+def _seen(value: Any) -> Any:
+    """What lookups see of it: the initializer and learning rate of a custom combiner's weights are of training."""
+    if isinstance(value, CustomCombiner):
+        return value.combiner_computation, value.max_valency, value.num_weights
+    return value

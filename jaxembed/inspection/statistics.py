@@ -26,6 +26,8 @@ from jaxembed.quantized_table import QuantizedTable
 _SHIFT = 15
 #: Rows whose digests are kept; of larger tables a share of the digests, chosen by value.
 MAX_DIGESTS = 1 << 24
+#: Equal rows of a block of which there are so many, and 1/1024 of its rows, are a large group.
+_LARGE_GROUP = 16
 #: Shown of a form that cannot hold some of the rows.
 NOT_QUANTIZABLE = "not quantizable"
 
@@ -38,7 +40,8 @@ class TableStats:
       norms: least, median (to half a percent) and greatest Euclidean norm of a row of finite values.
       num_dead: rows that are all zeros.
       num_bad: rows that hold NaN or infinity.
-      num_duplicates: rows, not dead, that equal an earlier one; estimated of tables above 16 million rows.
+      num_duplicates: rows, not dead, that equal an earlier one. Of tables above 16 million rows it is estimated from a
+        sample, which may miss groups of few equal rows; groups that are large within a block are counted from there on.
       quantization: errors to expect of rows of finite values stored as "bfloat16", "int8" or "int4", and of the codes
         of the table's own QuantizationConfig, "as trained". Absent where the rows are stored so already, None
         where the table cannot be: one that holds NaN has no codes, one with infinity none row by row.
@@ -162,23 +165,46 @@ class _Duplicates:
     def __init__(self, num_rows: int):
         # Of digests that are evenly spread, those below a bound are a fair share.
         self._share = min(1.0, MAX_DIGESTS / max(num_rows, 1))
-        self._found: list[np.ndarray] = []
+        # Digests that differ, and how many rows have each.
+        self._kept = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        self._new: list[tuple[np.ndarray, np.ndarray]] = []
+        self._num_new, self._num_rows = 0, 0
+        # In a sample, a group of many rows would be missed whole, or taken for many: these are counted by themselves.
+        self._large = np.zeros(0, np.uint64)
         self._rng = np.random.default_rng(0)
         self._factors: np.ndarray | None = None
 
     def add(self, rows: np.ndarray) -> None:
         if not rows.size:
             return
-        digests = self._digests(rows)
+        self._num_rows += rows.shape[0]
+        digests, counts = np.unique(self._digests(rows), return_counts=True)
         if self._share < 1:
-            digests = digests[digests < np.uint64(int(self._share * 2**64))]
-        self._found.append(digests)
+            large = counts >= max(_LARGE_GROUP, rows.shape[0] >> 10)
+            self._large = np.union1d(self._large, digests[large])
+            kept = (digests < np.uint64(int(self._share * 2**64))) | np.isin(digests, self._large)
+            digests, counts = digests[kept], counts[kept]
+        self._new.append((digests, counts))
+        self._num_new += digests.size
+        if self._num_new > max(self._kept[0].size, 1 << 20):
+            self._merge()
 
     def count(self) -> int:
-        if not self._found:
-            return 0
-        digests = np.concatenate(self._found)
-        return round((digests.size - np.unique(digests).size) / self._share)
+        self._merge()
+        digests, counts = self._kept
+        if self._share == 1:
+            return self._num_rows - digests.size
+        is_large = np.isin(digests, self._large)
+        exact, sampled = (int((counts[part] - 1).sum()) for part in (is_large, ~is_large))
+        return min(exact + round(sampled / self._share), self._num_rows - digests.size)
+
+    def _merge(self) -> None:
+        digests, counts = (np.concatenate(parts) for parts in zip(self._kept, *self._new, strict=True))
+        order = np.argsort(digests)
+        digests, counts = digests[order], counts[order]
+        starts = np.flatnonzero(np.diff(digests, prepend=~digests[:1]))
+        self._kept = digests[starts], np.add.reduceat(counts, starts) if starts.size else counts
+        self._new, self._num_new = [], 0
 
     def _digests(self, rows: np.ndarray) -> np.ndarray:
         """Two strongly universal hashes of the 32-bit words of each row, in one uint64."""
@@ -244,7 +270,9 @@ def _errors(array: StoredArray, config: QuantizationConfig | None) -> dict[str, 
         # More buckets are no codes, but rows of the values that training looked up.
         is_coded = config.num_buckets <= 256
         errors["as trained"] = _Error(
-            coded(config) if is_coded else lambda values: simulate_on_host(values, config)
+            coded(config)
+            if is_coded
+            else lambda values: simulate_on_host(values.astype(array.dtype), config).astype(np.float32)
         )
     if array.dtype.itemsize > 2:
         errors["bfloat16"] = _Error(lambda values: values.astype(ml_dtypes.bfloat16).astype(np.float32))

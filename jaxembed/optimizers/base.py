@@ -38,6 +38,9 @@ class Optimizer:
     Weight decay is decoupled from the gradient, and only rows that are updated decay: with a lazy optimizer,
     those that the batch looked up. Steps count from 0, the first update.
 
+    A subclass with a rule of its own sets `is_elementwise = True` if that updates each component by itself: its tables
+    may then be split along their width, or be held by SparseCores.
+
     The arguments, their defaults and errors are TensorFlow's. Those below other than `learning_rate` are
     keyword-only here.
 
@@ -83,9 +86,14 @@ class Optimizer:
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        if {"rule", "update_rows"} & vars(cls).keys():  # what is known of the parent's rule is not of this one
-            for promise in {"is_elementwise", "is_additive"} - vars(cls).keys():
-                setattr(cls, promise, False)
+        for promise in ("is_elementwise", "is_additive"):
+            for base in cls.__mro__:
+                if promise in vars(base):
+                    break
+                # What is known of a rule further on is not known of this one.
+                if {"rule", "update_rows"} & vars(base).keys():
+                    setattr(cls, promise, False)
+                    break
 
     def __post_init__(self) -> None:
         self._check_switches()

@@ -52,7 +52,8 @@ def as_optax(optimizer: Optimizer) -> "optax.GradientTransformation":
                 )
             if not optimizer.is_elementwise and param.ndim != 2:
                 raise ValueError(
-                    f"{type(optimizer).__name__} updates tables [V, D], got a parameter of shape {param.shape}."
+                    f"{type(optimizer).__name__} updates tables [V, D], got a parameter of shape {param.shape}; set "
+                    "`is_elementwise = True` on the class if it updates each component by itself."
                 )
         slots = jax.tree.map(lambda param: optimizer.init_slots(param.shape), params)
         return OptaxState(jnp.zeros((), jnp.int32), slots)

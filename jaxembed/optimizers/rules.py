@@ -220,6 +220,14 @@ class FTRL(Optimizer):
         rows = jnp.where(live, (jnp.clip(linears, -l1, l1) - linears) / denominator, 0)
         return rows, {"accumulators": accumulators, "linears": linears}
 
+    def linears_of(self, rows: Rows, accumulators: Rows, learning_rate: Scalar) -> Rows:
+        """The slot "linears" that gives these rows, for rows that come without it; all float32 [N, D]."""
+        power = _power(accumulators, -self.learning_rate_power) + self.beta
+        l1, l2 = self.l1_regularization_strength, self.l2_regularization_strength
+        if self.multiply_linear_by_learning_rate:
+            return -rows * (power + 2 * l2 * learning_rate) - jnp.sign(rows) * (learning_rate * l1)
+        return -rows * (power / learning_rate + 2 * l2) - jnp.sign(rows) * l1
+
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Optimizer):

@@ -1,6 +1,6 @@
 """Learning rate schedules that can be stored with a configuration; optax's cannot, being closures.
 
-Their arguments and values are those of `tf.keras.optimizers.schedules`.
+Their arguments, but for `name`, and values are those of `tf.keras.optimizers.schedules`.
 """
 
 import dataclasses
@@ -68,8 +68,9 @@ class PolynomialDecay(Schedule):
     def rate(self, step: Scalar) -> Scalar:
         """The rate at a float32 step."""
         at = step - self.warmup_steps
-        rounds = jnp.maximum(jnp.ceil(at / self.decay_steps), 1) if self.cycle else 1
-        left = 1 - jnp.clip(at / (self.decay_steps * rounds), 0, 1)
+        rounds = jnp.maximum(-_whole(-at, self.decay_steps), 1) if self.cycle else 1
+        steps = self.decay_steps * rounds
+        left = jnp.where(at < steps, 1 - jnp.clip(at / steps, 0, 1), 0)
         span = self.initial_learning_rate - self.end_learning_rate
         decayed = span * left**self.power + self.end_learning_rate
         warming = self.initial_learning_rate * step / max(self.warmup_steps, 1)
@@ -131,5 +132,13 @@ class ExponentialDecay(Schedule):
 
     def rate(self, step: Scalar) -> Scalar:
         """The rate at a float32 step."""
-        decays = step / self.decay_steps
-        return self.initial_learning_rate * self.decay_rate ** (jnp.floor(decays) if self.staircase else decays)
+        decays = _whole(step, self.decay_steps) if self.staircase else step / self.decay_steps
+        return self.initial_learning_rate * self.decay_rate**decays
+
+
+def _whole(step: Scalar, decay_steps: int) -> Scalar:
+    """How many times `decay_steps` go into a float32 step, rounded down to a whole float32.
+
+    Of integers: a compiled division of floats by a constant multiplies by its inverse, which may fall short of the whole.
+    """
+    return (jnp.floor(step).astype(jnp.int32) // decay_steps).astype(jnp.float32)

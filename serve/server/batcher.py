@@ -214,17 +214,20 @@ class Batcher:
             self._schedule()
 
     def _start_thread(self) -> None:
-        if self._threads and monotonic() < self._retry_at:
+        quiet = monotonic() < self._retry_at
+        if self._threads and quiet:
             return
         name = f"jaxembed-run-{len(self._threads)}"
         thread = threading.Thread(target=self._work, args=(self._loop,), name=name, daemon=True)
         try:
             thread.start()
-        except RuntimeError as e:  # those that there are run its batches
-            self._retry_at = monotonic() + _RETRY_SECONDS
-            self._metrics.log.error(
-                "a thread cannot be started", extra={"reason": str(e), "threads": len(self._threads)}
-            )
+        except (RuntimeError, MemoryError) as e:  # those that there are run its batches
+            if not quiet:
+                self._retry_at = monotonic() + _RETRY_SECONDS
+                reason = str(e) or type(e).__name__
+                self._metrics.log.error(
+                    "a thread cannot be started", extra={"reason": reason, "threads": len(self._threads)}
+                )
             return
         self._threads.append(thread)
 

@@ -181,6 +181,8 @@ class DeadlineProtocol(PipeliningProtocol):
     def on_headers_complete(self) -> None:
         """The request is refused, or its handling begins."""
         self._outside = self._body_read = 0
+        if self.transport.is_closing():  # it follows the last one
+            return
         parser = self.parser
         if parser.should_upgrade():
             if parser.get_method() == b"CONNECT":
@@ -188,7 +190,8 @@ class DeadlineProtocol(PipeliningProtocol):
             return  # its head comes again
         if (self.cycle is None or self.cycle.response_complete) and parser.get_method() == b"POST":
             refusals = self.refusals(self.url) if self.full() else None
-            if refusals is not None and parser.should_keep_alive():
+            # What is answered with HTTP/1.0 is the last of its connection, whatever it asks for.
+            if refusals is not None and parser.should_keep_alive() and parser.get_http_version() == "1.1":
                 self._skips, self._refusal_due = True, refusals
                 self.send_refusal()
                 return

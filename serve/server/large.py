@@ -160,6 +160,7 @@ class _Lane:
     def __init__(self, name: str, abandon: Callable[[], None] | None = None):
         self._name, self._abandon = name, abandon
         self._pool, self._free = concurrent.futures.ThreadPoolExecutor(1, name), asyncio.Lock()
+        self._ended = False
 
     async def call(
         self, until: float, function: Callable[..., Any], *arguments: Any, begun: bool = False
@@ -182,6 +183,9 @@ class _Lane:
         try:
             return self._pool.submit(function, *arguments)
         except RuntimeError:
+            if self._ended:
+                self._free.release()
+                raise unavailable("it is stopping") from None
             # The pool keeps the call that it has no thread for, and its body: before the next one it would run.
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = concurrent.futures.ThreadPoolExecutor(1, self._name)
@@ -192,6 +196,7 @@ class _Lane:
         self._pool.submit(function)
 
     def end(self, wait: bool) -> None:
+        self._ended = True
         self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _end_soon(self, called: concurrent.futures.Future[Any]) -> None:

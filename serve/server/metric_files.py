@@ -27,7 +27,7 @@ class MetricFiles:
       process: in their names.
 
     Raises:
-      OSError: if there is no room; then none is left.
+      OSError: if there is no room; then none is left but those that were there before.
     """
 
     def __init__(self, folder: str | pathlib.Path, process: int):

@@ -1,4 +1,4 @@
-"""Peers: which versions the workers of one server serve, each in the name of a file of the folder that they share.
+"""Peers: which workers of one server have begun, and which versions they serve, each in the name of a file.
 
 The files are empty: a disk that is full has room for them.
 """
@@ -24,22 +24,32 @@ class Peers:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
 
+    def begin(self) -> None:
+        """This worker has imported what it needs, and takes requests."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._begun(os.getpid()).touch()
+
+    def has_begun(self, pid: int) -> bool:
+        """Whether a worker that is not forgotten came so far."""
+        return self._begun(pid).exists()
+
     def serve(self, version: int) -> None:
         """This worker serves `version` from now on."""
         if not self._withdrawn:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = self._folder / f"{os.getpid()}-{version}"
             file.touch()
-            self._remove(os.getpid(), but=file)
+            self._withdraw(os.getpid(), but=file)
 
     def withdraw(self) -> None:
         """This worker serves nothing any more."""
         self._withdrawn = True
-        self.forget(os.getpid())
+        self._withdraw(os.getpid())
 
     def forget(self, pid: int) -> None:
         """A worker is gone."""
-        self._remove(pid)
+        self._withdraw(pid)
+        self._begun(pid).unlink(missing_ok=True)
 
     def others(self) -> dict[int, int]:
         """By process, the versions that other workers serve."""
@@ -54,7 +64,10 @@ class Peers:
                 found[int(pid)] = max(int(version), found.get(int(pid), -1))
         return found
 
-    def _remove(self, pid: int, but: pathlib.Path | None = None) -> None:
-        for file in self._folder.glob(f"{pid}-*"):
+    def _begun(self, pid: int) -> pathlib.Path:
+        return self._folder / f"{pid}-begun"
+
+    def _withdraw(self, pid: int, but: pathlib.Path | None = None) -> None:
+        for file in self._folder.glob(f"{pid}-[0-9]*"):
             if file != but:
                 file.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import contextlib
 import http
 import json
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import httptools
@@ -47,11 +48,12 @@ class _OneWrite:
     Args:
       transport: of the connection.
       has_body: whether a body follows the head; it may be empty.
+      close: ends the connection.
     """
 
-    def __init__(self, transport: Any, has_body: bool):
+    def __init__(self, transport: Any, has_body: bool, close: Callable[[], None]):
         self._transport, self._head = transport, b"" if has_body else None
-        self.is_closing, self.close = transport.is_closing, transport.close
+        self.is_closing, self.close = transport.is_closing, close
 
     def write(self, data: bytes) -> None:
         if self._head == b"" and not data.startswith(_CONTINUE):
@@ -180,6 +182,18 @@ class PipeliningProtocol(HttpToolsProtocol):
             self.transport.write(answer)
         self.transport.close()
 
+    def _close(self) -> None:
+        """After an answer not before all of the request came: what is unread would reset the connection."""
+        cycle = self._started
+        if cycle is None or not cycle.response_complete or not cycle.more_body:
+            self.transport.close()
+
+    def on_message_complete(self) -> None:
+        """The request is there; one that was the last, and is answered already, ends the connection."""
+        super().on_message_complete()
+        if self.cycle.response_complete and not self.cycle.keep_alive:
+            self.transport.close()
+
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the connection stays, as answers are due: the client may still read."""
         self._end(b"")
@@ -236,5 +250,5 @@ class PipeliningProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._started = cycle
-        cycle.transport = _OneWrite(self.transport, cycle.scope["method"] != "HEAD")
+        cycle.transport = _OneWrite(self.transport, cycle.scope["method"] != "HEAD", self._close)
         super()._start_asgi_task(cycle, app)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxembed import id_mapping
+from jaxembed import raw_ids
 from jaxembed.preprocessing import preprocess_leaf
 from jaxembed.serve.checks import BadIdError
 from jaxembed.serve.dense import DenseInputs
@@ -76,5 +76,5 @@ def _rows_of(path: str, feature: ServedFeature, ids: Any) -> Any:
         return preprocess_leaf(path, feature.config, ids)
     except ValueError as e:
         # The error of an id is raised while that of the mapping is handled.
-        is_id = isinstance(e.__context__, id_mapping.BadIdError)
+        is_id = isinstance(e.__context__, raw_ids.BadIdError)
         raise RequestError(400, str(e), feature=path if is_id else None) from None

@@ -151,6 +151,7 @@ class Versions:
                 503,
                 f"the version to serve cannot be written to the server's folder of state: {e.strerror}; make room "
                 f"there, or make it writable, and send this again. {self._pinned_now()}",
+                retry_after=1,
             ) from e
 
     def _pinned_now(self) -> str:

@@ -1,6 +1,7 @@
 """One process that serves: HTTP on a socket that it was given, and gRPC."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -26,19 +27,19 @@ from .versions import LOADER, Versions
 
 
 async def serve(
-    config: ServerConfig, listener: socket.socket, grpc_port: int | None, supervisor: int, slot: int
+    config: ServerConfig, metrics: Metrics, listener: socket.socket, grpc_port: int | None, supervisor: int
 ) -> None:
     """Serves until SIGTERM or SIGINT, and then answers what was admitted.
 
     Args:
       config: of the server.
+      metrics: of this process.
       listener: bound, and listening.
       grpc_port: may be shared with other processes; None serves no gRPC.
       supervisor: pid of the process that started this one, and whose end is that of this one, too.
-      slot: number of this process among the workers.
     """
     assert config.state is not None, "the supervisor names one"
-    metrics, peers = Metrics(slot), Peers(config.state)
+    peers = Peers(config.state)
     service = Service(config, metrics, Versions(config, metrics, peers=peers))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -52,6 +53,8 @@ async def serve(
         predict_route=os.environ.get("AIP_PREDICT_ROUTE"),
         health_route=os.environ.get("AIP_HEALTH_ROUTE"),
     )
+    with contextlib.suppress(OSError):  # then it is one that does not live long
+        peers.begin()
     http = loop.create_task(doors.run())
     loading = loop.create_task(service.start())
     minding = loop.create_task(doors.mind(loading))
@@ -111,9 +114,12 @@ def main() -> None:
     config = ServerConfig.from_json(os.environ.pop(CONFIG_VARIABLE))
     logs.configure()
     sys.path.append(os.getcwd())  # for --model and --import
-    _import_modules(config)
-    # Batches run where they are called from: to hand them to another thread costs more than quick ones take.
+    port, supervisor, slot = map(int, sys.argv[2:])
+    # Batches run where they are called from: to hand them to another thread costs more than quick ones take. Arrays and
+    # metrics that the modules make are of what is set before.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    metrics = Metrics(slot)
+    _import_modules(config)
     # What loads a version beside the one that serves lets go of the interpreter after so long, instead of 5 ms.
     sys.setswitchinterval(0.0005)
     if config.tables == "memory":  # each of them is an open file
@@ -123,8 +129,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     listener = socket.socket(fileno=int(sys.argv[1]))
-    port, supervisor, slot = map(int, sys.argv[2:])
-    serving = serve(config, listener, port if port >= 0 else None, supervisor, slot)
+    serving = serve(config, metrics, listener, port if port >= 0 else None, supervisor)
     try:
         import uvloop
     except ImportError:

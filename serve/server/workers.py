@@ -76,7 +76,8 @@ class Supervisor:
         self._peers.clear()
         self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
         self._due: dict[int, float] = {}
-        self._failures, self._lived = 0, False
+        self._failures, self._lived, self._served = 0, False, False
+        self._begun: set[int] = set()  # remembered, as somebody may clean the folder up
         self._mistake: str | None = None
         self._stop = threading.Event()
         self._log = logs.logger()
@@ -107,9 +108,11 @@ class Supervisor:
                 extra={"http_port": self.http_port, "grpc_port": self.grpc_port, "workers": self.pids},
             )
             while not self._stop.wait(0.05):
+                self._remember()
                 self._restart_dead()
                 if self._mistake is not None:
-                    if not self._serves:
+                    # Once a worker served it is a passing one, as of a package that is being replaced.
+                    if not self._served and not self._serves:
                         self._end()
                         raise ValueError(self._mistake)
                     self._mistake = None  # a worker that finds it again says so again
@@ -131,10 +134,14 @@ class Supervisor:
         """Whether a worker ever lived long, or has a version to serve: one that does is not ended for another's sake."""
         now = time.monotonic()
         self._lived |= any(
-            process.poll() is None and now - started > _HEALTHY_SECONDS
+            process.poll() is None and self._is_healthy(process.pid, now - started)
             for process, started in self._workers.values()
         )
         return self._lived or self._serves
+
+    def _is_healthy(self, pid: int, age: float) -> bool:
+        """To find out that it cannot begin may take a worker long, and is no life."""
+        return age > _HEALTHY_SECONDS and pid in self._begun
 
     @property
     def _serves(self) -> bool:
@@ -145,6 +152,12 @@ class Supervisor:
             if e.errno in _LACKS:  # it cannot be told, and one may
                 return True
             raise
+
+    def _remember(self) -> None:
+        """Of workers that die, that one of them served."""
+        if not self._served:
+            with contextlib.suppress(OSError):
+                self._served = bool(self._peers.others())
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
@@ -166,15 +179,17 @@ class Supervisor:
         self._workers[slot] = (process, time.monotonic())
 
     def _restart_dead(self) -> None:
+        waited = set(self.pids) - self._begun
+        self._begun |= {pid for pid in waited if self._peers.has_begun(pid)}
         for slot, (process, started) in list(self._workers.items()):
             if process.poll() is None:
                 continue
             if slot not in self._due:
+                now = time.monotonic()
+                lived = self._is_healthy(process.pid, now - started)
+                self._begun.discard(process.pid)
                 with contextlib.suppress(OSError):  # else before the next one starts
                     self._forget(slot, process.pid)
-                now = time.monotonic()
-                # To find out that the command line is wrong may take long, and is no life.
-                lived = now - started > _HEALTHY_SECONDS and process.returncode != MISTAKE_STATUS
                 self._lived |= lived
                 self._failures = 0 if lived else self._failures + 1
                 # One that lived is replaced at once, one that dies young more and more slowly.

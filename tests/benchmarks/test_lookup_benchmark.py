@@ -56,6 +56,10 @@ def test_report_has_every_cell_and_contender(load, tiny, tmp_path):
     other = load("results").Results(facts={"CPU": "another"})
     with pytest.raises(ValueError, match=r"is of CPU 'the one', this run of 'another': .*; give another --out"):
         other.read_csv(path.with_suffix(".csv"))
+    newer = load("results").Results(facts={"CPU": "the one", "versions": "Python 3", "date": "today"})
+    with pytest.raises(ValueError, match=r"does not say .* begin the file with:\n# versions: Python 3$"):
+        newer.read_csv(path.with_suffix(".csv"))
+    assert not newer.timings
     again = load("results").Results(facts={"CPU": "the one"})
     again.read_csv(path.with_suffix(".csv"))
     assert again.wrong == []
@@ -88,6 +92,10 @@ def test_wrong_contender_is_reported_and_not_timed(load, tiny, tmp_path, fault):
     again = load("results").Results()
     again.read_csv(tmp_path / "part.csv")
     assert again.wrong == [line]
+    again.drop([dataclasses.replace(tiny[-1], weighted=not tiny[-1].weighted)])
+    assert again.wrong == [line]
+    lookup.run_peers([peers.Numpy()], tiny[-1:], again, seconds=0.01)
+    assert again.wrong == []
 
 
 def test_int8_table_and_float32_table_hold_the_same_numbers(load):

@@ -1,7 +1,6 @@
 """kill -9 in the middle of conversions: every version that has a number is whole, and what is left makes way."""
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -97,12 +96,32 @@ def test_the_folder_of_another_host_stays(tmp_path, monkeypatch):
     theirs.__exit__(None, None, None)
 
 
-def test_a_young_folder_stays(tmp_path):
-    """It may be of a process that has not locked it yet."""
-    (tmp_path / ".writing-1-1").mkdir()
-    os.utime(tmp_path / ".writing-1-1")
+def test_what_another_host_left_goes_in_the_end(tmp_path):
+    """Each container is a host of a new name, which never comes back for it; a host may be at work in it still."""
+    theirs, others = tmp_path / ".writing-1-0@elsewhere", tmp_path / ".writing-novel"
+    for folder in (theirs, others):
+        folder.mkdir()
+        (folder / "rows").write_bytes(bytes(9))
+    long_ago = time.time() - scratch.OTHERS_SECONDS - 60
+    for path in (theirs, others / "rows", others):
+        os.utime(path, (long_ago, long_ago))
     with scratch.scratch_folder(tmp_path, "2"):
-        assert pathlib.Path(tmp_path / ".writing-1-1").is_dir()
+        assert theirs.is_dir()
+    os.utime(theirs / "rows", (long_ago, long_ago))
+    with scratch.scratch_folder(tmp_path, "2"):
+        assert not theirs.exists()
+    assert list(tmp_path.iterdir()) == [others]
+
+
+def test_a_young_folder_stays(tmp_path, monkeypatch):
+    """It may be of a process that has not locked it yet."""
+    young = tmp_path / f".writing-1-1{scratch._of_host()}"
+    young.mkdir()
+    with scratch.scratch_folder(tmp_path, "2"):
+        assert young.is_dir()
+    monkeypatch.setattr(scratch, "GRACE_SECONDS", -1)
+    with scratch.scratch_folder(tmp_path, "2"):
+        assert not young.exists()
 
 
 def test_an_old_file_goes(tmp_path, monkeypatch):

@@ -71,6 +71,11 @@ def test_optimizers_and_initializers_need_no_module(tmp_path, capsys):
     assert main(["convert", "bundles", "--to", "jaxembed", "again"]) == 0
     again = layout.read_manifest(tmp_path / "again" / "0")["feature_config"]
     assert json.loads(again) == stored
+    np.savez(tmp_path / "tables.npz", t=ROWS)
+    (tmp_path / "features.json").write_text(json.dumps(stored))
+    line = "convert tables.npz --to jaxembed of_arrays --feature-config features.json"
+    assert main(line.split()) == 0
+    assert json.loads(layout.read_manifest(tmp_path / "of_arrays" / "0")["feature_config"]) == stored
     table = open_bundle("bundles").feature_config["x"].table
     with pytest.raises(ValueError, match="unknown initializer 'my_initializer'"):
         table.initializer(jax.random.key(0), (4, 2))

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import tracemalloc
+import weakref
 import zipfile
 
 import hypothesis
@@ -178,7 +179,7 @@ def test_arrays_of_others(tmp_path, capsys):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_an_array_by_columns_is_read_once(tmp_path, monkeypatch, save):
-    """Each of its rows is all over it."""
+    """Each of its rows is all over it: it is copied, and the copy is on the disk until the last of them was read."""
     table = np.asfortranarray(np.random.default_rng(0).normal(size=(1000, 6)).astype(">f4"))
     save(tmp_path / "a.npz", t=table)
     array, counts, read = open_source(tmp_path / "a.npz").tables["t"], [], zipfile.ZipExtFile.read
@@ -188,12 +189,21 @@ def test_an_array_by_columns_is_read_once(tmp_path, monkeypatch, save):
         counts.append(len(data))
         return data
 
+    def copy(dtype, shape):
+        copies.append(weakref.ref(made := np.zeros(shape, dtype)))
+        return made
+
+    copies = []
     monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
     monkeypatch.setattr("jaxembed.convert.npz.COPY_BYTES", 1000)
+    monkeypatch.setattr("jaxembed.convert.npz.temporary_mapped", copy)
     for start in range(0, 1000, 10):
+        assert [made() is None for made in copies] == [False] * (start > 0)
         np.testing.assert_array_equal(array.source[start : start + 10], table[start : start + 10])
+    assert [made() is None for made in copies] == [True]
     assert sum(counts) == table.nbytes
     assert max(counts) == 1000
+    np.testing.assert_array_equal(array.source[5:9], table[5:9])
 
 
 @pytest.mark.parametrize(
@@ -497,6 +507,8 @@ def test_tensors_of_other_types_are_left_out(tmp_path):
     report = convert(tmp_path / "b.safetensors", tmp_path / "out", target_format="jaxembed")
     assert "left out, of types that no table has: u (F9)" in report.notes
     np.testing.assert_array_equal(read_checkpoint(tmp_path / "out").tables["t"], GOOD)
+    with pytest.raises(ValueError, match="'u' has a type that no table has: F9; leave it out of keys"):
+        convert(tmp_path / "b.safetensors", tmp_path / "named", keys={"t": ("t", None), "u": ("u", None)})
 
 
 def test_keys_are_of_the_source_or_else_of_the_target(tmp_path, capsys):

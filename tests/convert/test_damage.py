@@ -13,6 +13,7 @@ from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError
 from jaxembed.cli import main
 from jaxembed.convert import convert, open_source
+from jaxembed.convert.pieces import Pieces
 
 TABLE = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
 
@@ -178,3 +179,12 @@ def test_damage_is_a_failure_and_no_mistake(tmp_path, capsys, make, package):
     file.write_bytes(good[: len(good) // 2])
     assert main(["inspect", str(source), "--stats"]) == 1
     assert re.search("damaged|truncated", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("shape", "extents"), [((10,), [((-5,), (5,)), ((0,), (5,))]), ((2, 5), [((2, 5), (-2, -5))])]
+)
+def test_pieces_outside_of_an_array_are_not_all_of_it(shape, extents):
+    """Though they have as many values: its other rows would be whatever was in memory."""
+    with pytest.raises(CheckpointError, match="t is damaged: its pieces are not all of it"):
+        Pieces("t", shape, np.dtype(np.float32), extents, lambda i: np.ones(extents[i][1], np.float32))

@@ -177,7 +177,7 @@ def test_tables_with_more_digests_than_a_manifest_has_room_for(tmp_path, monkeyp
     source = save(tmp_path, ["t"], ["accumulators"], np.float32)
     convert(source, tmp_path / "steps")
     for write, room, told in (
-        (convert, 5, r"384 bytes of tables and slots have 6 digests, .* and a manifest has room for 5; leave"),
+        (convert, 5, r"384 bytes of tables and slots have 6 digests, .* and a manifest has room for 5; spread"),
         (
             convert_to_bundle,
             2,

@@ -162,6 +162,22 @@ def test_pieces_are_mapped_and_not_read_as_a_whole(tmp_path, monkeypatch):
         rows[0:121]
 
 
+def test_a_variable_that_is_not_all_there_is_an_error_of_its_own(tmp_path):
+    """Others of the checkpoint can be converted."""
+    whole = np.ones((4, 3), np.float32)
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "w"),
+        tensor_names=["v", "w"],
+        shape_and_slices=["9 3 0,4:-", ""],
+        tensors=[whole] * 2,
+    )
+    convert(tmp_path / "w", tmp_path / "out", keys={"w": ("w", None)})
+    np.testing.assert_array_equal(read_checkpoint(tmp_path / "out").tables["w"], whole)
+    with pytest.raises(ValueError, match="w: v is damaged: its pieces are not all of it"):
+        convert(tmp_path / "w", tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
 def test_memory_is_a_few_blocks(tmp_path):
     shape = (1 << 18, 32)
     variable = tf.Variable(tf.random.normal(shape))

@@ -174,6 +174,24 @@ def test_a_file_is_checked_as_it_is_read(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_files_without_checksums_are_told_of(tmp_path):
+    """They are not damaged, and torch reads them."""
+    saving = importlib.import_module("torch.distributed.checkpoint")
+    state = {"embedding_bags.films.weight": values("films")}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "m.pt")
+        saving.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for name in ("m.pt", "dcp"):
+        with pytest.raises(
+            ValueError, match=r"Bad CRC-32 .*set_crc32_options\(False\) was called, save it again"
+        ):
+            convert(tmp_path / name, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_tensors_of_other_types_are_left_out(tmp_path):
     """They are no tables, and no reason to refuse those beside them."""
     state = {
@@ -192,6 +210,8 @@ def test_tensors_of_other_types_are_left_out(tmp_path):
         told = " ".join(note for note in report.notes if note.startswith("left out"))
         assert "scale (" in told
         assert "phase" in told
+        with pytest.raises(ValueError, match=r"'scale' has a type that no table has: .*; leave it out of keys"):
+            convert(tmp_path / name, tmp_path / "named", keys={"scale": ("scale", None)})
 
 
 def run(processes, what, *arguments):

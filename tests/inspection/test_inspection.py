@@ -288,6 +288,27 @@ def test_lookups_that_differ(tmp_path, capsys, feature, table, weights, told):
     assert line.startswith(told)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"initializer": Constant(2.0), "combiner_weights_learning_rate": 0.5}, False),
+        ({"max_valency": 4}, True),
+    ],
+)
+def test_settings_of_training_change_no_lookups(tmp_path, change, told):
+    was, rows = CustomCombiner(nth, 3, 2, Constant(1.0)), np.ones((6, 4), np.float32)
+    np.savez(tmp_path / "rows.npz", u=rows)
+    for name, combiner in (("a", was), ("b", dataclasses.replace(was, **change))):
+        convert(
+            tmp_path / "rows.npz",
+            tmp_path / f"{name}.safetensors",
+            feature_config={"y": FeatureConfig(TableConfig(6, 4, name="u", combiner=combiner))},
+            combiner_weights={"u": [1.0, 2.0]},
+        )
+    found = lookup_difference(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert ["combiner" in change for change in found.changes] == [True] * told
+
+
 def test_what_is_not_compared_is_said(checkpoint, tmp_path, capsys):
     convert_to_bundle(checkpoint, tmp_path / "bundles", step=0)
     assert lookup_difference(checkpoint / "0", tmp_path / "bundles").changes == ()

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,6 +88,45 @@ def test_duplicates_of_a_large_table_are_estimated(monkeypatch):
     assert table_stats(stored(rows)).num_duplicates == 0
     rows[50_000:] = rows[:50_000]
     assert table_stats(stored(rows)).num_duplicates == pytest.approx(50_000, rel=0.05)
+
+
+@pytest.mark.parametrize("value", range(4))
+def test_large_groups_are_counted_whether_in_the_sample_or_not(monkeypatch, value):
+    monkeypatch.setattr(statistics, "MAX_DIGESTS", 20_000)
+    rows = np.random.default_rng(value).normal(size=(100_000, 3)).astype(np.float32)
+    rows[::2] = 1 + value
+    assert table_stats(stored(rows)).num_duplicates == 49_999
+    rows[:] = 1 + value
+    assert table_stats(stored(rows)).num_duplicates == 99_999
+
+
+def test_duplicates_are_never_more_than_the_rows(monkeypatch):
+    monkeypatch.setattr(statistics, "MAX_DIGESTS", 1)
+    found = statistics._Duplicates(64)
+    for start in range(0, 64, 8):  # groups too small to be large
+        found.add(np.repeat(np.arange(start, start + 8, 2, dtype=np.float32), 2)[:, None])
+    assert found.count() < 64
+
+
+def test_a_constant_table_keeps_one_digest():
+    found = statistics._Duplicates(4000)
+    for _ in range(4):
+        found.add(np.full((1000, 3), 0.5, np.float32))
+        assert [part.size for part, _ in found._new] == [1] * len(found._new)
+    assert found.count() == 3999
+    assert found._kept[0].size == 1
+    assert statistics._Duplicates(0).count() == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_errors_of_many_buckets_are_those_of_the_type(dtype):
+    """Training looks up values that are rounded to the table's type."""
+    rows = np.random.default_rng(0).uniform(-1, 1, (100, 8)).astype(jnp.dtype(dtype))
+    config = QuantizationConfig(1000, -1, 1)
+    trained = quantize_as_trained(rows, TableConfig(100, 8, name="x", quantization_config=config, dtype=dtype))
+    gap = np.abs(trained.astype(np.float32) - rows.astype(np.float32))
+    found = table_stats(stored(rows), quantization_config=config).quantization["as trained"]
+    assert found.max == gap.max()
 
 
 @given(

@@ -161,16 +161,27 @@ def test_splits_that_decrease():
 
 
 def test_splits_of_a_device_that_decrease(serve):
-    refused(
-        serve, "row_splits must not decrease", items__history=RaggedTensor(jnp.arange(3), jnp.array([0, 2, 1]))
-    )
+    bags = RaggedTensor(jnp.arange(3), jnp.array([0, 2, 1]))
+    wrong = "RaggedTensor: row_splits must not decrease"
+    refused(serve, f"{HISTORY}: {wrong}", items__history=bags)
+    weights = dict.fromkeys(GOOD) | {"items/history": RaggedTensor(jnp.ones(3), bags.row_splits)}
+    refused(serve, f"Weight for 'items/history': {wrong}", weights=weights)
 
 
 @pytest.mark.parametrize("row", [-1, 3])
 def test_coordinates_that_no_constructor_has_seen(serve, row):
     ids = SparseTensor(jnp.array([[0, 0], [row, 0]]), jnp.array([1, 2]), (2, 4))
     for leaf in (ids, jax.device_get(ids)):
-        refused(serve, rf"{HISTORY}: entry 1 lies at \[{row}, 0\]", items__history=leaf)
+        refused(serve, rf"{HISTORY}: SparseTensor: entry 1 lies at \[{row}, 0\]", items__history=leaf)
+
+
+def test_lengths_that_no_constructor_has_seen(serve):
+    ids = SparseTensor([[0, 0], [1, 0]], [1, 2], (2, 4))
+    wrong = r"SparseTensor: indices must be \[nnz, 2\] and values \[nnz\], got \(2, 2\) and \(1,\)"
+    short = jax.tree.map(lambda x: x[:1] if x.ndim == 1 else x, ids)
+    refused(serve, f"{HISTORY}: {wrong}", items__history=short)
+    weights = dict.fromkeys(GOOD) | {"items/history": short}
+    refused(serve, f"Weight for 'items/history': {wrong}", weights=weights, items__history=ids)
 
 
 def test_sequences(serve):

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from jaxembed.checkpoint import scratch
 from jaxembed.train.data import batches, convert_criteo, criteo_feature_config, load_criteo, synthetic_criteo
 from jaxembed.train.data.criteo import FEATURES, parse_criteo
 from jaxembed.train.data.shuffle import permute_blocks
@@ -139,7 +140,7 @@ def test_compressed_click_logs_that_are_not_whole_are_named(tmp_path, damage):
 
 def test_what_a_killed_conversion_left_goes(tmp_path):
     (tmp_path / "train.txt").write_text("\n".join(random_lines(3)[0]))
-    left = tmp_path / ".writing-columns-0"
+    left = tmp_path / f".writing-columns-0{scratch._of_host()}"
     left.mkdir()
     (left / "ids").write_bytes(bytes(99))
     os.utime(left, (0, 0))

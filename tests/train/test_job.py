@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -303,6 +304,17 @@ def test_evaluation_and_saving_are_not_training_time(tmp_path, monkeypatch):
     clock.now += 2
     shown.resume()
     assert shown.training(3, {})["examples_per_second"] == 2 * BATCH / 4
+
+
+@pytest.mark.parametrize(
+    "act", [lambda own: loop.Job._trained(own, 9, own), lambda own: loop.Job._save(own, own, None)]
+)
+def test_steps_that_are_counted_are_training_time_to_their_end(act):
+    own = mock.MagicMock()
+    own._config.batches_key.return_value = {}
+    act(own)
+    order = [name for name, *_ in own.mock_calls if name in ("_watch.finish", "_report.pause")]
+    assert order == ["_watch.finish", "_report.pause"]
 
 
 def test_a_process_without_a_standard_error_shows_no_bar(tmp_path, monkeypatch, capsys):

@@ -54,6 +54,21 @@ def test_overrides(tmp_path):
         ("training.batch_size=0", r"training.batch_size: must be greater than 0, got 0"),
         ("training.batch_size='8'", r"training.batch_size: must be a valid integer, got '8'"),
         ("training.batch_size=true", r"training.batch_size: must be a valid integer, got True"),
+        ("training.seed=-1", r"training.seed: must be greater than or equal to 0, got -1"),
+        ("training.seed=9223372036854775808", r"training.seed: must be less than 9223372036854775808, got 92"),
+        ("training.seed=99999999999999999999", r"training.seed: .*, got 99999999999999999999"),
+        (
+            'data={kind="synthetic", seed=-1}',
+            r"data.synthetic.seed: must be greater than or equal to 0, got -1",
+        ),
+        (
+            'data={kind="synthetic", vocabulary_sizes=3000000000}',
+            r"data.synthetic.vocabulary_sizes.*: must be less than 2147483648, got 3000000000",
+        ),
+        (
+            'data={kind="criteo", path="x", vocabulary_sizes=[2147483648]}',
+            r"data.criteo.vocabulary_sizes.*: must be less than 2147483648, got 2147483648",
+        ),
         ("tables.exchange=ring", r"tables.exchange: must be 'auto', 'all_gather' or 'all_to_all', got 'ring'"),
         ("training.batchsize=8", r"training.batchsize: there is no such key; those are batch_size, epochs"),
         ("tables.plan=best", r"tables.plan.*: must be 'auto', got 'best'"),

@@ -100,6 +100,37 @@ def test_batch_norm_averages_over_the_rows_of_all_devices(devices, real):
     assert after.model_state["seen"] == 1
 
 
+class Distant(nnx.Module):
+    """Divides by what is 0 of rows of zeros, or of rows that are alike: norms, deviations and distances."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(D, D, rngs=rngs)
+
+    def __call__(self, dense, activations):
+        one, other = self.linear(activations["a"]), activations["b"]
+        cosine = (one / jnp.linalg.norm(one, axis=1, keepdims=True) * other).sum(1)
+        deviation = jnp.std(other, axis=1) + 1 / jnp.linalg.norm(other, axis=1)
+        return cosine / deviation + jnp.linalg.norm(activations["a"] - other, axis=1)
+
+
+def test_rows_of_padding_are_nothing_that_a_model_cannot_divide_by():
+    """A loss that leaves them out does not keep NaN from the gradients of the parameters."""
+    ids = np.array([1, 2, 3, 1], np.int32)
+    after = []
+    for count in (4, 3):
+        trainer = make_trainer(1, Distant(nnx.Rngs(0)), optax.sgd(0.1))
+        real = np.float32([1, 1, 1, 0])[:count]
+        features = {"a": ids[:count], "b": ids[:count] + 1}
+        given = trainer.shard_batch(
+            Batch(features, {"a": None, "b": None}, np.zeros((count, 0), np.float32), real, real)
+        )
+        state, metrics = trainer.step(trainer.init(jax.random.key(0)), given)
+        predicted = trainer.predict(state, given)
+        assert np.isfinite(np.concatenate([metrics["logits"], predicted])).all()
+        after.append((metrics["loss"], state.params, trainer.embedding.to_canonical(state.embedding)[:2]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *after)
+
+
 class Dropped(nnx.Module):
     """What Dropout makes of ones is in the logits."""
 

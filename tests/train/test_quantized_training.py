@@ -69,6 +69,37 @@ def test_served_codes_equal_the_forward_bit_for_bit(devices, exchange):
         np.testing.assert_array_equal(trained[name], expected[name], err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("devices", "exchange", "plan", "dtype"),
+    [
+        (1, "all_gather", None, "bfloat16"),
+        (1, "all_gather", None, "float16"),
+        (8, "all_to_all", "mod", "bfloat16"),
+        (4, "all_gather", "column", "bfloat16"),
+    ],
+)
+def test_rows_of_16_bits_and_many_buckets_are_served_as_trained(devices, exchange, plan, dtype):
+    """No codes stand for so many buckets: what is served are values rounded to the table's type."""
+    config = je.QuantizationConfig(1000, -1, 1)
+    table = je.TableConfig(50, 8, name="t", combiner="sum", dtype=dtype, quantization_config=config)
+    features = {"f": je.FeatureConfig(table)}
+    plan = None if plan is None else {"t": plan}
+    embedding = ShardedEmbedding(features, SGD(0.1), mesh(devices), exchange=exchange, plan=plan)
+    rng = np.random.default_rng(0)
+    state = embedding.from_canonical({"t": rng.uniform(-1, 1, (50, 8)).astype(table.dtype)}, {"t": {}}, 0)
+    # Sums of two are the same in any order.
+    ids = np.sort(rng.integers(0, 50, (64, 2)).astype(np.int32))
+    inputs = {"f": je.RaggedTensor(ids.reshape(-1), np.arange(0, 129, 2))}
+    (rows,) = embedding.embedding_tables(state).values()
+    tables = {table: quantize_as_trained(rows, table)}
+    expected = je.serving_embedding_lookup(inputs, None, tables, features)["f"]
+    np.testing.assert_array_equal(np.float32(embedding.lookup(state, inputs)["f"]), np.float32(expected))
+    step = embedding.apply_gradients(state, inputs, {"f": jnp.ones((64, 8))})
+    new = np.float32(embedding.to_canonical(step)[0]["t"])
+    counts = np.bincount(ids.reshape(-1), minlength=50)[:, None]
+    np.testing.assert_allclose(new, np.float32(rows) - 0.1 * counts, atol=0.02)
+
+
 def test_values_are_simulated_and_padding_is_zero():
     embedding = ShardedEmbedding(CONFIG, SGD(0.1), mesh(8))
     state = embedding.init(jax.random.key(0))

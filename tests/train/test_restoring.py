@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from jaxembed import FeatureConfig, TableConfig
 from jaxembed.convert import convert
-from jaxembed.optimizers import FTRL, SGD, Adagrad, CustomOptimizer, register_function
+from jaxembed.optimizers import (
+    FTRL,
+    SGD,
+    Adagrad,
+    AdagradMomentum,
+    Adam,
+    CustomOptimizer,
+    register_function,
+)
+from jaxembed.optimizers.schedules import ExponentialDecay
 from jaxembed.train import Checkpointer, ShardedEmbedding, stack_reading
 from jaxembed.train.engines import windows
 from jaxembed.train.engines.placement import stack_tables
@@ -118,8 +127,83 @@ def test_slots_that_are_missing_start_anew(tmp_path):
         for stack in after.stacks.values()
         for p in stack.placements
     }
+    for name, found in initial.items():
+        if "linears" in found:
+            found["linears"] = FTRL().linears_of(
+                jnp.asarray(tables[name]), found["accumulators"], np.float32(0.001)
+            )
     assert same(after, restored, tables, initial | {"one": slots["one"]})
     assert int(restored.step) == 3
+
+
+def test_whole_slots_are_made_on_the_host(tmp_path):
+    """A device has room for its share."""
+    made = []
+
+    def create(shape, names, values):
+        slots = {name: jnp.full(shape, value) for name, value in zip(names, values, strict=True)}
+        made.extend(next(iter(slot.devices())) for slot in slots.values())
+        return slots
+
+    np.savez(tmp_path / "a.npz", a=np.ones((40, 4), np.float32))
+    features = {"a": FeatureConfig(TableConfig(40, 4, name="a"))}
+    convert(tmp_path / "a.npz", tmp_path / "steps", feature_config=features)
+    adagrad = Adagrad(0.1, slot_variable_creation_fn=create)
+    own = ShardedEmbedding(features, adagrad, jax.make_mesh((1,), ("d",)))
+    with Checkpointer(tmp_path / "steps", own) as checkpointer, jax.default_device(jax.devices()[3]):
+        checkpointer.restore(fresh_slots=True)
+    assert made == [jax.local_devices(backend="cpu")[0]]
+
+
+@pytest.mark.parametrize("saved", [AdagradMomentum(0.1), AdagradMomentum(0.1, beta2=0.9), Adagrad(0.1)])
+@pytest.mark.parametrize("restored", [Adam(0.1), FTRL(0.1), Adagrad(0.1)])
+def test_slots_of_another_optimizer_are_kept_where_they_mean_the_same(tmp_path, saved, restored):
+    mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])
+    features = {"a": FeatureConfig(TableConfig(40, 4, name="a"))}
+    before, after = (ShardedEmbedding(features, optimizer, mesh) for optimizer in (saved, restored))
+    state = at_step(before, 3)
+    with Checkpointer(tmp_path, before) as checkpointer:
+        checkpointer.save(state)
+    with Checkpointer(tmp_path, after) as checkpointer:
+        found = after.slots(checkpointer.restore(partial=True, fresh_slots=True).state)["a"]
+    kept = before.slots(state)["a"]
+    for slot, initial in restored.slot_initial_values.items():
+        if slot == "accumulators" and (saved == restored or getattr(saved, "beta2", 1) == 1):
+            np.testing.assert_array_equal(found[slot], kept[slot])
+        elif slot != "linears":
+            assert (np.asarray(found[slot]) == np.float32(initial)).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"l1_regularization_strength": 0.05, "l2_regularization_strength": 0.1, "beta": 0.5},
+        {
+            "l1_regularization_strength": 0.05,
+            "l2_regularization_strength": 0.1,
+            "learning_rate_power": -0.7,
+            "multiply_linear_by_learning_rate": True,
+        },
+    ],
+)
+@pytest.mark.parametrize("saved", [SGD(0.1), Adagrad(0.1)], ids=["bare", "with_accumulators"])
+def test_ftrl_goes_on_from_the_rows_of_tables_without_linears(tmp_path, saved, options):
+    """It makes rows of its slots, and would make others of zeros."""
+    mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+    features = {"a": FeatureConfig(TableConfig(40, 4, name="a"))}
+    ftrl = FTRL(learning_rate=ExponentialDecay(0.2, 10, 0.5), **options)
+    before, after = (ShardedEmbedding(features, optimizer, mesh) for optimizer in (saved, ftrl))
+    tables, slots, step = before.to_canonical(at_step(before, 3))
+    state = before.from_canonical(tables, jax.tree.map(jnp.abs, slots), step)
+    with Checkpointer(tmp_path, before) as checkpointer:
+        checkpointer.save(state)
+    with Checkpointer(tmp_path, after) as checkpointer:
+        restored = checkpointer.restore(partial=True, fresh_slots=True).state
+    ((rows,), (slots,)) = (tuple(after.to_canonical(restored)[i].values()) for i in (0, 1))
+    again, _ = ftrl.rule(jnp.zeros_like(rows), rows, slots, ftrl.learning_rate_at(3), 3)
+    np.testing.assert_allclose(again, rows, rtol=1e-5, atol=1e-6)
+    assert np.abs(rows).max() > 0.1
 
 
 def test_tables_that_were_converted_without_slots_are_trained_on(tmp_path):

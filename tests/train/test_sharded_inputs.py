@@ -118,6 +118,18 @@ def test_activations_come_in_the_order_of_their_keys():
         assert list(found) == ["a", "b"]
 
 
+def test_gradients_of_weights_have_their_structure():
+    """To JAX, the order of an OrderedDict is of its structure."""
+    own = ShardedEmbedding({name: FeatureConfig(SUM) for name in "abc"}, SGD(1.0), mesh(2))
+    ids = RaggedTensor.from_lists([[0, 1], [2]])
+    inputs = {"a": ids, "b": ids, "c": ids}
+    ones = dataclasses.replace(ids, values=np.ones(3, np.float32))
+    weights = collections.OrderedDict(c=None, b=ones, a=dataclasses.replace(ones, values=2 * ones.values))
+    _, values = own.shard_batch(inputs, weights)
+    found = own.unshard_weights(values, inputs, weights)
+    jax.tree.map(np.testing.assert_array_equal, found, weights)
+
+
 @pytest.mark.parametrize("exchange", ONE_EXCHANGE)
 def test_weights_that_are_not_pruned(exchange):
     ids, weights = unsorted(np.random.default_rng(4))
@@ -164,12 +176,26 @@ def test_rows_of_padding_have_no_entries():
 
 
 def test_a_feature_may_have_several_rows_an_example_or_none_of_it():
-    config = {name: FeatureConfig(SUM) for name in ("one", "two", "other")}
+    """Of a table that all of a batch is compared with, 8 rows are no multiple of 4 but by chance."""
+    config = {name: FeatureConfig(SUM) for name in ("one", "grid", "other", "shared")}
+    config["two"] = FeatureConfig(SUM, output_shape=(4, 2))
     own = ShardedEmbedding(config, SGD(1.0), mesh(2))
-    inputs = {name: np.ones(count, np.int32) for name, count in (("one", 4), ("two", 8), ("other", 3))}
-    found = own.lookup(own.init(jax.random.key(0)), own.shard_batch(inputs, None, np.float32([1, 0, 1, 0]))[0])
-    rows = {name: np.asarray(x).any(1).tolist() for name, x in found.items()}
-    assert rows == {"one": [True, False] * 2, "two": [True, True, False, False] * 2, "other": [True] * 3}
+    inputs = {name: np.ones(count, np.int32) for name, count in (("one", 4), ("shared", 8), ("other", 3))}
+    inputs |= {"grid": np.ones((4, 2), np.int32), "two": RaggedTensor.from_lists([[1]] * 8)}
+    mask = np.float32([1, 0, 1, 0])
+    found = own.lookup(own.init(jax.random.key(0)), own.shard_batch(inputs, None, mask)[0])
+    rows = {name: np.asarray(x).any(-1).reshape(len(x), -1) for name, x in found.items()}
+    for name, expected in rows.items():
+        live = np.ones(len(expected), bool) if name in ("other", "shared") else mask > 0
+        np.testing.assert_array_equal(expected, live[:, None] | np.zeros_like(expected))
+    assert rows["grid"].shape == rows["two"].shape == (4, 2)
+
+
+@pytest.mark.parametrize("size", [2, 16])
+def test_a_mask_of_no_feature_is_refused(size):
+    own = ShardedEmbedding({"t": FeatureConfig(SUM)}, SGD(1.0), mesh(2))
+    with pytest.raises(ValueError, match=rf"mask must be \[B\], .* got {size}; the features have {{'t': 8}}"):
+        own.shard_batch({"t": np.arange(8)}, None, np.ones(size))
 
 
 def test_traced_ids_are_those_of_all_hosts():
@@ -198,14 +224,38 @@ def test_hosts_agree_on_batches_of_dense_ids_too(monkeypatch):
     embedding.pack_batch({"u": RaggedTensor.from_lists([[0] * 20] * 4)})
     packed = embedding.pack_batch(dense)
     agreed = embedding.agree(packed)
-    assert agreed.tolist() == [24, 2, -2]
+    assert agreed[0] == 24
+    assert agreed[1] == -agreed[2]
     assert embedding.place_batch(packed, agreed)[0].positions["row8_0"].shape[1] == 24
-    # Another host has packed 24 rows.
-    with pytest.raises(
-        ValueError, match=r"each host must pass as many rows, got batches of 2 to 6 output rows a device"
-    ):
-        embedding.place_batch(packed, np.asarray([24, 6, -2]))
     assert fixed.agree(fixed.pack_batch(dense)) is None
+
+
+def test_hosts_with_other_features_or_rows_are_told(monkeypatch):
+    """Numbers of rows that add up to the same in a stack, and features of other stacks, too."""
+    other = FeatureConfig(TableConfig(100, 16, name="other"))
+    embedding = ShardedEmbedding(
+        {"a": FeatureConfig(USER), "b": FeatureConfig(USER), "c": other}, SGD(1.0), mesh()
+    )
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, data: data)
+
+    def packed(**sizes):
+        return embedding.pack_batch({name: np.arange(size, dtype=np.int32) for name, size in sizes.items()})
+
+    def agreed(*batches):
+        embedding._largest = lambda own: own
+        own = [embedding.agree(batch)[0] for batch in batches]
+        return np.max(own, axis=0)
+
+    here = packed(a=8, b=16)
+    embedding.place_batch(here, agreed(here, packed(a=8, b=16)))
+    for there in ({"a": 16, "b": 8}, {"a": 8, "b": 24}, {"a": 24}, {"a": 8, "b": 16, "c": 8}, {"c": 8}):
+        with pytest.raises(
+            ValueError, match=r"each host must pass the same features with as many rows, .* in stack"
+        ):
+            embedding.place_batch(here, agreed(here, packed(**there)))
+    with pytest.raises(ValueError, match=r"this one has the rows {'a': 8, 'b': 16}; give all the same"):
+        embedding.place_batch(here, agreed(here, packed(a=16, b=8)))
 
 
 def test_weights_of_several_hosts_are_not_put_together(monkeypatch):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jaxembed import FeatureConfig, TableConfig
-from jaxembed.optimizers import Adam
+from jaxembed.names import UnregisteredError
+from jaxembed.optimizers import SGD, Adam
 from jaxembed.train import ShardedEmbedding
+from jaxembed.unregistered import UnregisteredOptimizer
 from tests.test_optimizers import MATRIX, OPTIMIZERS, OPTIONS, D, R, V, batch, reference_update
 
 STEPS = 2
@@ -84,3 +86,22 @@ def test_each_optimizer(exchange):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option(options, exchange):
     check([case for case in MATRIX if case[1] == options], exchange)
+
+
+def test_optimizers_that_columns_cannot_have():
+    def sharded(optimizer, dim=8):
+        config = {"a": FeatureConfig(TableConfig(16, dim, name="a", optimizer=optimizer))}
+        return ShardedEmbedding(config, None, jax.make_mesh((8,), ("devices",)), plan={"a": "column"})
+
+    class Own(SGD):
+        def rule(self, gradient, rows, slots, learning_rate, step):
+            return rows - learning_rate * gradient, {}
+
+    with pytest.raises(ValueError, match=r"optimizer Own may mix .*set `is_elementwise = True` on the"):
+        sharded(Own(0.1))
+    Own.is_elementwise = True
+    sharded(Own(0.1))
+    with pytest.raises(ValueError, match="its dim 12 must be a multiple of the 8 shards; use 'mod'"):
+        sharded(Own(0.1), 12)
+    with pytest.raises(UnregisteredError, match="unknown optimizer 'gone'"):
+        sharded(UnregisteredOptimizer(stored="{}", reason="unknown optimizer 'gone'"))

@@ -373,7 +373,7 @@ def test_tables_that_sparsecores_cannot_hold_are_named_once(caplog):
         "'half': its dtype is bfloat16",
         "'dense': its optimizer Adam updates rows that are not looked up",
         "'apart': its optimizer has use_gradient_accumulation=False",
-        "'mine': its optimizer CustomOptimizer may mix",
+        "'mine': its optimizer CustomOptimizer may mix the components of a row (set `is_elementwise = True` on",
         "'copied': its plan is 'replicated'",
         "'full': its vocabulary_size 2147483616 leaves no room",
     ):

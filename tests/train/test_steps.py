@@ -12,7 +12,7 @@ from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, read_checkpoint, steps, whole_steps
 from jaxembed.cli import main
 from jaxembed.convert import convert
-from jaxembed.train import Checkpointer, hosts
+from jaxembed.train import Checkpointer, checkpoint, hosts
 
 from .checkpoint_programs import at_step, embedding
 
@@ -250,6 +250,31 @@ def test_a_step_that_one_host_cannot_open_is_restored_by_none(tmp_path, monkeypa
             ValueError, match=r"processes \[1\] cannot open the checkpoint; their errors say why"
         ):
             checkpointer.restore(1)
+
+
+def test_a_step_that_one_host_finds_damaged_is_restored_by_none(tmp_path, monkeypatch):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1), model={"w": np.ones(3)}, data=7)
+        checkpointer.wait()
+        # What another host says of opening it, and then of reading it.
+        said = iter([[], [1]])
+        monkeypatch.setattr(hosts, "processes_where", lambda _: next(said))
+        with pytest.raises(
+            ValueError, match=r"processes \[1\] cannot read the checkpoint; their errors say why"
+        ):
+            checkpointer.restore(1, model={"w": np.ones(3)})
+
+
+def test_the_latest_step_is_that_of_any_host(tmp_path, monkeypatch):
+    own = embedding(1)
+    with Checkpointer(tmp_path, own) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(at_step(own, step))
+        checkpointer.wait()
+        monkeypatch.setattr(checkpointer, "latest_step", lambda: 1)
+        monkeypatch.setattr(checkpoint, "largest", lambda step: max(step, 2))
+        assert checkpointer.restore().step == 2
 
 
 def test_nothing_there(tmp_path):

@@ -20,7 +20,9 @@ class Batch:
       dense: [B, K] float32 dense features; K may be 0.
       labels: [B] float32.
       mask: [B] float32, 1 for an example and 0 for the padding that fills up a last batch, of which a Trainer looks
-        nothing up.
+        nothing up, in features whose activations are [B, ...]: ids [B] or [B, k], B bags, or bags with an `output_shape`
+        of (B, ...). Others are of the batch as a whole and keep their rows. In place of the activations of such a row the
+        model gets numbers that are neither zeros nor all alike, without a gradient.
     """
 
     features: Inputs

@@ -45,15 +45,15 @@ def plan_batch(
       feature_config: of the tables.
       stacks: by name.
       num_hosts: how many hosts share a batch.
-      mask: [B], 0 for the rows that have no entry; None for none.
+      mask: [B], 0 for the rows that have no entry; None for none. Of features whose activations are [B, ...].
 
     Raises:
       ValueError: as `serving_embedding_lookup`, or if the rows do not divide over a host's shards where
-        there are several hosts.
+        there are several hosts, or if no feature has the mask's rows.
     """
     stack_of = {p.table.name: stack for stack in stacks.values() for p in stack.placements}
     segments = dict.fromkeys(stacks, 0)
-    features, lookups, live_rows = [], [], []
+    features, lookups, live_rows, first_sizes = [], [], [], {}
     mask = None if mask is None else np.asarray(mask) > 0
     items = match(inputs, weights, feature_config)
     if _are_traced(items):
@@ -62,6 +62,7 @@ def plan_batch(
         lookup, combined = plan_lookup(item, None), None
         check_splits(item.path, lookup)
         stack = stack_of[item.feature.table.name]
+        first_sizes[item.path] = (*lookup.output_shape[:-1], 1)[0]
         num_rows = lookup.bag.num_bags if lookup.bag.layout == "ragged" else (item.ids.shape or (1,))[0]
         inner = inner_size(lookup.bag, item.ids)
         if is_custom(lookup):
@@ -97,7 +98,12 @@ def plan_batch(
         )
         segments[stack.name] += size
         lookups.append(lookup)
-        live_rows.append(_live_rows(mask, num_rows))
+        live_rows.append(_live_rows(mask, first_sizes[item.path], num_rows))
+    if mask is not None and items and mask.size not in first_sizes.values():
+        raise ValueError(
+            f"mask must be [B], of as many rows as the activations of a feature have, got {mask.size}; the features have "
+            f"{first_sizes}. Of several ids an example, pass [B, k] or B bags, or set output_shape=(B, k)."
+        )
     return Plan(BatchLayout(Skeleton(inputs), tuple(features), places_of(stacks)), items, lookups, live_rows)
 
 
@@ -106,9 +112,9 @@ def is_traced(plan: Plan) -> bool:
     return _are_traced(plan.items)
 
 
-def _live_rows(mask: np.ndarray | None, num_rows: int) -> np.ndarray | None:
-    """A feature may have several rows an example; those of one with others than the batch's are all live."""
-    if mask is None or mask.all() or num_rows % mask.size:
+def _live_rows(mask: np.ndarray | None, first_size: int, num_rows: int) -> np.ndarray | None:
+    """All rows are live of a feature whose activations, [first_size, ...], are not by example."""
+    if mask is None or mask.all() or mask.size != first_size or num_rows % mask.size:
         return None
     return np.repeat(mask, num_rows // mask.size)
 

@@ -246,7 +246,7 @@ def optimizer_of(table: TableConfig, default: Optimizer | None) -> Optimizer:
     """The optimizer of a table.
 
     Raises:
-      ValueError: if it has none.
+      ValueError: if it has none, or one that is not registered.
     """
     own = table.optimizer if table.optimizer is not None else default
     if not isinstance(own, Optimizer):
@@ -254,16 +254,23 @@ def optimizer_of(table: TableConfig, default: Optimizer | None) -> Optimizer:
             f"table {table.name!r} needs an optimizer, got {own!r}; pass one to ShardedEmbedding or set "
             "TableConfig.optimizer, such as jaxembed.optimizers.Adagrad(0.05)."
         )
+    _ = own.slot_names  # one that is not registered says so, before anything else is found wrong with it
     return own
 
 
 def _check_sharding(table: TableConfig, optimizer: Optimizer, sharding: str, num_shards: int) -> None:
     if sharding not in SHARDINGS:
         raise ValueError(f"sharding of table {table.name!r} must be one of {SHARDINGS}, got {sharding!r}.")
-    if sharding == "column" and (table.dim % num_shards or not optimizer.is_elementwise):
+    if sharding == "column" and table.dim % num_shards:
         raise ValueError(
             f"table {table.name!r} cannot be column-sharded: its dim {table.dim} must be a multiple of the "
-            f"{num_shards} shards and its optimizer elementwise, got {type(optimizer).__name__}; use 'mod'."
+            f"{num_shards} shards; use 'mod'."
+        )
+    if sharding == "column" and not optimizer.is_elementwise:
+        raise ValueError(
+            f"table {table.name!r} cannot be column-sharded: its optimizer {type(optimizer).__name__} may mix the "
+            "components of a row; use 'mod', or set `is_elementwise = True` on the class if it updates each component "
+            "by itself."
         )
     if sharding == "replicated" and not optimizer.use_gradient_accumulation:
         raise ValueError(

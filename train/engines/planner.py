@@ -28,7 +28,8 @@ class TablePlan:
       name: of the table.
       sharding: "mod", "div", "table", "column" or "replicated".
       bytes_per_device: of rows and slots on each device, of the table in a stack of its own.
-      exchanged_bytes: a device and step, predicted.
+      exchanged_bytes: a device and step, predicted, its share of its stack's; of SparseCores' tables what the xla engine
+        would exchange.
       why: in words.
     """
 

@@ -173,7 +173,10 @@ def _why_not(table: TableConfig, optimizer: Optimizer, sharding: str, blocks: in
     if table.dtype != np.float32:
         return f"its dtype is {table.dtype}, SparseCores hold float32"
     if not optimizer.is_elementwise:
-        return f"its optimizer {type(optimizer).__name__} may mix the components of a row"
+        return (
+            f"its optimizer {type(optimizer).__name__} may mix the components of a row (set `is_elementwise = True` on "
+            "the class if it updates each component by itself)"
+        )
     if not optimizer.is_lazy:
         return f"its optimizer {type(optimizer).__name__} updates rows that are not looked up"
     if not optimizer.use_gradient_accumulation:

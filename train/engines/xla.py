@@ -134,9 +134,14 @@ def look_up(
         return take_rows(ex.row_kernels, table, rows)
 
     def decoded(values):
-        values = values.astype(jnp.float32)
         # Gradients pass it straight through: those below are of the rows themselves.
-        return values if stack.quantization is None else simulate_quantization(values, stack.quantization)
+        quantization = stack.quantization
+        if quantization is not None and quantization.num_buckets > 256 and values.dtype != jnp.float32:
+            # No codes stand for these: they are served as rows of the table's type, so rounded to it. Without the
+            # barrier a compiler may leave out a conversion to 16 bits and back.
+            return lax.optimization_barrier(simulate_quantization(values, quantization)).astype(jnp.float32)
+        values = values.astype(jnp.float32)
+        return values if quantization is None else simulate_quantization(values, quantization)
 
     def rows_of(rows):
         return decoded(stored(rows))

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from jaxembed.optimizers import Optimizer, optimizer_class
 
-from .data_config import PATHS, STRICT, Count, Data, Fraction
+from .data_config import PATHS, STRICT, Count, Data, Fraction, Seed
 
 Sharding = Literal["mod", "div", "table", "column", "replicated"]
 
@@ -105,7 +105,7 @@ class Training:
       epochs: passes over the data, which follow each other without a gap; the last batch is filled up from the next one.
         Of no effect where `steps` is given.
       steps: training steps in all; None takes `epochs`.
-      seed: of the initial parameters and the order of the examples.
+      seed: of the initial parameters and the order of the examples, in [0, 2**63).
       evaluate_every: steps between evaluations; None evaluates after every epoch. The end evaluates too.
       evaluation_batches: how many batches an evaluation reads at most; None for all.
       prefetch: batches made ahead while a step runs; 0 makes each when it is asked for.
@@ -116,7 +116,7 @@ class Training:
     batch_size: PositiveInt = 4096
     epochs: PositiveInt = 1
     steps: PositiveInt | None = None
-    seed: Count = 0
+    seed: Seed = 0
     evaluate_every: PositiveInt | None = None
     evaluation_batches: PositiveInt | None = None
     prefetch: Count = 2

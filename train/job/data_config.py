@@ -10,7 +10,11 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Sizes = PositiveInt | tuple[PositiveInt, ...]
+#: What numpy and JAX take as one; JAX keeps the lower 32 bits.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+#: Ids are int32.
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Sizes = Size | tuple[Size, ...]
 #: Fields below that name files.
 PATHS = ("path", "text", "train", "evaluation")
 #: V of Criteo's features where a job does not say it.
@@ -43,7 +47,8 @@ class CriteoData:
       path: folder that `convert_criteo` wrote; made from `text` where it does not exist. One that was made from
         another `text` or for other `vocabulary_sizes` is an error.
       text: the tab-separated files, in order; empty takes `path` as it is.
-      vocabulary_sizes: V of every feature, or one for all; None takes those of `path`, which is made with 1,000,000.
+      vocabulary_sizes: V of every feature, or one for all, below 2**31; None takes those of `path`, which is made with
+        1,000,000.
       validation: fraction of the examples to evaluate on.
     """
 
@@ -59,14 +64,14 @@ class ParquetFeature:
     """One feature in Parquet files.
 
     Args:
-      vocabulary_size: V of its table.
+      vocabulary_size: V of its table, below 2**31.
       column: of ids, integers or lists of them; None takes the feature's name.
       weights: column of weights, parallel to the ids; None for no weights.
       table: name of its table, which features may share; None takes the feature's name.
       combiner: of bags.
     """
 
-    vocabulary_size: PositiveInt
+    vocabulary_size: Size
     column: str | None = None
     weights: str | None = None
     table: str | None = None
@@ -100,10 +105,10 @@ class SyntheticData:
     Args:
       examples: to train on.
       evaluation_examples: to evaluate on.
-      vocabulary_sizes: V of every feature, or one for all.
+      vocabulary_sizes: V of every feature, or one for all; below 2**31.
       ids_per_feature: mean length of a bag; 1 gives one id an example.
       exponent: of the Zipf law of ids.
-      seed: of the examples.
+      seed: of the examples, in [0, 2**63).
     """
 
     kind: Literal["synthetic"] = "synthetic"
@@ -112,7 +117,7 @@ class SyntheticData:
     vocabulary_sizes: Sizes = 10_000
     ids_per_feature: Annotated[float, Field(ge=1)] = 1.0
     exponent: PositiveFloat = 1.05
-    seed: int = 0
+    seed: Seed = 0
 
 
 Data = Annotated[MovieLensData | CriteoData | ParquetData | SyntheticData, Field(discriminator="kind")]

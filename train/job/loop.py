@@ -244,8 +244,8 @@ class Job:
     def _trained(self, step: int, state: TrainState) -> dict[str, Any]:
         """What the steps since the last evaluation came to; the next ones are counted from zero."""
         assert self._report is not None
+        self._watch.finish(state)  # the steps that are counted run until here
         self._report.pause()
-        self._watch.finish(state)
         trained = {"step": step, "train": self._watch.result()}
         self._report.say(*self._watch.news())
         self._watch.reset()
@@ -289,8 +289,8 @@ class Job:
 
     def _save(self, state: TrainState, place: Any) -> None:
         assert self._report is not None
-        self._report.pause()
         self._watch.finish(state)
+        self._report.pause()
         step = int(state.embedding.step)
         self._checkpointer.save(
             state.embedding,

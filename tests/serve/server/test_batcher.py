@@ -280,27 +280,31 @@ def test_a_failing_model_fails_its_batch_and_nothing_else():
     run(check())
 
 
-def test_threads_that_cannot_be_started(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_threads_that_cannot_be_started(monkeypatch, error):
     """Those that there are run the batches; without any, requests are refused, and nothing is kept of them."""
-    lacking = True
+    lacking, said = True, []
     begin = threading.Thread.start
 
     def start(thread):
         if lacking:
-            raise RuntimeError("can't start new thread")
+            raise error
         begin(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr("jaxembed.serve.server.batcher._RETRY_SECONDS", 60.0)
 
     async def check():
         nonlocal lacking
         model, batcher = Model(), await started(at_once=2)
+        monkeypatch.setattr(batcher._metrics.log, "error", lambda message, extra: said.append(extra["reason"]))
         tasks = [asyncio.create_task(batcher.submit(model, rows(i, 4), soon())) for i in range(3)]
         for task in tasks:
             with pytest.raises(RequestError, match="no thread to run them") as caught:
                 await task
             assert (caught.value.status, caught.value.retry_after) == (503, 1)
         assert (batcher.queued_rows, model.batches) == (0, [])
+        assert said == [str(error) or "MemoryError"]
         lacking = False
         assert (await batcher.submit(model, rows(3), soon()))[0].tolist() == [3.0]
         lacking = True

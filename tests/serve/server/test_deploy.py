@@ -164,7 +164,7 @@ def test_dockerfile_starts_the_command():
     assert config_of(words[2:]).host == "0.0.0.0"
 
 
-def test_replicas_of_ray_have_the_cores_and_the_token_they_were_given(tmp_path, monkeypatch):
+def test_replicas_of_ray_have_the_cores_the_token_and_the_modules_they_were_given(tmp_path, monkeypatch):
     """With as much of Ray as makes the application; it is run by Ray in `test_ray.py`."""
     serve = types.SimpleNamespace(
         Application=object,
@@ -175,12 +175,16 @@ def test_replicas_of_ray_have_the_cores_and_the_token_they_were_given(tmp_path, 
     monkeypatch.setenv("JAXEMBED_ADMIN_TOKEN", "s3cret")
     monkeypatch.setenv("AIP_HTTP_PORT", "1234")  # not for it
     monkeypatch.setenv("NPROC", "99")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    (tmp_path / "imported_by_replicas.py").write_text("")
     specification = importlib.util.spec_from_file_location("ray_serve", DEPLOY / "ray_serve.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     monkeypatch.setattr(module, "make_app", lambda service, **_: service)
     for options, threads, batches in (("", 1, 1), ("--threads 3 --batches-at-once 2", 3, 2)):
+        options += " --import imported_by_replicas"
         config = module.app({"bundles": str(tmp_path), "options": options})().config
+        del sys.modules["imported_by_replicas"]
         assert (config.threads, config.batches_at_once, os.environ["NPROC"]) == (threads, batches, str(threads))
         assert (config.admin_token, config.http_port) == ("s3cret", 8000)
 

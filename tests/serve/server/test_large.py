@@ -321,6 +321,27 @@ def test_a_thread_that_cannot_be_started_leaves_nothing(monkeypatch):
     run(check())
 
 
+def test_nothing_is_read_after_the_end():
+    """Of what waited: it starts no thread, which nobody would end."""
+
+    async def check():
+        lanes, gate = Large(1 << 20, Metrics()), threading.Event()
+        calls = [
+            asyncio.create_task(lanes.run(monotonic() + 60, function)) for function in (gate.wait, gate.clear)
+        ]
+        await asyncio.sleep(0.05)
+        lanes.stop()
+        gate.set()
+        assert await calls[0]
+        for call in (calls[1], lanes.run(monotonic() + 60, gate.clear)):
+            with pytest.raises(RequestError, match="it is stopping") as caught:
+                await call
+            assert (caught.value.status, caught.value.retry_after) == (503, 1)
+        assert gate.is_set()
+
+    run(check())
+
+
 def test_a_process_that_dies_or_is_idle(shared_folder, monkeypatch):
     monkeypatch.setattr(large, "_IDLE_SECONDS", 0.2)
     monkeypatch.setattr(large, "_GRACE_SECONDS", 0.2)

@@ -109,6 +109,7 @@ def test_a_pin_that_cannot_be_written_changes_nothing(folder, checkpoint, tmp_pa
                 answer = await client.post("/admin/versions/0:activate")
             assert answer.status_code == 503
             assert "No space left on device; make room" in answer.json()["error"]
+            assert answer.headers["retry-after"] == "1"
             assert answer.json()["error"].endswith("Version 1 stays pinned.")
             assert await version_of(client) == 1
             assert [file.name for file in state.iterdir() if "pin" in file.name] == ["pin.json"]

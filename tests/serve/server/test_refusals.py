@@ -159,6 +159,7 @@ def test_refusals_that_cannot_be_sent_are_not_counted(make):
 
 
 LAST = PREDICT.replace(b"Host: x", b"Host: x\r\nConnection: close")
+OLD = PREDICT.replace(b"HTTP/1.1", b"HTTP/1.0")
 HEALTH = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -166,7 +167,8 @@ HEALTH = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
     ("sent", "leaving"),
     [
         (LAST, False),
-        (PREDICT.replace(b"HTTP/1.1", b"HTTP/1.0"), False),
+        (OLD, False),
+        (OLD.replace(b"Host: x", b"Host: x\r\nConnection: keep-alive"), False),
         (HEALTH + PREDICT, False),  # at its headers, an answer is due
         (PREDICT, True),
     ],
@@ -196,6 +198,52 @@ def test_what_is_not_refused_at_its_headers_finds_no_more_room_than_there_is(sha
             }
 
     run(check())
+
+
+@pytest.mark.parametrize(("head", "leaving"), [(LAST, False), (OLD, False), (PREDICT, True)])
+def test_a_refusal_that_ends_the_connection_reaches_who_still_sends(shared_folder, head, leaving):
+    """What is unread when a connection is closed resets it."""
+    body = bytes(8 << 20)
+    head = head.partition(b"Content-Length")[0] + b"Content-Length: %d\r\n\r\n" % len(body)
+
+    async def check():
+        async with serving_bundles(shared_folder, max_queue_requests=1) as (port, service):
+            service.leaving = leaving
+            with service.admission():
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(head + body)
+                await asyncio.wait_for(writer.drain(), 20)
+                assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
+                assert await asyncio.wait_for(reader.read(), 20) == b""
+                writer.close()
+            assert not service.admitted
+
+    run(check())
+
+
+@LOOPS
+@pytest.mark.parametrize("rest", [b"abc", b"abc" + HEALTH, b""])
+def test_the_body_of_the_last_request_ends_the_connection(make, rest):
+    """It was answered before; what follows is not, and it has so much time to come."""
+    begun = []
+
+    async def answering(scope, receive, send):
+        begun.append(scope["path"])
+        headers = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def check():
+        async with serving(answering, idle_timeout=20.0 if rest else 0.1) as (port, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(post(b"/x", b"abc", b"Connection: close")[:-3])
+            assert await asyncio.wait_for(answer_of(reader), 20) == (200, b"ok")
+            writer.write(rest)
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+            writer.close()
+            assert begun == ["/x"]
+
+    run_on(make, check())
 
 
 class Connection:

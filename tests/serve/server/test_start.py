@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 
+import jax
+import prometheus_client
 import pytest
 
 from jaxembed.cli import main
-from jaxembed.serve.server.config import MISTAKE, MISTAKE_STATUS, ServerConfig
+from jaxembed.serve.server.config import CONFIG_VARIABLE, MISTAKE, MISTAKE_STATUS, ServerConfig
 
 pytest.importorskip("uvicorn")
 
@@ -113,6 +115,30 @@ def test_workers_import_the_modules_of_the_command_line(tmp_path, monkeypatch):
         worker._import_modules(ServerConfig("bundles", imports=("nosuch",), state=str(tmp_path)))
     assert stopped.value.code == MISTAKE_STATUS
     assert (tmp_path / MISTAKE).read_text("utf-8").startswith("--import nosuch cannot be imported: No module")
+
+
+def test_what_modules_make_at_import_is_of_a_worker(tmp_path, monkeypatch):
+    """Metrics are in the files of its number, which are cleaned up when it dies, and arrays of its options."""
+    (tmp_path / "makes_metrics.py").write_text(
+        "import jax\nimport prometheus_client\n"
+        "prometheus_client.Gauge('mine', '', multiprocess_mode='livesum').set(7)\n"
+        "dispatches_apart = jax.config.read('jax_cpu_enable_async_dispatch')\n"
+    )
+    config = ServerConfig("bundles", imports=("makes_metrics", "nosuch"), state=str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["worker", "0", "-1", "0", "3"])
+    monkeypatch.setattr(worker.logs, "configure", lambda: None)
+    monkeypatch.setattr(prometheus_client.values, "ValueClass", prometheus_client.values.ValueClass)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setenv(CONFIG_VARIABLE, config.to_json())
+    before = jax.config.read("jax_cpu_enable_async_dispatch")
+    try:
+        with pytest.raises(SystemExit):
+            worker.main()
+    finally:
+        jax.config.update("jax_cpu_enable_async_dispatch", before)
+    assert b'"mine"' in (tmp_path / "gauge_livesum_3.db").read_bytes()
+    assert not sys.modules.pop("makes_metrics").dispatches_apart
 
 
 @pytest.mark.parametrize("flag", ["--state", "--compile-cache"])

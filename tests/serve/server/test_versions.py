@@ -440,9 +440,12 @@ def test_peers(tmp_path, monkeypatch):
     one, other = Peers(tmp_path), Peers(tmp_path)
     assert one.others() == {}  # somebody may clean the folder up
     one.clear()
+    pid = os.getpid()
+    assert not other.has_begun(pid)
+    one.begin()
     one.serve(3)
     assert one.others() == {}
-    pid = os.getpid()
+    assert other.has_begun(pid)
     monkeypatch.setattr(os, "getpid", lambda: pid + 1)
     assert other.others() == {pid: 3}
     other.serve(4)
@@ -451,5 +454,6 @@ def test_peers(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: pid)
     assert one.others() == {}
     other.forget(pid)
+    assert not other.has_begun(pid)
     monkeypatch.setattr(os, "getpid", lambda: pid + 1)
     assert other.others() == {}

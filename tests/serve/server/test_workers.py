@@ -41,7 +41,13 @@ def test_workers_that_serve_are_not_ended_for_one_that_never_starts(supervisor):
     assert supervisor._any_serves
     (supervisor._state.path / "serving" / "123-7").unlink()
     assert not supervisor._any_serves
-    supervisor._workers[0] = (Process(), old)
+    supervisor._workers[0] = (Process(), old)  # it may still import what it needs, and fail
+    supervisor._restart_dead()
+    assert not supervisor._any_serves
+    begun = supervisor._state.path / "serving" / f"{Process().pid}-begun"
+    begun.touch()
+    supervisor._restart_dead()
+    begun.unlink()  # by somebody who cleans up
     assert supervisor._any_serves
 
 
@@ -50,6 +56,7 @@ def test_a_process_that_cannot_be_made_is_made_later(supervisor, monkeypatch):
     dead.returncode = -9
     other = (Process(), time.monotonic())
     supervisor._workers = {0: (dead, time.monotonic() - 60), 1: other}
+    (supervisor._state.path / "serving" / f"{dead.pid}-begun").touch()
     lacks = [OSError(errno.EAGAIN, "no processes")]
 
     def start(*arguments, **options):
@@ -91,7 +98,7 @@ def test_a_supervisor_without_files_to_open_ends_nobody(supervisor, monkeypatch)
         def fail(*_):
             raise OSError(errno.EMFILE, "Too many open files")
 
-        lacking.setattr(supervisor._peers, "_remove", fail)
+        lacking.setattr(supervisor._peers, "_withdraw", fail)
         lacking.setattr("jaxembed.serve.server.peers.os.listdir", fail)
         supervisor._restart_dead()
         assert supervisor._workers == {0: (dead, supervisor._workers[0][1]), 1: other}
@@ -102,12 +109,13 @@ def test_a_supervisor_without_files_to_open_ends_nobody(supervisor, monkeypatch)
     assert not serving.exists()
 
 
-@pytest.mark.parametrize("serves", [False, True])
+@pytest.mark.parametrize("serves", ["never", "before", "still"])
 def test_a_mistake_that_took_long_to_find_is_said(supervisor, monkeypatch, serves):
-    """It ends the server unless another worker serves, which is told from what workers serve, not from their age."""
+    """It ends the server unless a worker ever served, which is told from what workers serve, not from their age."""
     (supervisor._state.path / workers.MISTAKE).write_text("model 'm:f' cannot be imported")
-    if serves:
-        (supervisor._state.path / "serving" / "123-7").touch()
+    serving = supervisor._state.path / "serving" / "123-7"
+    if serves != "never":
+        serving.touch()
     made, said = [], []
 
     def start(*arguments, **options):
@@ -116,6 +124,8 @@ def test_a_mistake_that_took_long_to_find_is_said(supervisor, monkeypatch, serve
             made[0].returncode = workers.MISTAKE_STATUS
         elif len(made) > 2:  # the mistaken one was replaced
             supervisor._stop.set()
+            if serves == "before":
+                serving.unlink()
         return made[-1]
 
     monkeypatch.setattr(workers.subprocess, "Popen", start)
@@ -125,7 +135,7 @@ def test_a_mistake_that_took_long_to_find_is_said(supervisor, monkeypatch, serve
     monkeypatch.setattr(
         supervisor._log, "error", lambda message, extra: said.append((message, extra.get("reason")))
     )
-    if serves:
+    if serves != "never":
         assert supervisor.run() == 0
         assert supervisor._mistake is None
         assert supervisor._failures == 1
