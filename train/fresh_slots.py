@@ -68,9 +68,9 @@ def _means_the_same(slot: str, optimizer: Optimizer, trained: Mapping[str, Any] 
     """Whether a slot is of numbers that the optimizer takes it for; older checkpoints do not say what trained them."""
     if trained is None or trained["name"] == optimizer.name:
         return True
-    decays = (trained.get("arguments", {}).get("beta2", 1), getattr(optimizer, "beta2", 1))
-    sums = {"adagrad", "adagrad_momentum", "ftrl"}  # of squared gradients
-    return slot == "accumulators" and {trained["name"], optimizer.name} <= sums and decays == (1, 1)
+    # Sums of squared gradients that start above 0; those of AdagradMomentum start from it, where FTRL has no rows.
+    is_sum = optimizer.name in ("adagrad", "ftrl", "adagrad_momentum") and getattr(optimizer, "beta2", 1) == 1
+    return slot == "accumulators" and trained["name"] in ("adagrad", "ftrl") and is_sum
 
 
 def _linears(optimizer: FTRL, opened: OpenedCheckpoint, name: str, accumulators: StoredArray) -> StoredArray:

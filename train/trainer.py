@@ -242,14 +242,15 @@ def _filled(activations: ActivationTree, live: jax.Array) -> ActivationTree:
 
     A model that divides by the norm of a row, or by a deviation within it, makes NaN of zeros, and a loss that leaves the
     row out does not keep that from the gradients of the parameters. These numbers differ from column to column and from
-    feature to feature.
+    feature to feature, and are small, for the averages of models that take no mask.
     """
     leaves, treedef = jax.tree.flatten(activations)
     filled = []
     for place, leaf in enumerate(leaves):
         if leaf.ndim > 1 and leaf.shape[0] == live.shape[0]:
             own = leaf.shape[1:]
-            row = jnp.sin(np.arange(1, 1 + math.prod(own), dtype=np.float32) + np.float32(place)).reshape(own)
+            angles = np.arange(1, 1 + math.prod(own), dtype=np.float32) + np.float32(place)
+            row = (np.float32(0.1) * jnp.sin(angles)).reshape(own)
             leaf = jnp.where(live.reshape(-1, *[1] * len(own)), leaf, row.astype(leaf.dtype))
         filled.append(leaf)
     return jax.tree.unflatten(treedef, filled)

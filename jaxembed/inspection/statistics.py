@@ -28,6 +28,8 @@ _SHIFT = 15
 MAX_DIGESTS = 1 << 24
 #: Equal rows of a block of which there are so many, and 1/1024 of its rows, are a large group.
 _LARGE_GROUP = 16
+#: Large groups that are counted by themselves; beyond, the sample tells.
+_MOST_LARGE = 1 << 14
 #: Shown of a form that cannot hold some of the rows.
 NOT_QUANTIZABLE = "not quantizable"
 
@@ -181,7 +183,8 @@ class _Duplicates:
         digests, counts = np.unique(self._digests(rows), return_counts=True)
         if self._share < 1:
             large = counts >= max(_LARGE_GROUP, rows.shape[0] >> 10)
-            self._large = np.union1d(self._large, digests[large])
+            if self._large.size < _MOST_LARGE:
+                self._large = np.union1d(self._large, digests[large])
             kept = (digests < np.uint64(int(self._share * 2**64))) | np.isin(digests, self._large)
             digests, counts = digests[kept], counts[kept]
         self._new.append((digests, counts))

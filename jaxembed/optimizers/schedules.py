@@ -141,4 +141,4 @@ def _whole(step: Scalar, decay_steps: int) -> Scalar:
 
     Of integers: a compiled division of floats by a constant multiplies by its inverse, which may fall short of the whole.
     """
-    return (jnp.floor(step).astype(jnp.int32) // decay_steps).astype(jnp.float32)
+    return (jnp.floor(step).astype(jnp.int32) // min(decay_steps, 2**31 - 1)).astype(jnp.float32)

@@ -182,6 +182,7 @@ class DeadlineProtocol(PipeliningProtocol):
         """The request is refused, or its handling begins."""
         self._outside = self._body_read = 0
         if self.transport.is_closing():  # it follows the last one
+            self._skips = True
             return
         parser = self.parser
         if parser.should_upgrade():

@@ -164,6 +164,8 @@ class PipeliningProtocol(HttpToolsProtocol):
     def _end(self, answer: bytes) -> None:
         """Ends the connection with `answer`, once all that is due is answered."""
         cycle, self._unparsed = self.cycle, None
+        if self._started is not None and self._started.response_complete and not self._started.keep_alive:
+            answer = b""  # the last one was given
         if cycle is not None and cycle.more_body and not cycle.response_complete:  # its body ends here
             if cycle is self._started:
                 self._close_with(b"" if cycle.response_started else answer)

@@ -74,10 +74,10 @@ class Supervisor:
         self._metrics.mkdir(parents=True)
         self._peers = Peers(self._state.path)
         self._peers.clear()
-        self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
+        self._workers: dict[int, subprocess.Popen[bytes]] = {}
         self._due: dict[int, float] = {}
         self._failures, self._lived, self._served = 0, False, False
-        self._begun: set[int] = set()  # remembered, as somebody may clean the folder up
+        self._begun: dict[int, float] = {}  # remembered, as somebody may clean the folder up
         self._mistake: str | None = None
         self._stop = threading.Event()
         self._log = logs.logger()
@@ -90,7 +90,7 @@ class Supervisor:
     @property
     def pids(self) -> list[int]:
         """Of the workers."""
-        return [process.pid for process, _ in self._workers.values()]
+        return [process.pid for process in self._workers.values()]
 
     def run(self) -> int:
         """Runs until SIGTERM or SIGINT; 0 if all workers ended in time, 1 also if none can be started.
@@ -134,14 +134,13 @@ class Supervisor:
         """Whether a worker ever lived long, or has a version to serve: one that does is not ended for another's sake."""
         now = time.monotonic()
         self._lived |= any(
-            process.poll() is None and self._is_healthy(process.pid, now - started)
-            for process, started in self._workers.values()
+            process.poll() is None and self._is_healthy(process.pid, now) for process in self._workers.values()
         )
         return self._lived or self._serves
 
-    def _is_healthy(self, pid: int, age: float) -> bool:
+    def _is_healthy(self, pid: int, now: float) -> bool:
         """To find out that it cannot begin may take a worker long, and is no life."""
-        return age > _HEALTHY_SECONDS and pid in self._begun
+        return pid in self._begun and now - self._begun[pid] > _HEALTHY_SECONDS
 
     @property
     def _serves(self) -> bool:
@@ -175,19 +174,20 @@ class Supervisor:
             # What XLA sizes its threads by; there is no option for it.
             "NPROC": str(self._config.threads or cores_of_worker(self._config.workers)),
         }
-        process = subprocess.Popen(command, pass_fds=[descriptor], env=environment, start_new_session=True)
-        self._workers[slot] = (process, time.monotonic())
+        self._workers[slot] = subprocess.Popen(
+            command, pass_fds=[descriptor], env=environment, start_new_session=True
+        )
 
     def _restart_dead(self) -> None:
-        waited = set(self.pids) - self._begun
-        self._begun |= {pid for pid in waited if self._peers.has_begun(pid)}
-        for slot, (process, started) in list(self._workers.items()):
+        waited = set(self.pids) - self._begun.keys()
+        self._begun |= {pid: time.monotonic() for pid in waited if self._peers.has_begun(pid)}
+        for slot, process in list(self._workers.items()):
             if process.poll() is None:
                 continue
             if slot not in self._due:
                 now = time.monotonic()
-                lived = self._is_healthy(process.pid, now - started)
-                self._begun.discard(process.pid)
+                lived = self._is_healthy(process.pid, now)
+                self._begun.pop(process.pid, None)
                 with contextlib.suppress(OSError):  # else before the next one starts
                     self._forget(slot, process.pid)
                 self._lived |= lived
@@ -224,12 +224,12 @@ class Supervisor:
 
     def _end(self) -> int:
         self._listener.close()  # the workers' last one decides when connections are refused
-        for process, _ in self._workers.values():
+        for process in self._workers.values():
             if process.poll() is None:
                 process.terminate()
         config, late = self._config, 0
         until = time.monotonic() + config.drain_grace + config.drain_timeout + ENDING_SECONDS
-        for process, _ in self._workers.values():
+        for process in self._workers.values():
             try:
                 process.wait(max(until - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:

@@ -168,7 +168,7 @@ def test_slots_of_another_optimizer_are_kept_where_they_mean_the_same(tmp_path, 
         found = after.slots(checkpointer.restore(partial=True, fresh_slots=True).state)["a"]
     kept = before.slots(state)["a"]
     for slot, initial in restored.slot_initial_values.items():
-        if slot == "accumulators" and (saved == restored or getattr(saved, "beta2", 1) == 1):
+        if slot == "accumulators" and (saved == restored or not isinstance(saved, AdagradMomentum)):
             np.testing.assert_array_equal(found[slot], kept[slot])
         elif slot != "linears":
             assert (np.asarray(found[slot]) == np.float32(initial)).all()

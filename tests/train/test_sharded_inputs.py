@@ -195,7 +195,8 @@ def test_a_feature_may_have_several_rows_an_example_or_none_of_it():
 def test_a_mask_of_no_feature_is_refused(size):
     own = ShardedEmbedding({"t": FeatureConfig(SUM)}, SGD(1.0), mesh(2))
     with pytest.raises(ValueError, match=rf"mask must be \[B\], .* got {size}; the features have {{'t': 8}}"):
-        own.shard_batch({"t": np.arange(8)}, None, np.ones(size))
+        own.shard_batch({"t": np.arange(8)}, None, np.arange(size) > 0)
+    own.shard_batch({"t": np.arange(8)}, None, np.ones(size))  # which asks for nothing
 
 
 def test_traced_ids_are_those_of_all_hosts():

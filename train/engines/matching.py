@@ -99,7 +99,7 @@ def plan_batch(
         segments[stack.name] += size
         lookups.append(lookup)
         live_rows.append(_live_rows(mask, first_sizes[item.path], num_rows))
-    if mask is not None and items and mask.size not in first_sizes.values():
+    if mask is not None and not mask.all() and items and mask.size not in first_sizes.values():
         raise ValueError(
             f"mask must be [B], of as many rows as the activations of a feature have, got {mask.size}; the features have "
             f"{first_sizes}. Of several ids an example, pass [B, k] or B bags, or set output_shape=(B, k)."

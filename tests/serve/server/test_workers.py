@@ -34,29 +34,27 @@ def supervisor(tmp_path):
 
 
 def test_workers_that_serve_are_not_ended_for_one_that_never_starts(supervisor):
-    young, old = time.monotonic(), time.monotonic() - 60
-    supervisor._workers = {0: (Process(), young), 1: (Process(), young)}
+    supervisor._workers = {0: Process(), 1: Process()}
     assert not supervisor._any_serves
     (supervisor._state.path / "serving" / "123-7").touch()  # one that began to serve at once
     assert supervisor._any_serves
     (supervisor._state.path / "serving" / "123-7").unlink()
     assert not supervisor._any_serves
-    supervisor._workers[0] = (Process(), old)  # it may still import what it needs, and fail
-    supervisor._restart_dead()
-    assert not supervisor._any_serves
     begun = supervisor._state.path / "serving" / f"{Process().pid}-begun"
     begun.touch()
     supervisor._restart_dead()
     begun.unlink()  # by somebody who cleans up
+    assert not supervisor._any_serves
+    supervisor._begun[Process().pid] -= 60
     assert supervisor._any_serves
 
 
 def test_a_process_that_cannot_be_made_is_made_later(supervisor, monkeypatch):
     dead = Process()
     dead.returncode = -9
-    other = (Process(), time.monotonic())
-    supervisor._workers = {0: (dead, time.monotonic() - 60), 1: other}
-    (supervisor._state.path / "serving" / f"{dead.pid}-begun").touch()
+    other = Process()
+    supervisor._workers = {0: dead, 1: other}
+    supervisor._begun[dead.pid] = time.monotonic() - 60
     lacks = [OSError(errno.EAGAIN, "no processes")]
 
     def start(*arguments, **options):
@@ -67,18 +65,17 @@ def test_a_process_that_cannot_be_made_is_made_later(supervisor, monkeypatch):
     monkeypatch.setattr(workers.subprocess, "Popen", start)
     monkeypatch.setattr(workers, "_RETRY_SECONDS", 0.05)
     supervisor._restart_dead()
-    assert supervisor._workers[0][0] is dead
+    assert supervisor._workers[0] is dead
     supervisor._restart_dead()  # not at once
-    assert supervisor._workers[0][0] is dead
+    assert supervisor._workers[0] is dead
     time.sleep(0.1)
     supervisor._restart_dead()
-    assert supervisor._workers[0][0].poll() is None
+    assert supervisor._workers[0].poll() is None
     assert supervisor._workers[1] is other
     assert not supervisor._due
     assert supervisor._failures == 0  # it is not the command line's
     supervisor._failures = 5000  # a slot that died young for weeks, beside others that serve
-    supervisor._workers[1][0].returncode = -9
-    supervisor._workers[1] = (supervisor._workers[1][0], time.monotonic())
+    supervisor._workers[1].returncode = -9
     supervisor._restart_dead()
     assert supervisor._due[1] <= time.monotonic() + workers._SLOWEST_RESTART
 
@@ -87,8 +84,9 @@ def test_a_supervisor_without_files_to_open_ends_nobody(supervisor, monkeypatch)
     """A worker that died is forgotten, and replaced, once there are some."""
     dead = Process()
     dead.pid, dead.returncode = 123, -9
-    other = (Process(), time.monotonic())
-    supervisor._workers = {0: (dead, time.monotonic() - 60), 1: other}
+    other = Process()
+    supervisor._workers = {0: dead, 1: other}
+    supervisor._begun[dead.pid] = time.monotonic() - 60
     serving = supervisor._state.path / "serving" / "123-7"
     serving.touch()
     monkeypatch.setattr(workers.subprocess, "Popen", Process)
@@ -101,11 +99,11 @@ def test_a_supervisor_without_files_to_open_ends_nobody(supervisor, monkeypatch)
         lacking.setattr(supervisor._peers, "_withdraw", fail)
         lacking.setattr("jaxembed.serve.server.peers.os.listdir", fail)
         supervisor._restart_dead()
-        assert supervisor._workers == {0: (dead, supervisor._workers[0][1]), 1: other}
+        assert supervisor._workers == {0: dead, 1: other}
         supervisor._lived = False
         assert supervisor._any_serves
     supervisor._restart_dead()
-    assert supervisor._workers[0][0].poll() is None
+    assert supervisor._workers[0].poll() is None
     assert not serving.exists()
 
 
@@ -161,7 +159,7 @@ def test_workers_that_die_count_on_in_the_same_files(supervisor, monkeypatch):
             metrics.queued(5)
             metrics.flush()
             lines = set(metrics.text().decode().splitlines())
-            supervisor._workers[slot][0].returncode = -9
+            supervisor._workers[slot].returncode = -9
         assert f'jaxembed_requests_total{{protocol="tf_rest",status="200"}} {2.0 * deaths}' in lines
         assert f'jaxembed_request_seconds_count{{protocol="tf_rest"}} {2.0 * deaths}' in lines
         assert "jaxembed_queued_rows 10.0" in lines
@@ -174,7 +172,7 @@ def test_workers_that_die_count_on_in_the_same_files(supervisor, monkeypatch):
 def test_a_process_that_can_never_be_made_counts_as_one_that_dies(supervisor, monkeypatch):
     dead = Process()
     dead.returncode = 1
-    supervisor._workers = {0: (dead, time.monotonic())}
+    supervisor._workers = {0: dead}
 
     def start(*arguments, **options):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "python")
