@@ -84,7 +84,7 @@ def test_a_worker_whose_supervisor_ended_before_it_began(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         command = [sys.executable, "-P", "-m", "jaxembed.serve.server.worker"]
         worker = subprocess.Popen(
-            [*command, str(listener.fileno()), "-1", str(ended.pid)],
+            [*command, str(listener.fileno()), "-1", str(ended.pid), "0"],
             pass_fds=[listener.fileno()],
             env={**os.environ, CONFIG_VARIABLE: config.to_json()},
             stderr=subprocess.PIPE,
