@@ -2,12 +2,15 @@
 
 A table is the only variable of a layer of its name below `_default_device_embedding_layers`. To write, a weights
 file of the model is needed (layout): the order of its layers is the model's, so its tables are replaced in a copy.
+On SparseCore the layer's own variables are stacks of tables, in an order of rows that the file does not say.
 """
 
 import os
 import pathlib
+import re
 import shutil
 import threading
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ LAYOUT = ("write",)
 COMBINER_WEIGHTS = False
 KEYS = True
 LAYERS = "_default_device_embedding_layers/"
+_LAYER = re.compile(r"distributed_embedding(_\d+)?")
 
 
 def matches(path: pathlib.Path) -> bool:
@@ -35,7 +39,8 @@ def matches(path: pathlib.Path) -> bool:
 def read(path: pathlib.Path, options: Options) -> Source:
     """Opens the file; rows are read as they are asked for."""
     file = _open(path, "r")
-    arrays, names = _datasets(file)
+    arrays, names, stacks = _datasets(file)
+    _refuse_stacks(path, stacks if options.keys is None else stacks & options.keys.keys())
     lock = threading.Lock()
 
     def array_of(key: str, dataset: Any) -> StoredArray:
@@ -88,31 +93,47 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
         shutil.copyfileobj(source, target, 16 << 20)
     notes = []
     with _open(out, "r+") as file:
+        _, names, _ = _datasets(file)
         for stream, key in _places(template, file, contents):
+            names.pop(key, None)
             for start, rows in stream.blocks():
                 file[key][start : start + rows.shape[0]] = rows
             notes.append(f"table {stream.table!r} -> {key}")
-        kept = sorted(set(_datasets(file)[1].values()) - {stream.table for stream in contents.tables})
+        kept = sorted(names.values())
     return notes + ([f"as they were in {template}: tables {', '.join(kept)}"] if kept else [])
 
 
 def _places(template: pathlib.Path, file: Any, contents: Contents) -> list[tuple[Stream, str]]:
     """Each table with the name of its array in the file."""
-    arrays, names = _datasets(file)
-    found = []
+    arrays, names, stacks = _datasets(file)
+    found: dict[str, Stream] = {}
     for stream in contents.tables:
         key = key_for(contents.options, (stream.table, None))
         keys = [key] if key is not None else [k for k, name in names.items() if name == stream.table]
         if len(keys) != 1 or keys[0] not in arrays:
             raise ValueError(f"{template} has no table {stream.table!r}; it has {sorted(names.values())}.")
+        _refuse_stacks(template, stacks & {keys[0]})
+        if keys[0] in found:
+            raise ValueError(
+                f"tables {found[keys[0]].table!r} and {stream.table!r} would both be {keys[0]}; give one another key."
+            )
         dataset = arrays[keys[0]]
         if (dataset.shape, dataset.dtype) != (stream.shape, stream.dtype):
             raise ValueError(
                 f"{template}: {keys[0]} must be {stream.dtype.name}{list(stream.shape)}, got "
                 f"{dataset.dtype.name}{list(dataset.shape)}."
             )
-        found.append((stream, keys[0]))
-    return found
+        found[keys[0]] = stream
+    return [(stream, key) for key, stream in found.items()]
+
+
+def _refuse_stacks(path: pathlib.Path, stacks: Set[str]) -> None:
+    if stacks:
+        raise ValueError(
+            f"{path}: {min(stacks)} is a stack of tables on SparseCores, whose rows lie in an order that the file does not say; "
+            "use layer.get_embedding_tables() and layer.set_embedding_tables(...) instead: what "
+            "np.savez(FILE, **layer.get_embedding_tables()) saves can be converted, and to npz back."
+        )
 
 
 def _open(path: pathlib.Path, mode: str) -> Any:
@@ -129,11 +150,12 @@ def _open(path: pathlib.Path, mode: str) -> Any:
         raise CheckpointError(f"{path} is no HDF5 file, or is damaged: {str(e)[:200]}.") from e
 
 
-def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The arrays of numbers by path, and the names of the tables among them."""
+def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str], set[str]]:
+    """The arrays of numbers by path, the names of the tables among them, and the stacks of tables."""
     h5py: Any = needed("h5py", "keras-rs")
     arrays: dict[str, Any] = {}
     names: dict[str, str] = {}
+    stacks: set[str] = set()
 
     def visit(key: str, item: Any) -> None:
         key = key if isinstance(key, str) else os.fsdecode(key)
@@ -147,11 +169,17 @@ def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str]]:
             return
         arrays[key] = item
         name = item.parent.attrs.get("name")
-        if LAYERS in key and item.ndim == 2 and isinstance(name, str | bytes):
-            names[key] = name if isinstance(name, str) else name.decode(errors="replace")
+        if item.ndim != 2 or not isinstance(name, str | bytes):
+            return
+        name = name if isinstance(name, str) else name.decode(errors="replace")
+        if LAYERS in key:
+            names[key] = name
+        # A layer lies at the name of its class, or of the model's attribute.
+        elif any(map(_LAYER.fullmatch, (name, *key.split("/")[-3:-2]))):
+            stacks.add(key)
 
     try:
         file.visititems(visit)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError) as e:
         raise CheckpointError(f"{file.filename} is damaged: {str(e)[:200]}.") from e
-    return arrays, names
+    return arrays, names, stacks

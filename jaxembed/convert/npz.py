@@ -67,15 +67,14 @@ def read(path: pathlib.Path, options: Options) -> Source:
             for name, info in members.items()
             if name.endswith(".npy")
         }
-        known = {}
-        if SIDECAR in members:
-            if members[SIDECAR].file_size > MAX_SIDECAR:
-                raise ValueError(f"{SIDECAR} is too large")
-            known = read_sidecar(path, archive.read(SIDECAR))
+        if SIDECAR in members and members[SIDECAR].file_size > MAX_SIDECAR:
+            raise ValueError(f"{SIDECAR} is too large")
+        sidecar = archive.read(SIDECAR) if SIDECAR in members else None
     except (zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError, ValueError, *OTHERS) as e:
         raise CheckpointError(f"{path} is no .npz file, or is damaged: {str(e)[:300]}.") from e
     finally:
         os.close(descriptor)
+    known = {} if sidecar is None else read_sidecar(f"{path}: {SIDECAR}", sidecar)
     tables, slots, notes = place_arrays(path, arrays, options, guess_place)
     return Source(tables, slots, notes=notes, **known)
 

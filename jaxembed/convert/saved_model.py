@@ -22,6 +22,7 @@ References:
 """
 
 import dataclasses
+import math
 import pathlib
 import re
 import warnings
@@ -128,6 +129,12 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
     notes += [
         f"feature {path!r} -> inputs {name}, {name}_{SPLITS}; output {name}" for path, name in names.items()
     ]
+    notes += [
+        f"feature {path!r} takes ragged batches of {math.prod(feature.output_shape)} bags, combined to its output_shape "
+        f"{list(feature.output_shape)}; smaller ones, a sequence a bag, have no place in a SavedModel"
+        for path, feature in flat_features(config).items()
+        if feature.output_shape is not None
+    ]
     return [*notes, f"signatures: {', '.join(kind.signature for kind in kinds_of(config))}"]
 
 
@@ -145,7 +152,8 @@ def export_saved_model(
 
     Args:
       out: a new folder; TensorFlow Serving wants it named by a number.
-      feature_config: the feature configuration.
+      feature_config: the feature configuration. Of an output_shape, ragged batches have as many bags as its product,
+        which are combined: smaller ones, a sequence a bag, have no place in a SavedModel.
       tables: by TableConfig or name, [V, D] float32, bfloat16 or float16, or QuantizedTables, whose values are written.
         Arrays of tables with a quantization_config are written as training looked them up.
       combiner_weights: by table name, the [num_weights] weights of its CustomCombiner.

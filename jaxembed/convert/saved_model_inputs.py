@@ -258,7 +258,7 @@ def _live_ragged(tf: Any, feature: FeatureConfig, parts: Mapping[str, Any], coun
     """Which entries are looked up: those before the last split, and within the length of a sequence."""
     splits, at = parts[SPLITS], tf.range(tf.cast(count, tf.int64))
     live = at < splits[-1]
-    if feature.max_sequence_length:
+    if feature.max_sequence_length and feature.output_shape is None:
         row = tf.maximum(tf.searchsorted(splits, at, side="right", out_type=tf.int64) - 1, 0)
         live &= at - tf.gather(splits, row) < feature.max_sequence_length
     return live

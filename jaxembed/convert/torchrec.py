@@ -181,8 +181,9 @@ def _save_sharded(out: pathlib.Path, contents: Contents, names: Mapping[str, Str
     state: dict[str, Any] = {MODEL: {name: _tensor(out, next(count), stream) for name, stream in names.items()}}
     notes = []
     for name, table in names.items():
+        module = found[1] if (found := _TABLE.search(name)) else table.table
         for slot, stream in slots.get(table.table, {}).items():
-            key = f"{table.table}.{_STATES[tuple(sorted(slots[table.table]))][slot]}"
+            key = f"{module}.{_STATES[tuple(sorted(slots[table.table]))][slot]}"
             of_key = state.setdefault(OPTIMIZER, {"state": {}})["state"].setdefault(name, {})
             of_key[key] = _tensor(out, next(count), stream)
             notes.append(f"slot {slot!r} of table {table.table!r} -> {OPTIMIZER}.state.{name}.{key}")
@@ -193,7 +194,13 @@ def _save_sharded(out: pathlib.Path, contents: Contents, names: Mapping[str, Str
     wanted = (
         f'{{"{MODEL}": model.state_dict()' + (f', "{OPTIMIZER}": optimizer.state_dict()' if slots else "") + "}"
     )
-    return [*notes, f"load it with torch.distributed.checkpoint.load({wanted}, checkpoint_id=...)"]
+    notes.append(f"load it with torch.distributed.checkpoint.load({wanted}, checkpoint_id=...)")
+    if names.keys() - (contents.options.keys or {}):
+        notes.append(
+            "model is an EmbeddingBagCollection by itself: keys (--keys) name the arrays of a model around it, or of an "
+            "EmbeddingCollection"
+        )
+    return notes
 
 
 def _safetensors(names: Mapping[str, Stream]) -> Iterator[Any]:

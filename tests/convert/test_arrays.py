@@ -22,7 +22,7 @@ import pytest
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxembed import FeatureConfig, HashBuckets, QuantizationConfig, TableConfig, serve
+from jaxembed import FeatureConfig, HashBuckets, QuantizationConfig, TableConfig, combiners, serve
 from jaxembed.checkpoint import layout, read_checkpoint, whole_steps
 from jaxembed.cli import main
 from jaxembed.combiners import CustomCombiner, register_combiner
@@ -31,6 +31,7 @@ from jaxembed.convert.interface import Stream, stored
 from jaxembed.convert.keys import keys_from_json, own_key, own_place
 from jaxembed.convert.mapped import new_mapped, temporary_mapped
 from jaxembed.initializers import Constant
+from jaxembed.names import UnregisteredError
 from jaxembed.optimizers import Adagrad
 from jaxembed.serialization import feature_config_to_json
 from jaxembed.train import Checkpointer, ShardedEmbedding
@@ -88,6 +89,16 @@ def test_weights_of_custom_combiners_go_along(tmp_path):
     np.testing.assert_array_equal(read_checkpoint(back.path).combiner_weights["t"], weights["t"])
     lost = convert(tmp_path / "checkpoint", tmp_path / "a.pt", target_format="torchrec")
     assert "weights of custom combiners" in str(lost.notes)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])
+def test_a_combiner_that_is_not_registered_is_no_damage(tmp_path, monkeypatch, name):
+    table = TableConfig(20, 4, name="t", combiner=CustomCombiner(weighted, 3))
+    np.savez(tmp_path / "t.npz", t=np.ones((20, 4), np.float32))
+    convert(tmp_path / "t.npz", tmp_path / name, feature_config={"x": FeatureConfig(table)})
+    monkeypatch.setattr(combiners, "_REGISTRY", {})
+    with pytest.raises(UnregisteredError, match=rf"{name}.*unknown combiner .*--import MODULE"):
+        convert(tmp_path / name, tmp_path / "out")
 
 
 def test_missing_weights_of_custom_combiners(tmp_path, capsys):

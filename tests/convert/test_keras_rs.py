@@ -87,6 +87,43 @@ def test_keys_of_either_side(tmp_path):
             np.testing.assert_array_equal(file[path], rows)
 
 
+def test_tables_of_other_names(tmp_path):
+    """Two go to no one array, and what was written is told of by its array, not by its name."""
+    rows = np.ones((4, 2), np.float32)
+    weights(tmp_path / "m.h5", movie=rows, user=rows)
+    path = "layers/e/_default_device_embedding_layers/embed_reduce_0/vars/0"
+    common = {"keys": {path: ("film", None)}, "layout": tmp_path / "m.h5"}
+    np.savez(tmp_path / "a.npz", film=rows)
+    np.savez(tmp_path / "b.npz", film=rows, movie=rows)
+    for name in "ab":
+        convert(tmp_path / f"{name}.npz", tmp_path / name, target_format="jaxembed")
+    report = convert(tmp_path / "a", tmp_path / "out.h5", **common)
+    assert report.notes[-1] == f"as they were in {tmp_path / 'm.h5'}: tables user"
+    with pytest.raises(ValueError, match=f"'film' and 'movie' would both be {path}; give one another key"):
+        convert(tmp_path / "b", tmp_path / "both.h5", **common)
+    assert not (tmp_path / "both.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [("layers/distributed_embedding_1", "mine"), ("embedding", "distributed_embedding")]
+)
+def test_stacks_of_sparse_cores_are_refused(tmp_path, group, name):
+    """Whatever the keys say: their rows are in another order. A table beside them has its own."""
+    rows = np.ones((4, 2), np.float32)
+    stack, alone = f"{group}/vars/0", f"{group}/_default_device_embedding_layers/embed_reduce/vars/0"
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file[stack] = file[alone] = rows
+        file[f"{group}/vars"].attrs["name"] = name
+        file[alone].parent.attrs["name"] = "t"
+    message = rf"{stack} is a stack of tables on SparseCores.*np\.savez\(FILE, \*\*layer\.get_embedding_tables"
+    for keys in (None, {stack: ("t", None)}):
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "m.h5", tmp_path / "out", keys=keys)
+    convert(tmp_path / "m.h5", tmp_path / "steps", keys={alone: ("t", None)})
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "steps", tmp_path / "out.h5", keys={stack: ("t", None)}, layout=tmp_path / "m.h5")
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     rows = np.ones((4, 2), np.float32)
     weights(tmp_path / "m.weights.h5", t=rows)

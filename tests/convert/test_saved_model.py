@@ -258,6 +258,35 @@ def test_raw_ids_weights_sparse_ids_and_custom_combiners(tensorflow, tmp_path, s
             np.testing.assert_allclose(theirs[name], activations, rtol=1e-6, atol=1e-6)
 
 
+SHAPED_PROGRAM = """
+import sys
+import numpy as np
+import tensorflow as tf
+served = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+for last in (9, 999_999):
+    bags = tf.ragged.constant([[0, 1, last], [], [2], []], tf.int64)
+    try:
+        np.save(sys.argv[2], served(x=bags.values, x_row_splits=bags.row_splits)["x"])
+    except tf.errors.InvalidArgumentError as e:
+        assert last == 999_999 and "outside of [0, 10)" in str(e), e
+    else:
+        assert last == 9, "a bad id was served"
+"""
+
+
+def test_output_shape_goes_before_max_sequence_length(tensorflow, tmp_path):
+    """All ids of a bag are looked up, and so are checked, beyond the length, too."""
+    rows = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", t=rows)
+    features = {"x": FeatureConfig(TableConfig(10, 4, name="t"), max_sequence_length=2, output_shape=(2, 2))}
+    report = convert(tmp_path / "a.npz", tmp_path / "1", target_format="saved-model", feature_config=features)
+    assert any("takes ragged batches of 4 bags, combined to its output_shape [2, 2]" in n for n in report.notes)
+    tensorflow(SHAPED_PROGRAM, report.path, tmp_path / "out.npy")
+    bags = {"x": RaggedTensor.from_lists([[0, 1, 9], [], [2], []])}
+    expected = serving_embedding_lookup(bags, None, {"t": rows}, features)["x"]
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_what_it_has_no_place_for_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", t=np.ones((4, 2), np.float32))
     table = TableConfig(4, 2, name="t")

@@ -257,6 +257,28 @@ def test_sharded_checkpoints_of_torch(tmp_path, capsys):
     assert [a.digest for a in third.arrays] == [a.digest for a in report.arrays]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_slots_of_tables_by_other_names(tmp_path):
+    """TorchRec names a slot after the module of the table, which a key may name otherwise than the table."""
+    modules = {"item": "embedding_bags.t_item.weight", "user": "net.embeddings.t_user.weight"}
+    arrays = {f"tables/{name}": np.full((3, 2), i, np.float32) for i, name in enumerate(modules)}
+    arrays |= {
+        f"slots/{name}/accumulators": np.full((3, 2), 5 + i, np.float32) for i, name in enumerate(modules)
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    convert(tmp_path / "a.npz", tmp_path / "steps", target_format="jaxembed")
+    keys = {module: (name, None) for name, module in modules.items()}
+    report = convert(tmp_path / "steps", tmp_path / "sharded", target_format="torchrec", keys=keys)
+    assert not any(note.startswith("model is an EmbeddingBagCollection by itself") for note in report.notes)
+    back = open_source(tmp_path / "sharded")
+    assert sorted(back.slots) == ["t_item", "t_user"]
+    for name in modules:
+        slot = back.slots[f"t_{name}"]["accumulators"]
+        np.testing.assert_array_equal(slot.read(), arrays[f"slots/{name}/accumulators"])
+    bare = convert(tmp_path / "steps", tmp_path / "bare", target_format="torchrec")
+    assert bare.notes[-1].startswith("model is an EmbeddingBagCollection by itself")
+
+
 @pytest.mark.parametrize("optimizer", ["EXACT_ADAGRAD", "EXACT_ROWWISE_ADAGRAD"])
 def test_sharded_checkpoints_of_torchrec(tmp_path, optimizer):
     """TorchRec's own fused optimizer trains on from what was converted to a checkpoint and back."""
