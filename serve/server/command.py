@@ -51,7 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a dense input and its size, such as 13 or 4,8",
     )
     add_import(parser)
-    parser.add_argument("--weighted", action="append", default=[], metavar="FEATURE", help="may carry weights")
+    parser.add_argument(
+        "--weighted",
+        action="append",
+        default=[],
+        metavar="FEATURE",
+        help="may carry weights, besides those exported so",
+    )
     parser.add_argument("--max-ids-per-row", type=int, help="default: what was exported, or 128")
     parser.add_argument(
         "--tables",
@@ -62,7 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch-rows", type=int, default=256)
     parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="how long a request waits for others")
     parser.add_argument("--batches-at-once", type=int, help="of a worker; default: its share of the cores")
-    parser.add_argument("--max-queue-requests", type=int, default=512)
+    parser.add_argument(
+        "--max-queue-requests",
+        type=int,
+        default=512,
+        help="requests of a worker that wait or run, over which they are refused: requests a second x seconds that one may "
+        "wait; default: 512",
+    )
     parser.add_argument(
         "--max-queue-rows", type=int, default=8192, help="rows that wait or run, and most of one request"
     )

@@ -32,14 +32,16 @@ class ServerConfig:
         bundle, or the embeddings of one without.
       imports: modules to import first, which register the combiners of the bundle.
       dense_inputs: by name, the shape of one row of the dense inputs of that model.
-      weighted: paths of the features for which requests may carry weights.
+      weighted: paths of the features for which requests may carry weights, besides those that were exported so; with a
+        `model`, these alone.
       max_ids_per_row: limit of ids of one row of one feature; None takes what was exported, or 128.
       tables: "mapped" from their files, or copied into "memory", on huge pages.
       max_batch_rows: rows that run at once.
       batch_wait_ms: how long a request may wait for others to run with, at most.
       batches_at_once: batches that run at a time in a worker, each on a thread; None takes the worker's share of the
         cores.
-      max_queue_requests: requests that wait or run; more are refused. Over HTTP, as many bodies may be under way besides.
+      max_queue_requests: of a worker, requests that wait or run; more are refused. Divided by the requests that it answers a
+        second, that is about how long an admitted one waits at worst. Over HTTP, as many bodies may be under way besides.
       max_queue_rows: rows that wait or run; more are refused, as are requests that have more themselves.
       max_body_bytes: of a request, also after it is decompressed; over gRPC 2 GiB - 1 at most.
       body_timeout: seconds in which the body of a request must arrive.

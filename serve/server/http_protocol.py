@@ -263,6 +263,7 @@ class DeadlineProtocol(PipeliningProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        self._seen, self._parts = None, []
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         # Others whose headers come before it is admitted are refused at theirs.

@@ -182,14 +182,15 @@ class _Lane:
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future[Any]:
         try:
             return self._pool.submit(function, *arguments)
-        except RuntimeError:
+        except BaseException as e:
+            self._free.release()
             if self._ended:
-                self._free.release()
                 raise unavailable("it is stopping") from None
             # The pool keeps the call that it has no thread for, and its body: before the next one it would run.
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = concurrent.futures.ThreadPoolExecutor(1, self._name)
-            self._free.release()
+            if not isinstance(e, RuntimeError):  # there is no memory, say
+                raise
             raise unavailable("it has no thread for large ones, and can start none") from None
 
     def call_soon(self, function: Callable[[], None]) -> None:

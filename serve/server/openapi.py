@@ -19,6 +19,26 @@ _ERRORS = {
     "503": "The server takes no requests; see Retry-After.",
     "504": "The deadline passed before the request was answered.",
 }
+_ADMIN_ERRORS = {
+    "400": "The version is no number.",
+    "401": "The token is missing, or another one.",
+    "403": "The server has no token, and takes these from its own machine alone.",
+    "404": "There is no such version.",
+    "409": "The version cannot be served.",
+    "503": "What was asked for cannot be written down; see Retry-After.",
+}
+_TOKEN = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "Of JAXEMBED_ADMIN_TOKEN; a server without it takes requests from its own machine alone.",
+}
+_VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0}}
+_OF_VERSION = "/versions/{version}"
+_BINARY, _LENGTH = "application/octet-stream", "Inference-Header-Content-Length"
+_LENGTH_IS = {
+    "description": "Bytes of the JSON before the bytes of tensors.",
+    "schema": {"type": "integer", "minimum": 0},
+}
 _STRING = {
     "anyOf": [
         {"type": "string"},
@@ -37,26 +57,46 @@ def openapi(name: str, model: ServedModel | None) -> dict[str, Any]:
     """
     v1, v2 = f"/v1/models/{name}", f"/v2/models/{name}"
     paths: dict[str, Any] = {
+        "/": {"get": _get("A page with what is served", content="text/html")},
+        "/status": {"get": _get("What the page at / shows")},
+        "/metrics": {"get": _get("For Prometheus", content="text/plain")},
+        "/openapi.json": {"get": _get("This document")},
         "/v2": {"get": _get("Name and version of the server")},
         "/v2/health/live": {"get": _get("Whether the process answers")},
         "/v2/health/ready": {"get": _get("Whether requests are served", "503")},
-        v2: {"get": _get("Inputs and outputs", "503")},
-        v2 + "/ready": {"get": _get("Whether the model is served", "503")},
-        v2 + "/infer": {"post": _post("Open Inference Protocol v2", _infer(model), _infer_answer())},
-        v1: {"get": _get("The version that serves", "503")},
-        v1 + "/metadata": {"get": _get("Inputs and outputs, as TensorFlow Serving says them", "503")},
-        v1 + ":predict": {
-            "post": _post(
-                "TensorFlow Serving's predict", _predict(model), {"type": "object"}, example_of(model)
-            )
+        **_model_paths(v1, v2, model),
+        **{
+            path: {**operations, "parameters": [_VERSION]}
+            for path, operations in _model_paths(v1 + _OF_VERSION, v2 + _OF_VERSION, model, "404").items()
         },
-        "/metrics": {"get": _get("For Prometheus", content="text/plain")},
-        "/status": {"get": _get("What the page at / shows")},
+        "/admin/versions/{version}:activate": {
+            "post": _admin("Serves a version until told otherwise", *_ADMIN_ERRORS),
+            "parameters": [_VERSION],
+        },
+        "/admin/versions:latest": {"post": _admin("Follows the newest version again", "401", "403", "503")},
     }
     return {
         "openapi": "3.1.0",
         "info": {"title": f"jaxembed serves {name}", "version": str(model.version) if model else "none"},
         "paths": paths,
+        "components": {"securitySchemes": {"token": _TOKEN}},
+    }
+
+
+def _model_paths(v1: str, v2: str, model: ServedModel | None, *errors: str) -> dict[str, Any]:
+    """Those of the model, or of one version of it, below two paths."""
+    errors = (*errors, "503")
+    return {
+        v2: {"get": _get("Inputs and outputs", *errors)},
+        v2 + "/ready": {"get": _get("Whether the model is served", *errors)},
+        v2 + "/infer": {"post": _post_infer(model)},
+        v1: {"get": _get("The version that serves", *errors)},
+        v1 + "/metadata": {"get": _get("Inputs and outputs, as TensorFlow Serving says them", *errors)},
+        v1 + ":predict": {
+            "post": _post(
+                "TensorFlow Serving's predict", _predict(model), {"type": "object"}, example_of(model)
+            )
+        },
     }
 
 
@@ -79,10 +119,7 @@ def _post(summary: str, request: Any, answer: Any, sample: Any = None) -> dict[s
     content: dict[str, Any] = {"schema": request}
     if sample is not None:
         content["example"] = sample
-    errors = {
-        code: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
-        for code, text in _ERRORS.items()
-    }
+    errors = {code: _error(text) for code, text in _ERRORS.items()}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": content}},
@@ -91,6 +128,43 @@ def _post(summary: str, request: Any, answer: Any, sample: Any = None) -> dict[s
             **errors,
         },
     }
+
+
+def _post_infer(model: ServedModel | None) -> dict[str, Any]:
+    """In JSON, or with tensors in binary after it; so are the answers, as the request says."""
+    found = _post("Open Inference Protocol v2", _infer(model), _infer_answer())
+    schema = {
+        "type": "string",
+        "format": "binary",
+        "description": f"JSON as of application/json, of {_LENGTH} bytes, and the bytes of the tensors with a "
+        "binary_data_size, one after the other.",
+    }
+    found["parameters"] = [{"name": _LENGTH, "in": "header", "required": False, **_LENGTH_IS}]
+    found["requestBody"]["content"][_BINARY] = {"schema": schema}
+    answer = found["responses"]["200"]
+    answer["content"][_BINARY] = {"schema": {"type": "string", "format": "binary"}}
+    answer["headers"] = {_LENGTH: _LENGTH_IS}
+    return found
+
+
+def _admin(summary: str, *errors: str) -> dict[str, Any]:
+    answer = {
+        "type": "object",
+        "properties": {"version": {"type": ["integer", "null"]}, "pinned": {"type": ["integer", "null"]}},
+        "required": ["version", "pinned"],
+    }
+    return {
+        "summary": summary,
+        "security": [{"token": []}, {}],
+        "responses": {
+            "200": {"description": "The answer.", "content": {"application/json": {"schema": answer}}},
+            **{code: _error(_ADMIN_ERRORS[code]) for code in errors},
+        },
+    }
+
+
+def _error(text: str) -> dict[str, Any]:
+    return {"description": text, "content": {"application/json": {"schema": _ERROR}}}
 
 
 def _infer(model: ServedModel | None) -> dict[str, Any]:
@@ -112,17 +186,40 @@ def _infer(model: ServedModel | None) -> dict[str, Any]:
                 "maxItems": 8,
             },
             "data": {"type": "array"},
+            "parameters": {
+                "type": "object",
+                "properties": {"binary_data_size": {"type": "integer", "minimum": 0}},
+            },
         },
-        "required": ["name", "datatype", "shape", "data"],
+        "required": ["name", "datatype", "shape"],
+        "anyOf": [
+            {"required": ["data"]},
+            {
+                "required": ["parameters"],
+                "properties": {"parameters": {"type": "object", "required": ["binary_data_size"]}},
+            },
+        ],
+    }
+    output = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "parameters": {"type": "object", "properties": {"binary_data": {"type": "boolean"}}},
+        },
+        "required": ["name"],
     }
     return {
         "type": "object",
         "properties": {
             "id": {"type": "string"},
             "inputs": {"type": "array", "items": tensor, "minItems": 1},
-            "outputs": {
-                "type": "array",
-                "items": {"type": "object", "properties": {"name": {"type": "string"}}},
+            "outputs": {"type": "array", "items": output},
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "timeout": {"type": "number", "exclusiveMinimum": 0, "description": "In microseconds."},
+                    "binary_data_output": {"type": "boolean"},
+                },
             },
         },
         "required": ["inputs"],

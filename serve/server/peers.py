@@ -30,8 +30,8 @@ class Peers:
         self._begun(os.getpid()).touch()
 
     def has_begun(self, pid: int) -> bool:
-        """Whether a worker that is not forgotten came so far."""
-        return self._begun(pid).exists()
+        """Whether a worker that is not forgotten came so far; False if it cannot be told, as of a disk that fails."""
+        return os.path.exists(self._begun(pid))
 
     def serve(self, version: int) -> None:
         """This worker serves `version` from now on."""

@@ -238,7 +238,7 @@ class PipeliningProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _forget(self) -> None:
-        """Lets go of the request that was answered while the caches hold it, not when the next one comes."""
+        """Lets go of the request: of one that was answered while the caches hold it, not when the next one comes."""
         self.cycle = self.scope = self.headers = self._started = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -249,6 +249,7 @@ class PipeliningProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         self._unparsed = None
         super().connection_lost(exc)
+        self._forget()  # it refers to this, and may hold half a body
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._started = cycle

@@ -15,6 +15,7 @@ from jaxembed.checkpoint import Bundle, open_bundle
 from jaxembed.names import UnregisteredError
 from jaxembed.quantized_table import QuantizedTable
 from jaxembed.serve.compile_cache import compile_cache
+from jaxembed.serve.exported import ExportedModel
 from jaxembed.serve.features import DEFAULT_MAX_IDS, served_features
 from jaxembed.serve.function import ServingFunction
 from jaxembed.serve.model import ServingModel
@@ -89,7 +90,7 @@ class BundleModel:
             bundle,
             max_batch_size=config.max_batch_rows,
             verify=False,
-            weighted=config.weighted or None,
+            weighted=_weighted(config, bundle),
             max_ids_per_row=config.max_ids_per_row,
         )
         self._function = opened.function if config.model is None else _with_model(config, opened, bundle)
@@ -165,6 +166,12 @@ def _check_options(config: ServerConfig, bundle: Bundle) -> None:
         served_features(bundle.feature_config, limit, config.weighted)
     except ValueError as e:
         raise OptionError(f"the options do not fit this version: {e}") from e
+
+
+def _weighted(config: ServerConfig, bundle: Bundle) -> set[str]:
+    """What was exported so, and what the command line adds."""
+    exported = bundle.exported
+    return {*config.weighted, *(() if exported is None else ExportedModel.from_bytes(exported).weighted)}
 
 
 def _with_model(config: ServerConfig, opened: ServingModel, bundle: Bundle) -> ServingFunction:

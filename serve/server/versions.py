@@ -124,7 +124,9 @@ class Versions:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def pin(self, version: int | None) -> None:
-        """Serves `version` until told otherwise, in all workers; None follows the newest again.
+        """Serves `version` until told otherwise; None follows the newest again.
+
+        This worker serves it on return; the others from their next look at the folder on, once they have loaded it.
 
         Raises:
           RequestError: if it is not there, cannot be served or not be written down; then nothing changes.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,24 @@ def test_report_has_every_cell_and_contender(load, tiny, tmp_path):
     before = dict(again.timings)
     lookup.run_cells(tiny, again, seconds=0.01, only=[])
     assert again.timings == before
+
+
+def test_peers_that_are_not_installed_are_left_out_by_name(load, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in ("torch", "fbgemm_gpu", "tensorflow") else find(name),
+    )
+    peers, left_out = load("peers").installed_peers()
+    assert [peer.name for peer in peers] == ["jaxembed", "jaxembed, plain JAX", "numpy"]
+    assert left_out == {
+        "torch": "torch not installed",
+        "FBGEMM": "torch and fbgemm_gpu not installed",
+        "TensorFlow": "tensorflow not installed",
+    }
+    load("report").write_report(load("results").Results(left_out=left_out), tmp_path / "lookup.md")
+    assert "- FBGEMM: torch and fbgemm_gpu not installed." in (tmp_path / "lookup.md").read_text()
 
 
 @pytest.mark.parametrize("fault", ["value", "bag", "nan", "missing"])

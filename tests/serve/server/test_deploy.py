@@ -57,6 +57,18 @@ def test_containers_start_with_what_the_command_takes(name):
         assert config.workers * config.threads == config.workers * config.batches_at_once == cores
 
 
+@pytest.mark.parametrize("name", ["gke.yaml", "kserve.yaml"])
+def test_servers_take_the_admin_token_of_a_secret_if_there_is_one(name):
+    text = (DEPLOY / name).read_text()
+    found = [container for document in documents(name) for container in containers(document)]
+    for container in found:
+        (variable,) = [entry for entry in container["env"] if entry["name"] == "JAXEMBED_ADMIN_TOKEN"]
+        secret = variable["valueFrom"]["secretKeyRef"]
+        assert secret["optional"] is True
+        assert f"create secret generic {secret['name']} --from-literal={secret['key']}=" in text
+    assert found
+
+
 def test_kinds_and_references():
     kinds = {document["kind"]: document for document in documents("gke.yaml")}
     assert kinds.keys() == {"Deployment", "ServiceAccount", "Service", "HorizontalPodAutoscaler"}
@@ -77,16 +89,16 @@ def test_kinds_and_references():
     assert len(ports) == len(protocols)  # none that KServe knows no port of
 
 
-def test_manifests_follow_the_schemas_of_kubernetes():
+@pytest.mark.parametrize("version", ["1.29", "1.30", "1.31", "1.32", "1.33"])
+def test_manifests_follow_the_schemas_of_kubernetes(version):
     """Those of KServe are its own; what they hold of Kubernetes is put where Kubernetes has it."""
     validate = pytest.importorskip("kubernetes_validate").validate
     for document in documents("gke.yaml"):
-        validate(document, "1.30", strict=True)
+        validate(document, version, strict=True)
     service, runtime = documents("kserve.yaml")
     found = {k: v for k, v in runtime["spec"].items() if k not in ("supportedModelFormats", "protocolVersions")}
-    validate(
-        {"apiVersion": "v1", "kind": "Pod", "metadata": runtime["metadata"], "spec": found}, "1.30", strict=True
-    )
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": runtime["metadata"], "spec": found}
+    validate(pod, version, strict=True)
     predictor = dict(service["spec"]["predictor"])
     model = predictor.pop("model")
     assert all(isinstance(predictor.pop(key), int) for key in ("minReplicas", "maxReplicas", "timeout"))

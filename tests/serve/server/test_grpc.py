@@ -139,3 +139,50 @@ def test_calls_that_wait_to_be_accepted_are_not_cancelled_before_their_deadline(
             assert options["grpc.server_max_unrequested_time_in_server"] > service.config.default_timeout
 
     run(check())
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"max_queue_requests": 1}, "1 requests are served or wait already"),
+        ({"max_queue_rows": 1}, "the server is overloaded"),
+    ],
+)
+def test_a_full_server_says_when_to_send_a_call_again(shared_folder, monkeypatch, limit, message):
+    async def check():
+        async with calling(shared_folder, **limit) as (infer, service):
+            gate = Gate(service.versions.current, monkeypatch)
+            try:
+                first = infer(request())
+                assert await until(gate.running.is_set)
+                with pytest.raises(grpc.RpcError, match=message) as caught:
+                    await infer(request())
+                assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert dict(caught.value.trailing_metadata())["retry-after"] == "1"
+            finally:
+                gate.open()
+            await first
+            await infer(request())
+            assert counts(service) == {
+                'jaxembed_requests_total{protocol="v2_grpc",status="200"} 2.0',
+                'jaxembed_requests_total{protocol="v2_grpc",status="429"} 1.0',
+            }
+
+    run(check())
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+@pytest.mark.parametrize("size", [100_001, 32 << 20])
+def test_messages_over_the_limit(shared_folder, size, compression):
+    """Those of zeros are a few bytes until they are unpacked."""
+
+    async def check():
+        async with calling(shared_folder, max_body_bytes=100_000) as (infer, service):
+            with pytest.raises(grpc.RpcError, match=r"(?i)message larger than max") as caught:
+                await infer(bytes(size), compression=compression)
+            assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "retry-after" not in dict(caught.value.trailing_metadata())
+            assert service.admitted == 0
+            await infer(request(), compression=compression)
+
+    run(check())

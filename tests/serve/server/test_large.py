@@ -113,10 +113,10 @@ def check_bad_ids(service):
 
 
 def test_same_answers_over_grpc(shared_folder):
-    good, bad = fuzz.good_message(), fuzz.good_message()
-    bad.inputs[0].contents.int64_contents[0] = 2**40
-    messages = [message.SerializeToString() for message in (good, bad)]
     rng = fuzz.seeded(5)
+    good, bad = [fuzz.good_message(rng, raw=False) for _ in range(2)]
+    bad.inputs[0].contents.int64_contents[0] = 2**40
+    messages = [message.SerializeToString() for message in (good, bad, fuzz.good_message(rng, raw=True))]
     messages += [fuzz.grpc_case(rng) for _ in range(60)]
 
     async def outcome(methods, message):
@@ -304,9 +304,10 @@ def test_who_gives_up_waiting_leaves_nothing():
 def test_a_thread_that_cannot_be_started_leaves_nothing(monkeypatch):
     async def check():
         lanes, seen = Large(1 << 20, Metrics()), []
+        lacks = RuntimeError("can't start new thread")
 
         def fail(thread):
-            raise RuntimeError("can't start new thread")
+            raise lacks
 
         with monkeypatch.context() as lacking:
             lacking.setattr(threading.Thread, "start", fail)
@@ -314,7 +315,11 @@ def test_a_thread_that_cannot_be_started_leaves_nothing(monkeypatch):
                 with pytest.raises(RequestError, match="no thread for large ones") as caught:
                     await lanes.run(monotonic() + 60, seen.append, 1)
                 assert (caught.value.status, caught.value.retry_after) == (503, 1)
-        await lanes.run(monotonic() + 60, seen.append, 2)
+            lacks = MemoryError()
+            for _ in range(2):
+                with pytest.raises(MemoryError):
+                    await lanes.run(monotonic() + 5, seen.append, 1)
+        await lanes.run(monotonic() + 5, seen.append, 2)
         assert seen == [2]
         lanes.stop()
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
+import weakref
 
 import pytest
 
@@ -374,6 +376,34 @@ def test_clients_that_leave_requests_behind(loop, reset, caplog):
     with caplog.at_level(logging.WARNING):
         on(loop, check())
     assert not caplog.records
+
+
+@LOOPS
+def test_a_connection_that_is_lost_leaves_nothing(loop):
+    """Neither it nor its request waits for the collector of garbage."""
+    kept = []
+
+    class Watched(DeadlineProtocol):
+        def data_received(self, data):
+            super().data_received(data)
+            kept.extend(weakref.ref(found) for found in (self, self.cycle))
+
+    async def check():
+        app = Waiting()
+        app.open.set()
+        async with serving(app, Watched) as (port, state):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(post(b"/x", bytes(100_000))[:-1])
+            assert await until(lambda: app.begun)
+            writer.close()
+            assert await until(lambda: not state.connections and not state.tasks)
+            assert await until(lambda: kept and not any(found() for found in kept))
+
+    gc.disable()
+    try:
+        on(loop, check())
+    finally:
+        gc.enable()
 
 
 @LOOPS

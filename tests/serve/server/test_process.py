@@ -20,7 +20,8 @@ from tests.serve.server.servers import Process, free_port
 
 ROW = {"user": 1, "history": [2], "dense": [0.0, 0.0]}
 GOOD = {"history": 2.0, "user": 1.0, "version": 0.0}
-PREDICT = "/v1/models/model:predict"
+PREDICT, INFER = "/v1/models/model:predict", "/v2/models/model/infer"
+BOTH = pytest.mark.parametrize("path", [PREDICT, INFER])
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,8 @@ class Raw:
             head += part
         return int(head.split()[1])
 
-    def post(self, body=b"", **headers):
-        lines = [f"POST {PREDICT} HTTP/1.1", "Host: x"]
+    def post(self, body=b"", path=PREDICT, **headers):
+        lines = [f"POST {path} HTTP/1.1", "Host: x"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
@@ -179,18 +180,19 @@ def test_grpc_of_too_many_rows(healthy):
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_bodies_that_are_too_much(healthy):
+@BOTH
+def test_bodies_that_are_too_much(healthy, path):
     bomb = gzip.compress(b"\0" * (256 << 20), 9)
-    answer = httpx.post(healthy.url + PREDICT, content=bomb, headers={"content-encoding": "gzip"}, timeout=20)
+    answer = httpx.post(healthy.url + path, content=bomb, headers={"content-encoding": "gzip"}, timeout=20)
     assert answer.status_code == 413
     for encoding, status in (("br", 415), ("gzip", 400)):
-        answer = httpx.post(healthy.url + PREDICT, content=b"{}", headers={"content-encoding": encoding})
+        answer = httpx.post(healthy.url + path, content=b"{}", headers={"content-encoding": encoding})
         assert answer.status_code == status
     announced = Raw(healthy)
-    announced.post(Content_Length=65 << 20)
+    announced.post(path=path, Content_Length=65 << 20)
     assert announced.status() == 413
     flood = Raw(healthy)
-    flood.post(Transfer_Encoding="chunked")
+    flood.post(path=path, Transfer_Encoding="chunked")
     chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
     sent, status = 0, None
     try:
@@ -222,13 +224,14 @@ def test_bodies_and_headers_that_are_slow_or_wrong(healthy):
     assert drip_until_closed(drip)
     assert time.monotonic() - begin < 10
     body = json.dumps({"instances": [ROW]}).encode()
-    short = Raw(healthy)  # says less than it sends: the rest is no request
-    short.post(body, Content_Length=len(body) - 5)
-    assert short.status() == 400
-    for wrong in ("-1", "x", "1e3", ""):
-        odd = Raw(healthy)
-        odd.post(body, Content_Length=wrong)
-        assert odd.status() == 400
+    for path in (PREDICT, INFER):
+        short = Raw(healthy)  # says less than it sends: the rest is no request
+        short.post(body, path=path, Content_Length=len(body) - 5)
+        assert short.status() == 400
+        for wrong in ("-1", "x", "1e3", ""):
+            odd = Raw(healthy)
+            odd.post(body, path=path, Content_Length=wrong)
+            assert odd.status() == 400
     garbage = Raw(healthy)
     garbage.send(b"\0\xff\r\n\r\n")
     assert garbage.status() == 400
@@ -244,11 +247,12 @@ def drip_until_closed(connection):
     return False
 
 
-def test_clients_that_go_away(healthy):
+@BOTH
+def test_clients_that_go_away(healthy, path):
     for body in (b"{", json.dumps({"instances": [ROW]}).encode()):
         for _ in range(5):
             gone = Raw(healthy)
-            gone.post(body, Content_Length=max(len(body), 50))
+            gone.post(body, path=path, Content_Length=max(len(body), 50), Inference_Header_Content_Length=1)
             gone.socket.close()
     assert httpx.get(healthy.url + "/v2/health/live").status_code == 200
 
@@ -366,6 +370,31 @@ def test_metrics_are_those_of_all_workers(shared_folder):
             assert answer.status_code == 200
         # Workers hand on what they counted five times a second.
         server.wait_for(lambda: count() == 30)
+
+
+@pytest.mark.slow
+def test_a_version_that_is_activated_is_soon_that_of_all_workers(shared_folder, checkpoint, tmp_path):
+    """Whichever is asked; the others follow as they look at the folder, here every 0.05 s."""
+    for version in (1, 2):
+        bundles.add(checkpoint, tmp_path / "bundles", version)
+
+    def serving():
+        """The version of each worker, by process."""
+        switched = [entry for entry in server.lines if entry["message"] == "version switched"]
+        return {entry["pid"]: entry["version"] for entry in switched}
+
+    with Process(tmp_path / "bundles", "--workers", 2) as server:
+        server.wait_for(lambda: len(server.workers()) == 2)
+        workers = set(server.workers())
+        assert serving() == dict.fromkeys(workers, 2)
+        for path, version in (("versions/1:activate", 1), ("versions:latest", 2), ("versions/1:activate", 1)):
+            answer = httpx.post(f"{server.url}/admin/{path}")
+            assert answer.status_code == 200
+            assert answer.json()["version"] == version  # the worker that was asked serves it by now
+            server.wait_for(lambda version=version: serving() == dict.fromkeys(workers, version), 20)
+            for _ in range(20):  # connections of their own, for which the system chooses the worker
+                row = httpx.post(server.url + PREDICT, json={"instances": [ROW]}).json()["predictions"][0]
+                assert row == {"history": 2.0, "user": 1000.0 * version + 1, "version": version}
 
 
 def test_what_lies_in_the_working_folder_hides_no_package(shared_folder, tmp_path):

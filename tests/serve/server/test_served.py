@@ -55,6 +55,13 @@ def test_the_exported_model_serves_without_its_code(checkpoint, artefact, tmp_pa
     run(check())
 
 
+def test_weighted_adds_to_what_was_exported(checkpoint, artefact, tmp_path):
+    bundles.add(checkpoint, tmp_path, 0, exported=artefact)
+    config = ServerConfig(str(tmp_path), weighted=("user",), max_batch_rows=1)
+    features = BundleModel(config, 0).signature.features
+    assert {path for path, feature in features.items() if feature.weighted} == {"user", "history"}
+
+
 def test_raw_ids_are_hashed_in_every_protocol(tmp_path):
     """Also in v2 with row splits, where rows are otherwise read without looking at one feature after the other."""
     table, hashing = TableConfig(64, 2, combiner="sum", name="t"), HashBuckets(64)

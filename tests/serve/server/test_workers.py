@@ -1,6 +1,7 @@
 """What the supervisor does about workers that die, with processes that only seem to be some."""
 
 import errno
+import os
 import time
 
 import pytest
@@ -105,6 +106,19 @@ def test_a_supervisor_without_files_to_open_ends_nobody(supervisor, monkeypatch)
     supervisor._restart_dead()
     assert supervisor._workers[0].poll() is None
     assert not serving.exists()
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_folder_that_cannot_be_read_ends_nobody(supervisor, monkeypatch, error):
+    supervisor._workers = {0: Process(), 1: Process()}
+
+    def stat(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as failing:
+        failing.setattr("os.stat", stat)
+        supervisor._restart_dead()
+    assert not supervisor._begun
 
 
 @pytest.mark.parametrize("serves", ["never", "before", "still"])
