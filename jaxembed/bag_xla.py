@@ -94,8 +94,8 @@ def _weighted(bag: "Bag", rows: Any, row: Any, weights: Any, keep: Any) -> jax.A
     divisor = None
     if bag.combiner == "mean":
         divisor = _segment_sum(weights, row, bag.num_bags)
-        if given:  # XLA multiplies by the reciprocal, and flushes that of a divisor above 2**126 to zero.
-            scale = jnp.where(jnp.abs(divisor) > 2.0**126, 0.25, 1.0).astype(jnp.float32)
+        if given:  # XLA flushes the reciprocal of a large divisor, its square, or a gradient times it to zero.
+            scale = jnp.where(jnp.abs(divisor) > 2.0**32, 2.0**-80, 1.0).astype(jnp.float32)
             weights *= jnp.append(scale, jnp.float32(1)).at[row].get(mode="clip")
             divisor *= scale
     elif bag.combiner == "sqrtn":

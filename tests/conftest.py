@@ -23,10 +23,12 @@ jax.config.update("jax_compilation_cache_dir", _PROGRAMS)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 _HURRIES = jax.config.read("jax_disable_most_optimizations")
-#: Whose results are compared with those of TensorFlow or torch. Whole files: each switch clears what was compiled.
+#: Whose results are compared with those of TensorFlow or torch, or of training to the bit, which contracted multiplications
+#: and additions change. Whole files: each switch clears what was compiled.
 _COMPARED = {
     *("test_lookup_oracle.py", "test_lookup_parity.py", "test_optimizers_parity.py"),
     *("test_saved_model.py", "test_tensorflow.py", "test_torchrec.py"),
+    *("test_quantization.py", "test_quantized_bits.py"),
 }
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
@@ -35,7 +37,7 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def _compiled_as_users_do(request):
-    """What is compared with TensorFlow is compiled at length, whatever `make test` says of others."""
+    """What is compared so is compiled at length, whatever `make test` says of others."""
     hurries = _HURRIES and request.node.path.name not in _COMPARED
     if hurries != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()  # which do not tell programs apart by this

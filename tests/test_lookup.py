@@ -138,6 +138,25 @@ def test_a_mean_by_a_large_weight(path, weight):
     np.testing.assert_allclose(gradient[2:4], np.ones((2, 3)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [1e38, 1e36, 1e19, 1e10])
+def test_small_gradients_of_means_by_large_weights(path, weight):
+    """None is flushed to zero on its way, of rows or of weights."""
+    weights = np.float32([weight, weight / 2, -weight / 4])
+    ids, small = je.RaggedTensor.from_lists([[1, 2, 3]]), np.float32([[1e-3] * 3])
+    feature = je.FeatureConfig(je.TableConfig(V, 3, combiner="mean", name="t"))
+
+    def loss(table, values):
+        return jnp.sum(small * lookup(ids, je.RaggedTensor(values, ids.row_splits), feature, table))
+
+    of_rows, of_weights = jax.grad(loss, (0, 1))(jnp.asarray(ROWS), jnp.asarray(weights))
+    shares = np.float64(weights) / np.sum(np.float64(weights))
+    np.testing.assert_allclose(of_rows[1:4], shares[:, None] * small, rtol=1e-5)
+    if weight < 1e30:  # else they are no normal numbers themselves
+        rows = np.float64(ROWS[1:4])
+        expected = (rows - shares @ rows) @ small[0] / np.sum(np.float64(weights))
+        np.testing.assert_allclose(np.float64(of_weights), expected, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("prune", [False, True])
 def test_weights_do_nothing_to_dense_ids(path, prune):
     operands = BagOperands(jnp.asarray(ROWS), jnp.array([1, 2]), weights=jnp.array([-1.0, 0.0]))

@@ -233,6 +233,7 @@ class Pair(NamedTuple):
 
 
 A, B = (FeatureConfig(TABLE, preprocessing=HashBuckets(10)) for _ in range(2))
+LISTS = np.array([[1, 2], [3]], object)
 IDS, ROWS = np.array([1, 2, 3]), [5, 0, 3]
 
 
@@ -292,6 +293,8 @@ def test_ids_that_match_a_feature_are_never_taken_for_rows(features, inputs, ref
         ("int64", np.array([1.0]), r"the id must be an int64, got (np.float64\(1|1)"),
         ("string", [["a", 5]], "row 0, position 1: the id must be a string, got 5"),
         ("string", np.array([1]), "row 0: the id must be a string"),
+        ("int64", LISTS, r"row 0: the id must be an int64, got \[1, 2\]; pass bags as a list of lists"),
+        ("string", LISTS, r"row 0: the id must be a string, got \[1, 2\]; pass bags as a list of lists"),
         ("string", [["\ud800"]], "must be a string of whole characters"),
         ("string", [["a"], "b"], "row 1 must be a list of ids or one id, alike in all rows, got 'b'"),
         (
@@ -338,6 +341,14 @@ def test_rows_of_ids_of_another_type_are_refused(tmp_path, ids, message):
     if isinstance(ids, np.ndarray) and ids.dtype.kind != "u":
         with pytest.raises(ValueError, match="ids must be integers of at most 64 bits"):
             hash_ints(ids)
+
+
+@pytest.mark.parametrize("ids", ["abc", b"abc", np.str_("abc"), 5, np.array(5.0), np.array("a", object)])
+def test_rows_take_a_sequence(ids):
+    """The letters of a string are not its ids."""
+    for dtype in ("int64", "string"):
+        with pytest.raises(ValueError, match=r"rows\(\) takes a sequence or array of \[N\] ids, got"):
+            HashBuckets(10, dtype).rows(ids)
 
 
 def test_rows_of_arrays_of_integers(tmp_path):
@@ -468,6 +479,28 @@ def test_vocabularies_that_continue_another(tmp_path, old, new, continues):
     rows = lambda vocabulary: {token: row for row, token in enumerate(vocabulary.splitlines())}  # noqa: E731
     assert continues == (rows(old).items() <= rows(new).items())
     assert not dataclasses.replace(after, num_oov_buckets=1).continues(before)
+
+
+def test_ids_of_rows_that_a_mask_leaves_out_are_not_looked_at(tmp_path):
+    """In every form; what is bad elsewhere is named by its own place."""
+    (tmp_path / "known").write_text("x\ny\n")
+    features = {"x": FeatureConfig(TABLE, preprocessing=VocabularyFile(tmp_path / "known", num_oov_buckets=0))}
+    mask = np.float32([1, 0, 1])
+
+    def forms(bad):
+        yield ["x", "?", bad], [0, 0, 1], "row 2"
+        yield [["x"], ["?", "?"], ["y", bad]], [0, 0, 0, 1, 1], "row 2, position 1"
+        yield np.array([["x", "y"], ["?", "?"], ["y", bad]]), [[0, 1], [0, 0], [1, 1]], "row 5"
+        values = np.array(["x", "?", bad], object)
+        yield RaggedTensor(values, np.array([0, 1, 2, 3])), [0, 0, 1], "row 2, position 0"
+        yield SparseTensor(np.array([[0, 0], [1, 0], [2, 3]]), values, (3, 4)), [0, 0, 1], "row 2, position 3"
+
+    for raw, rows, _ in forms("y"):
+        found = preprocess({"x": raw}, features, mask)["x"]
+        assert np.asarray(getattr(found, "values", found)).tolist() == rows
+    for raw, _, place in forms("!"):
+        with pytest.raises(ValueError, match=f"Feature 'x', {place}: id '!' is not in the vocabulary"):
+            preprocess({"x": raw}, features, mask)
 
 
 def test_an_example_id_has_a_row(tmp_path):

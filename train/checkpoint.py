@@ -255,7 +255,9 @@ class Checkpointer:
             vocabulary files without out-of-vocabulary buckets that have grown at their end, where tables may grow.
           fresh_slots: start slots that the checkpoint lacks at their initial values, as of tables that were converted
             without them or, with `partial`, trained by another optimizer; otherwise they are an error. Slots of another
-            optimizer start anew whatever their names, but for "accumulators" that are sums of squared gradients in both.
+            optimizer start anew whatever their names, and so do those of a CustomOptimizer, unless its function has the
+            registered name that they were saved with. "accumulators" of Adagrad and FTRL are kept for each other, and for
+            AdagradMomentum where `beta2` is 1: sums of squared gradients. Those of AdagradMomentum are kept for none.
             "linears" of FTRL, of which it makes the rows, start as those that make the rows that are restored.
 
         Raises:
@@ -273,10 +275,15 @@ class Checkpointer:
             # Listings of one folder may differ for a while from host to host.
             step = largest(on_all(self.latest_step, "list the steps"))
         opened = on_all(lambda: open_checkpoint(self.directory, step, verify=verify), "open the checkpoint")
-        grows = check_tables(self._embedding, opened, bool(vocabulary_growth), partial)
-        check_slots(self._embedding, opened, partial, fresh_slots)
-        if not reinterpret:
-            check_meaning(self._embedding, opened, bool(vocabulary_growth))
+
+        def check() -> bool:
+            grows = check_tables(self._embedding, opened, bool(vocabulary_growth), partial)
+            check_slots(self._embedding, opened, partial, fresh_slots)
+            if not reinterpret:
+                check_meaning(self._embedding, opened, bool(vocabulary_growth))
+            return grows
+
+        grows = on_all(check, "fit the checkpoint")  # a host may have a vocabulary file of its own
         fresh = self._embedding.init(key) if grows and key is not None else None
         stored = with_fresh_slots(self._embedding, opened) if fresh_slots else opened.slots
         stacks, abstract = self._embedding.stacks, self._embedding.abstract_state()

@@ -26,11 +26,10 @@ from .engines.row_kernels import choose_row_kernels
 from .engines.sparsecore_stacks import log_refused, refused_tables, sparse_cores
 from .engines.stacking import mesh_axes, stacks_of
 from .engines.step import StepProgram
+from .engines.traffic import check_exchange
 from .sharded_inputs import ShardedInputs
 from .stack_reading import arrays_on_host, read_stacks
 from .state import EmbeddingState
-
-EXCHANGES = ("auto", "all_gather", "all_to_all")
 
 
 class ShardedEmbedding(ShardedInputs):
@@ -111,14 +110,15 @@ class ShardedEmbedding(ShardedInputs):
         example_batch: Any = None,
         overrides: Mapping[str, str] | None = None,
     ):
-        if exchange not in EXCHANGES:
-            raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}.")
+        check_exchange(exchange)
         axes = mesh_axes(mesh, axis)
         mesh = Mesh(mesh.devices, mesh.axis_names)
         num_shards = math.prod(mesh.shape[axis] for axis in axes)
         cores = sparse_cores(engine, mesh.devices.flat[0], num_shards)
         self.tables: dict[str, TableConfig] = feature_tables(feature_config)
-        plan = chosen_plan(plan, feature_config, optimizer, mesh, num_shards, cores, example_batch, overrides)
+        plan = chosen_plan(
+            plan, feature_config, optimizer, mesh, num_shards, cores, exchange, example_batch, overrides
+        )
         self.plan: ShardingPlan | None = plan if isinstance(plan, ShardingPlan) else None
         shardings = shardings_of(plan, self.tables, num_shards)
         stacks = stacks_of(self.tables, optimizer, shardings, num_shards, cores)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxembed.checkpoint import layout
 from jaxembed.checkpoint.reading import OpenedCheckpoint
 from jaxembed.checkpoint.stored import StoredArray
-from jaxembed.optimizers import FTRL, Optimizer
+from jaxembed.optimizers import FTRL, CustomOptimizer, Optimizer
 
 from .embedding import ShardedEmbedding
 
@@ -66,11 +66,22 @@ def _on_host() -> AbstractContextManager[Any]:
 
 def _means_the_same(slot: str, optimizer: Optimizer, trained: Mapping[str, Any] | None) -> bool:
     """Whether a slot is of numbers that the optimizer takes it for; older checkpoints do not say what trained them."""
-    if trained is None or trained["name"] == optimizer.name:
+    if trained is None:
         return True
+    if trained["name"] == optimizer.name:
+        return not isinstance(optimizer, CustomOptimizer) or _is_function(optimizer.custom_computation, trained)
     # Sums of squared gradients that start above 0; those of AdagradMomentum start from it, where FTRL has no rows.
     is_sum = optimizer.name in ("adagrad", "ftrl", "adagrad_momentum") and getattr(optimizer, "beta2", 1) == 1
     return slot == "accumulators" and trained["name"] in ("adagrad", "ftrl") and is_sum
+
+
+def _is_function(function: Callable[..., Any], trained: Mapping[str, Any]) -> bool:
+    """Whether it is known to be the custom_computation that trained; one without a registered name never is."""
+    try:
+        stored = CustomOptimizer(function).to_dict()["arguments"]["custom_computation"]
+    except ValueError:
+        return False
+    return stored == trained.get("arguments", {}).get("custom_computation")
 
 
 def _linears(optimizer: FTRL, opened: OpenedCheckpoint, name: str, accumulators: StoredArray) -> StoredArray:

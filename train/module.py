@@ -34,7 +34,19 @@ class Embedding(nnx.Module):
             model.embedding.apply_gradients(batch.features, gradients[1])
 
     Gradients are taken with respect to the activations, not the tables, so that a step touches only the
-    rows that were looked up.
+    rows that were looked up. Ragged and sparse batches are laid out before a jitted step:
+
+        batch, weights = model.embedding.sharded.shard_batch(features)
+
+    A checkpoint holds the state of `sharded`, and what else it is given. Serving and exports start from it, or from
+    `embedding_tables`:
+
+        with Checkpointer("checkpoints", model.embedding.sharded) as checkpointer:
+            dense = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+            checkpointer.save(model.embedding.state.get_value(), model=dense)
+            restored = checkpointer.restore(model=dense)
+        model.embedding.state.set_value(restored.state)
+        nnx.update(model, restored.model)
 
     Args:
       feature_config: a structure of FeatureConfig.
@@ -42,6 +54,10 @@ class Embedding(nnx.Module):
       mesh: over which the tables are sharded.
       rngs: its `params` stream initializes the tables.
       options: further arguments of ShardedEmbedding.
+
+    Attributes:
+      sharded: the ShardedEmbedding, whose `shard_batch` makes batches.
+      state: the variable that holds its EmbeddingState.
 
     Examples:
       >>> import jax

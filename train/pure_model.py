@@ -28,10 +28,15 @@ class PureModel:
         uint32, so that they can be saved.
 
     Raises:
-      ValueError: if the model holds embedding tables.
+      ValueError: if it is no NNX module, or holds embedding tables.
     """
 
     def __init__(self, model: nnx.Module):
+        if not isinstance(model, nnx.Module):
+            raise ValueError(
+                f"model must be a flax.nnx.Module, got {type(model).__name__}; wrap a module of Linen: "
+                "flax.nnx.bridge.ToNNX(module, rngs=flax.nnx.Rngs(0)).lazy_init(dense, activations)."
+            )
         own = nnx.clone(model)
         nnx.pop(own, nnx.Intermediate)
         own.train()
@@ -69,7 +74,7 @@ class PureModel:
         """
         values = _restored(self._params, variables)
         values += [
-            (path, variable) if _is_random(variable) else _restored({path: variable}, variables)[0]
+            (path, variable.copy()) if _is_random(variable) else _restored({path: variable}, variables)[0]
             for path, variable in self._state.items()
         ]
         return nnx.merge(self._evaluation, nnx.from_flat_state(values))(dense, activations)  # type: ignore[operator]

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxembed import structure
@@ -86,8 +87,8 @@ class ShardedInputs:
         With several hosts, each passes its own rows, as many on each, and all get the one global batch. They agree
         on its shapes, so all of them must call it on the same batches in the same order, on one thread;
         `pack_batch`, `agree` and `place_batch` are its parts. That waits for the step that runs, but where `capacity` is
-        fixed, or `agree` is called a step or two before `place_batch`. With a fixed capacity hosts ask each other nothing,
-        and batches of other features or numbers of rows on one of them go unnoticed.
+        fixed, or `agree` is called a step or two before `place_batch`. With a fixed capacity, and no SparseCores, hosts
+        ask each other nothing, and batches of other features or numbers of rows on one of them go unnoticed.
 
         Args:
           batch: inputs as of `serving_embedding_lookup`; raw ids where a feature has preprocessing.
@@ -128,7 +129,8 @@ class ShardedInputs:
     def agree(self, packed: PackedBatch) -> jax.Array | None:
         """Starts to agree with the other hosts on how many entries a shard has room for, and that batches are alike.
 
-        These are the same features with as many rows; with a fixed capacity nothing is agreed on, nor compared.
+        These are the same features with as many rows, combined and weighted alike; with a fixed capacity nothing is
+        agreed on, nor compared here. With SparseCores `pack_batch` has compared them.
 
         A computation over all hosts: each must call it on its part of the same batch, in the same order.
         It does not wait; begun a step or two before its `place_batch`, it costs no time.
@@ -141,7 +143,7 @@ class ShardedInputs:
         # A batch of dense ids alone, too, has the room that batches before it needed, as far as this host knows. As long
         # on all hosts, whatever their batches have.
         room = [packed.room.get(stack, 0) for stack in self.stacks]
-        forms = [_digest(packed.batch.layout, stack) for stack in self.stacks]
+        forms = self._forms(packed.batch.layout, packed.batch.is_weighted)
         own = np.asarray([room, forms, np.negative(forms)], np.int32)
         local = np.tile(own.reshape(-1), (self._num_local_shards(), 1))
         return self._largest(jax.make_array_from_process_local_data(self.batch_sharding, local))
@@ -156,18 +158,11 @@ class ShardedInputs:
           agreed: what `agree` returned for it.
 
         Raises:
-          ValueError: on all hosts, if they have different features or numbers of rows.
+          ValueError: on all hosts, if they have different features, numbers of rows or combiners, or weights on some only.
         """
         if agreed is not None:
             largest, most, least = np.asarray(agreed).reshape(3, -1)
-            for at, stack in enumerate(self.stacks):
-                if most[at] != -least[at]:
-                    features = packed.batch.layout.of_stack(stack)
-                    rows = {f.path: f.num_rows // jax.process_count() for f in features}
-                    raise ValueError(
-                        f"each host must pass the same features with as many rows, got others on other hosts: in stack {stack!r} "
-                        f"this one has the rows {rows}; give all the same, filled up with rows that a mask leaves out."
-                    )
+            self._refuse_others(packed.batch.layout, most != -least)
             room = dict(zip(self.stacks, largest.tolist(), strict=True))
             self.reserve(room)
             packed = widen(packed, self.stacks, {stack: room[stack] for stack in packed.room})
@@ -244,6 +239,11 @@ class ShardedInputs:
 
     def _pack(self, plan: Plan) -> PackedBatch:
         num_shards = self._num_local_shards()
+        if not self.packs_alone:
+            # Before the hosts agree on the limits of the stacks that they have.
+            weighted = any(lookup.operands.weights is not None for lookup in plan.lookups)
+            forms = multihost_utils.process_allgather(np.asarray(self._forms(plan.layout, weighted), np.int32))
+            self._refuse_others(plan.layout, (forms != forms[0]).any(0))
         packed = pack_on_host(plan, self.stacks, range(num_shards), self._room, self._sparsecore)
         valencies = custom.valencies_on_host(plan.layout, plan.lookups, plan.live_rows, num_shards)
         return dataclasses.replace(packed, batch=dataclasses.replace(packed.batch, valencies=valencies))
@@ -251,8 +251,22 @@ class ShardedInputs:
     def _num_local_shards(self) -> int:
         return self.num_shards // jax.process_count()
 
+    def _forms(self, layout: BatchLayout, is_weighted: bool) -> list[int]:
+        return [_digest(layout, stack, is_weighted) for stack in self.stacks]
+
+    def _refuse_others(self, layout: BatchLayout, differ: np.ndarray) -> None:
+        """Raises ValueError where hosts differ in what they pass of a stack: bool by stack."""
+        for stack, differs in zip(self.stacks, differ, strict=True):
+            if differs:
+                rows = {f.path: f.num_rows // jax.process_count() for f in layout.of_stack(stack)}
+                raise ValueError(
+                    "each host must pass the same features with as many rows, combined and weighted alike, got others on other "
+                    f"hosts: in stack {stack!r} this one has the rows {rows}; give all the same, filled up with rows that a mask "
+                    "leaves out, and weights of 1 where only others have any."
+                )
+
     def _plan(self, batch: Any, weights: Any, mask: Any = None) -> Plan:
-        batch = preprocess(batch, self.feature_config)
+        batch = preprocess(batch, self.feature_config, mask)
         return plan_batch(batch, weights, self.feature_config, self.stacks, jax.process_count(), mask)
 
     def _shard(self, plan: Plan) -> tuple[ShardedBatch, ShardedWeights | None]:
@@ -285,10 +299,13 @@ class ShardedInputs:
         return max(room, 8)
 
 
-def _digest(layout: BatchLayout, stack: str) -> int:
-    """Of the features that look a stack up and their rows: 31 bits, so that its negative is an int32, too."""
-    form = [(f.path, f.num_rows, f.inner) for f in layout.of_stack(stack)]
-    return zlib.crc32(repr(form).encode()) & 0x7FFFFFFF
+def _digest(layout: BatchLayout, stack: str, is_weighted: bool) -> int:
+    """Of what a batch decides of the program of a stack: 31 bits, so that its negative is an int32, too."""
+    form = [
+        (f.path, f.num_rows, f.inner, f.output_shape, f.combined_shape, f.is_combined and f.bag.combiner)
+        for f in layout.of_stack(stack)
+    ]
+    return zlib.crc32(repr((is_weighted, form)).encode()) & 0x7FFFFFFF
 
 
 def _next_capacity(num_entries: int) -> int:

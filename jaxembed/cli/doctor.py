@@ -19,10 +19,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from jaxembed.control_groups import memory_limits
+
 _VERSIONS = ("jaxembed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "libtpu")
-_CGROUP_LIMITS = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
-#: Without a limit, the first version of cgroups tells a number near this one.
-_NO_LIMIT = 1 << 62
 _INSTRUCTIONS = {"v4": "x86-64-v4 (AVX-512)", "v3": "x86-64-v3 (AVX2)"}
 #: What requirements of ours depend on, by its name in markers.
 _SYSTEM = {"sys_platform": sys.platform, "platform_machine": platform.machine(), "os_name": os.name}
@@ -56,13 +55,8 @@ def memory_lines(root: pathlib.Path = pathlib.Path("/")) -> Iterator[str]:
         yield f"memory: {_gib(1024 * int(fields['MemTotal'].split()[0]))}"
     except (OSError, KeyError, ValueError):
         yield "memory: unknown"
-    for name in _CGROUP_LIMITS:
-        try:
-            text = (root / name).read_text().strip()
-        except OSError:
-            continue
-        limited = text.isdecimal() and int(text) < _NO_LIMIT
-        yield f"memory limit of the control group: {_gib(int(text)) if limited else 'none'}"
+    for limit in memory_limits(root):
+        yield f"memory limit of the control group: {'none' if limit is None else _gib(limit)}"
 
 
 def missing_lines() -> Iterator[str]:

@@ -14,7 +14,7 @@ from jaxembed import FeatureConfig, QuantizationConfig, TableConfig
 from jaxembed.checkpoint import CheckpointError, layout, read_checkpoint, steps, whole_steps
 from jaxembed.id_mapping import HashBuckets, VocabularyFile
 from jaxembed.optimizers import FTRL, SGD, Adam
-from jaxembed.train import Checkpointer
+from jaxembed.train import Checkpointer, hosts
 
 from .checkpoint_programs import at_step, embedding, feature_config, same
 
@@ -53,6 +53,19 @@ def test_a_failure_to_make_way_is_told_to_the_other_processes(tmp_path, monkeypa
         with pytest.raises(OSError, match="Input/output error"):
             checkpointer._sweep()
     assert told == [1]
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_to_the_other_processes(tmp_path, monkeypatch):
+    """One of them may have another vocabulary file."""
+    own, told = embedding(1), []
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.save(at_step(own, 1))
+    other = embedding(1, feature_config(rows=1004))
+    with Checkpointer(tmp_path, other) as checkpointer:
+        monkeypatch.setattr(hosts, "processes_where", lambda failed: told.append(failed) or [])
+        with pytest.raises(ValueError, match=r"must be float32\[1004, 8\]"):
+            checkpointer.restore()
+    assert told[-1] is True
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,31 @@ def test_rows_of_padding_have_no_ids():
         assert of_rows.any()
 
 
+def test_gradients_of_padding_are_left_out_where_they_are_nan():
+    """A function that divides by the valency makes 0 * inf of them."""
+
+    def weighted_mean(valency, vectors, weights):
+        return jnp.sum(vectors * weights[0], axis=0) / valency.astype(jnp.float32)
+
+    combiner = CustomCombiner(weighted_mean, 2, 1, lambda key, shape, dtype: jnp.ones(shape, dtype), RATE)
+    table = TableConfig(4, 2, name="t", combiner=combiner)
+    own = ShardedEmbedding(
+        {"a": FeatureConfig(table), "b": FeatureConfig(table)},
+        SGD(1.0),
+        jax.make_mesh((2,), ("d",), devices=jax.devices()[:2]),
+    )
+    rows = np.arange(1, 9, dtype=np.float32).reshape(4, 2)
+    state = own.from_canonical({"t": rows}, {"t": {}}, 0, {"t": np.float32([2])})
+    ids = RaggedTensor.from_lists([[0], [1, 2], [3], [3]])
+    batch, _ = own.shard_batch({"a": ids, "b": ids}, mask=np.float32([1, 1, 0, 0]))
+    ones = np.float32([[1, 1], [1, 1], [0, 0], [0, 0]])
+    new = own.apply_gradients(state, batch, {"a": ones, "b": 2 * ones})
+    means = np.stack([rows[0], rows[1:3].mean(0)])
+    np.testing.assert_allclose(new.combiner_weights["t"], [2 - RATE * 3 * means.sum()], rtol=1e-6)
+    moved = 3 * 2 * np.float32([[1], [0.5], [0.5], [0]])
+    np.testing.assert_allclose(own.to_canonical(new)[0]["t"], rows - moved, rtol=1e-6)
+
+
 @pytest.mark.parametrize("exchange", [pytest.param("all_gather", marks=pytest.mark.slow), "all_to_all"])
 def test_updates_equal_gradients_of_serving(exchange):
     embedding = embedding_of(exchange, plan={"last": "column", "plain": "replicated"})

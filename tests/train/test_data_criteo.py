@@ -195,10 +195,11 @@ def test_damaged_columns_are_refused(tmp_path):
     assert meta["examples"] == 5
 
 
-@pytest.mark.parametrize("sizes", [1, [5] * 25])
-def test_wrong_vocabulary_sizes(sizes):
-    with pytest.raises(ValueError, match="26 ints of at least 2"):
-        criteo_feature_config(sizes)
+@pytest.mark.parametrize("sizes", [1, [5] * 25, [5] * 25 + [2**31]])
+def test_wrong_vocabulary_sizes(sizes, tmp_path):
+    for refuses in (criteo_feature_config, lambda sizes: convert_criteo([], tmp_path / "columns", sizes)):
+        with pytest.raises(ValueError, match=r"26 ints from 2 to below 2\*\*31"):
+            refuses(sizes)
 
 
 def test_feature_config_has_a_table_per_feature():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxembed as je
 from jaxembed.checkpoint import convert_to_bundle, read_checkpoint
@@ -159,6 +159,27 @@ def test_dropout_draws_the_same_on_every_mesh_and_anew_in_every_step():
     first, second, _ = draws[8]
     assert len(set(first)) > 2, "rows must differ"
     assert (first != second).any(), "steps must differ"
+
+
+class OfLinen(linen.Module):
+    @linen.compact
+    def __call__(self, dense, activations):
+        return linen.Dense(1)(dense + activations["a"])[:, 0]
+
+
+def test_a_linen_module_trains_once_it_is_wrapped():
+    """The wrapper draws keys in evaluation, too."""
+    with pytest.raises(ValueError, match=r"model must be a flax.nnx.Module, got OfLinen; wrap .*ToNNX\("):
+        make_trainer(model=OfLinen())
+    zeros = jnp.zeros((B, D))
+    model = nnx.bridge.ToNNX(OfLinen(), rngs=nnx.Rngs(0)).lazy_init(zeros, {"a": zeros})
+    trainer = make_trainer(1, model)
+    state, given = trainer.init(jax.random.key(0)), trainer.shard_batch(batch(0))
+    before = np.asarray(state.params["Dense_0"]["kernel"])
+    state, _ = trainer.step(state, given)
+    assert (state.params["Dense_0"]["kernel"] != before).all()
+    predicted = np.asarray(trainer.predict(state, given))
+    np.testing.assert_allclose(predicted, trainer.step(state, given)[1]["logits"], rtol=1e-5)
 
 
 def test_training_and_evaluation_mode():

@@ -7,6 +7,7 @@ import pytest
 from jaxembed import FeatureConfig, RaggedTensor, TableConfig
 from jaxembed.optimizers import SGD, Adagrad
 from jaxembed.train import ShardedEmbedding, plan_tables
+from jaxembed.train.engines.auto_plan import memory_of_device
 from jaxembed.train.engines.placement import stack_tables
 from jaxembed.train.engines.traffic import exchanged_bytes
 
@@ -198,6 +199,8 @@ def test_refusals():
         plan(ids_per_batch={"big": 3})
     with pytest.raises(ValueError, match=r"bags_per_batch must give a number of at least 0 for each table"):
         plan(bags_per_batch=dict.fromkeys(CONFIG, True))
+    with pytest.raises(ValueError, match=r"exchange must be one of .* got 'ring'"):
+        plan(exchange="ring")
     with pytest.raises(ValueError, match=r"overrides must give tables of .* got \{'big': 'ring'\}"):
         plan(overrides={"big": "ring"})
     with pytest.raises(ValueError, match=r"table 'tiny' cannot be replicated"):
@@ -229,6 +232,35 @@ def test_auto_plans_for_an_example_and_the_memory_of_the_devices(caplog):
     )
     assert own.plan.shardings["small"] == "div"
     assert {p.sharding for s in own.stacks.values() for p in s.placements if p.table.name == "small"} == {"div"}
+
+
+def test_the_exchange_that_is_fixed_is_planned_for():
+    config = {"t": FeatureConfig(TABLES["big"])}
+    batch, mesh = {"t": np.arange(64, dtype=np.int32)}, jax.make_mesh((8,), ("d",))
+    for exchange in ("all_gather", "all_to_all"):
+        own = ShardedEmbedding(
+            config, SGD(), mesh, plan="auto", exchange=exchange, example_batch=batch, overrides={"big": "mod"}
+        )
+        (table,) = own.plan.tables
+        assert table.why == f"as asked for, by {exchange}"
+        assert table.exchanged_bytes == own.predicted_bytes(own.shard_batch(batch)[0])
+    # A copy of a table moves less than its rows by one of the two.
+    counts = {"ids_per_batch": {"t": 640}, "bags_per_batch": {"t": 64}, "memory_per_device": 10**9}
+    table = {"t": FeatureConfig(TableConfig(400, 16, name="t"))}
+    chosen = [
+        plan_tables(table, SGD(), 8, exchange=x, **counts).shardings["t"] for x in ("all_gather", "all_to_all")
+    ]
+    assert chosen == ["mod", "replicated"]
+
+
+def test_memory_of_cpu_devices_is_within_the_limit_of_a_container(tmp_path):
+    mesh = jax.make_mesh((8,), ("d",))
+    whole = memory_of_device(mesh, tmp_path)
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    limit = tmp_path / "sys/fs/cgroup/memory.max"
+    for text, expected in (("max", whole), (str(1 << 20), (1 << 20) // 8), (str(1 << 61), whole)):
+        limit.write_text(text)
+        assert memory_of_device(mesh, tmp_path) == expected
 
 
 def test_auto_says_what_it_needs():

@@ -5,14 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from flax import nnx
 
 import jaxembed as je
 from jaxembed.buckets import simulate_quantization
 from jaxembed.optimizers import SGD
-from jaxembed.quantization import quantize_as_trained
-from jaxembed.train import Embedding, ShardedEmbedding
+from jaxembed.train import ShardedEmbedding
 
 COARSE = je.QuantizationConfig(5, -0.5, 0.5)
 TABLES = {
@@ -33,71 +30,6 @@ BAGS = je.RaggedTensor.from_lists([[1, 30, 2], [], [5, 5], [0, 1, 2, 3], [7], [8
 
 def mesh(devices):
     return jax.make_mesh((devices,), ("devices",), devices=jax.devices()[:devices])
-
-
-def served(embedding, state, inputs, weights=None):
-    tables = {
-        config: quantize_as_trained(table, config)
-        for config, table in embedding.embedding_tables(state).items()
-    }
-    assert [isinstance(table, je.QuantizedTable) for table in tables.values()] == [True, True, False, False]
-    return je.serving_embedding_lookup(inputs, weights, tables, CONFIG)
-
-
-@pytest.mark.parametrize(
-    ("devices", "exchange"),
-    [
-        pytest.param(1, "all_gather", marks=pytest.mark.slow),
-        (8, "all_to_all"),
-        pytest.param(4, "all_gather", marks=pytest.mark.slow),
-    ],
-)
-def test_served_codes_equal_the_forward_bit_for_bit(devices, exchange):
-    """Where the sums are made in the order of the bag: all but those of rows of several shards."""
-    plan = (
-        {"fine": "column", "coarse": "replicated", "many": "table", "plain": "table"} if devices == 4 else None
-    )
-    embedding = ShardedEmbedding(CONFIG, SGD(0.1), mesh(devices), exchange=exchange, plan=plan)
-    state = embedding.init(jax.random.key(0))
-    trained = embedding.lookup(state, ONE_ID)
-    expected = served(embedding, state, ONE_ID)
-    for name in ONE_ID:
-        np.testing.assert_array_equal(trained[name], expected[name], err_msg=name)
-    bags = dict.fromkeys(CONFIG, BAGS)
-    trained, expected = embedding.lookup(state, bags), served(embedding, state, bags)
-    for name in bags:
-        np.testing.assert_array_equal(trained[name], expected[name], err_msg=name)
-
-
-@pytest.mark.parametrize(
-    ("devices", "exchange", "plan", "dtype"),
-    [
-        (1, "all_gather", None, "bfloat16"),
-        (1, "all_gather", None, "float16"),
-        (8, "all_to_all", "mod", "bfloat16"),
-        (4, "all_gather", "column", "bfloat16"),
-    ],
-)
-def test_rows_of_16_bits_and_many_buckets_are_served_as_trained(devices, exchange, plan, dtype):
-    """No codes stand for so many buckets: what is served are values rounded to the table's type."""
-    config = je.QuantizationConfig(1000, -1, 1)
-    table = je.TableConfig(50, 8, name="t", combiner="sum", dtype=dtype, quantization_config=config)
-    features = {"f": je.FeatureConfig(table)}
-    plan = None if plan is None else {"t": plan}
-    embedding = ShardedEmbedding(features, SGD(0.1), mesh(devices), exchange=exchange, plan=plan)
-    rng = np.random.default_rng(0)
-    state = embedding.from_canonical({"t": rng.uniform(-1, 1, (50, 8)).astype(table.dtype)}, {"t": {}}, 0)
-    # Sums of two are the same in any order.
-    ids = np.sort(rng.integers(0, 50, (64, 2)).astype(np.int32))
-    inputs = {"f": je.RaggedTensor(ids.reshape(-1), np.arange(0, 129, 2))}
-    (rows,) = embedding.embedding_tables(state).values()
-    tables = {table: quantize_as_trained(rows, table)}
-    expected = je.serving_embedding_lookup(inputs, None, tables, features)["f"]
-    np.testing.assert_array_equal(np.float32(embedding.lookup(state, inputs)["f"]), np.float32(expected))
-    step = embedding.apply_gradients(state, inputs, {"f": jnp.ones((64, 8))})
-    new = np.float32(embedding.to_canonical(step)[0]["t"])
-    counts = np.bincount(ids.reshape(-1), minlength=50)[:, None]
-    np.testing.assert_allclose(new, np.float32(rows) - 0.1 * counts, atol=0.02)
 
 
 def test_values_are_simulated_and_padding_is_zero():
@@ -153,9 +85,3 @@ def test_gradients_of_weights_and_tables():
     np.testing.assert_allclose(unsharded, gradients[1], rtol=1e-5, atol=1e-5)
     table_gradients = embedding.to_canonical(dataclasses.replace(state, tables=tables.tables))[0]["coarse"]
     np.testing.assert_allclose(table_gradients, gradients[0], rtol=1e-5, atol=1e-5)
-
-
-def test_module_looks_quantized_rows_up():
-    module = Embedding(CONFIG, SGD(0.1), mesh(4), rngs=nnx.Rngs(0))
-    expected = served(module.sharded, module.state.get_value(), ONE_ID)
-    np.testing.assert_array_equal(module(ONE_ID)["fine"], expected["fine"])

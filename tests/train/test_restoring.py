@@ -174,6 +174,36 @@ def test_slots_of_another_optimizer_are_kept_where_they_mean_the_same(tmp_path, 
             assert (np.asarray(found[slot]) == np.float32(initial)).all()
 
 
+@register_function("tests.restoring.halved")
+def halved(gradient, row, slots, learning_rate, hyperparameters):
+    return row, slots[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("saved", "restored", "is_kept"),
+    [
+        (unchanged, unchanged, True),
+        (unchanged, halved, False),
+        (lambda gradient, row, slots, *_: (row, slots[0]), unchanged, False),
+        (unchanged, lambda gradient, row, slots, *_: (row, slots[0]), False),
+    ],
+)
+def test_slots_of_another_function_start_anew(tmp_path, saved, restored, is_kept):
+    mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])
+    features = {"a": FeatureConfig(TableConfig(40, 4, name="a"))}
+    before, after = (
+        ShardedEmbedding(features, CustomOptimizer(function, 0.1, ["acc"], [2.5]), mesh)
+        for function in (saved, restored)
+    )
+    state = at_step(before, 3)
+    with Checkpointer(tmp_path, before) as checkpointer:
+        checkpointer.save(state)
+    with Checkpointer(tmp_path, after) as checkpointer:
+        found = after.slots(checkpointer.restore(fresh_slots=True).state)["a"]["acc"]
+    expected = before.slots(state)["a"]["acc"] if is_kept else np.full((40, 4), 2.5)
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -7,8 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from jaxembed import FeatureConfig, RaggedTensor, SparseTensor, TableConfig, serving_embedding_lookup
+from jaxembed import (
+    FeatureConfig,
+    RaggedTensor,
+    SparseTensor,
+    TableConfig,
+    VocabularyFile,
+    serving_embedding_lookup,
+)
 from jaxembed.optimizers import SGD, Adagrad
 from jaxembed.serve import EmbeddingForServing, ServingFunction
 from jaxembed.train import ShardedEmbedding
@@ -92,6 +100,27 @@ def test_means_by_large_weights():
     state = own.init(jax.random.key(0))
     gradient = jax.grad(lambda values: own.lookup(state, batch, values)["a"].sum())(values)
     assert np.isfinite(own.unshard_weights(gradient, {"a": ids}, {"a": weights})["a"].values).all()
+
+
+@pytest.mark.parametrize("weight", [1e38, 1e36, 1e19])
+def test_small_gradients_of_means_by_large_weights(weight):
+    """None is flushed to zero on its way, of rows or of weights."""
+    ids = RaggedTensor.from_lists([[0, 1, 2], []])
+    weights = np.float32([weight, weight / 2, -weight / 4])
+    given, small = {"a": dataclasses.replace(ids, values=weights)}, np.full((2, 4), 1e-3, np.float32)
+    own = ShardedEmbedding({"a": FeatureConfig(MEAN)}, SGD(1.0), mesh(2))
+    rows = np.random.default_rng(0).uniform(-1, 1, (13, 4)).astype(np.float32)
+    batch, values = own.shard_batch({"a": ids}, given)
+    zeros = own.from_canonical({"mean": np.zeros_like(rows)}, {"mean": {}}, 0)
+    new = own.to_canonical(own.apply_gradients(zeros, batch, {"a": small}, values))[0]["mean"]
+    shares = np.float64(weights) / np.sum(np.float64(weights))
+    np.testing.assert_allclose(new[:3], -shares[:, None] * small[:1], rtol=1e-5)
+    state = own.from_canonical({"mean": rows}, {"mean": {}}, 0)
+    gradient = jax.grad(lambda values: jnp.sum(small * own.lookup(state, batch, values)["a"]))(values)
+    if weight < 1e30:  # else they are no normal numbers themselves
+        found = np.float64(own.unshard_weights(gradient, {"a": ids}, given)["a"].values)
+        expected = (rows[:3] - shares @ rows[:3]) @ np.float64(small[0]) / np.sum(np.float64(weights))
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_malformed_inputs_are_refused():
@@ -191,6 +220,24 @@ def test_a_feature_may_have_several_rows_an_example_or_none_of_it():
     assert rows["grid"].shape == rows["two"].shape == (4, 2)
 
 
+def test_raw_ids_of_padding_are_not_looked_at(tmp_path):
+    """As of a host that fills its batch up with ids that a vocabulary does not know."""
+    (tmp_path / "known").write_text("x\ny\n")
+    known = FeatureConfig(SUM, preprocessing=VocabularyFile(tmp_path / "known", num_oov_buckets=0))
+    config = {"one": known, "bags": known, "two": dataclasses.replace(known, output_shape=(3, 2))}
+    own = ShardedEmbedding(config, SGD(1.0), mesh(1))
+    mask = np.float32([1, 0, 1])
+
+    def inputs(padding):
+        rows = [["x", "y"], [padding], ["y"]]
+        return {"one": ["x", padding, "y"], "bags": rows, "two": [row for row in rows for _ in range(2)]}
+
+    (found, _), (expected, _) = (own.shard_batch(inputs(of), None, mask) for of in ("", "x"))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    with pytest.raises(ValueError, match=r"Feature 'one', row 2: id 'z' is not in the vocabulary"):
+        own.shard_batch(inputs("") | {"one": ["x", "", "z"]}, None, mask)
+
+
 @pytest.mark.parametrize("size", [2, 16])
 def test_a_mask_of_no_feature_is_refused(size):
     own = ShardedEmbedding({"t": FeatureConfig(SUM)}, SGD(1.0), mesh(2))
@@ -257,6 +304,44 @@ def test_hosts_with_other_features_or_rows_are_told(monkeypatch):
             embedding.place_batch(here, agreed(here, packed(**there)))
     with pytest.raises(ValueError, match=r"this one has the rows {'a': 8, 'b': 16}; give all the same"):
         embedding.place_batch(here, agreed(here, packed(a=16, b=8)))
+
+
+def test_hosts_with_other_programs_are_told(monkeypatch):
+    """For the same features and rows."""
+    own = ShardedEmbedding({"m": FeatureConfig(MEAN), "s": FeatureConfig(SUM)}, SGD(1.0), mesh(2))
+    bags = RaggedTensor.from_lists([[1], [2], [3], [4]])
+    ones = dataclasses.replace(bags, values=np.ones(4, np.float32))
+    dense, sparse = np.arange(4), SparseTensor(np.stack([np.arange(4)] * 2, 1), np.arange(4), (4, 4))
+
+    def forms(inputs, weights=None):
+        packed = own.pack_batch(inputs, weights).batch
+        return own._forms(packed.layout, packed.is_weighted)
+
+    here = forms({"m": bags, "s": dense})
+    assert here == forms({"m": sparse, "s": dense})  # which is the same program
+    assert here != forms({"m": bags, "s": dense}, {"m": ones, "s": None})
+    assert here != forms({"m": dense, "s": dense})
+    assert here != forms({"m": bags, "s": dense[:, None]})
+
+
+def test_hosts_compare_their_features_before_sparsecores_ask_for_limits(monkeypatch):
+    """A host without a stack would ask less often, and the others wait."""
+    pytest.importorskip("jax_tpu_embedding")
+    config = {"a": FeatureConfig(SUM), "b": FeatureConfig(TableConfig(64, 32, name="wide"))}
+    own = ShardedEmbedding(config, SGD(1.0), mesh(2), engine="sparsecore", capacity=64)
+    ids = np.arange(8, dtype=np.int32)
+    asked = []
+
+    def gather(x):
+        asked.append(x)
+        # The other host is as this one in all but its second stack.
+        return np.stack([x, x + np.arange(x.size)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    with pytest.raises(ValueError, match=r"each host must pass the same features .* in stack 'sparsecore32_1'"):
+        own.pack_batch({"a": ids, "b": ids})
+    assert len(asked) == 1
 
 
 def test_weights_of_several_hosts_are_not_put_together(monkeypatch):

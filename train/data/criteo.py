@@ -258,9 +258,9 @@ def _sizes(vocabulary_sizes: int | Sequence[int]) -> tuple[int, ...]:
         sizes = (vocabulary_sizes,) * NUM_FEATURES
     else:
         sizes = tuple(int(size) for size in vocabulary_sizes)
-    if len(sizes) != NUM_FEATURES or min(sizes) < 2:
+    if len(sizes) != NUM_FEATURES or min(sizes) < 2 or max(sizes) >= 2**31:
         raise ValueError(
-            f"vocabulary_sizes must be {NUM_FEATURES} ints of at least 2, or one, got {vocabulary_sizes}."
+            f"vocabulary_sizes must be {NUM_FEATURES} ints from 2 to below 2**31, or one, got {vocabulary_sizes}."
         )
     return sizes
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxembed.config import TableConfig
+from jaxembed.control_groups import memory_limits
 from jaxembed.features import feature_tables, match
 from jaxembed.inputs import RaggedTensor
 from jaxembed.lookup import plan_lookup
@@ -32,6 +34,7 @@ def chosen_plan(
     mesh: Mesh,
     num_shards: int,
     cores: int,
+    exchange: str,
     example_batch: Any,
     overrides: Mapping[str, str] | None,
 ) -> Mapping[str, str] | ShardingPlan | None:
@@ -44,6 +47,7 @@ def chosen_plan(
       mesh: of the devices.
       num_shards: n of them that tables are spread over.
       cores: SparseCores of each that the engine uses.
+      exchange: how rows travel, as of ShardedEmbedding.
       example_batch: as of `ShardedEmbedding.shard_batch`, of this host's rows.
       overrides: table name to sharding.
 
@@ -65,7 +69,7 @@ def chosen_plan(
             f"example_batch {type(example_batch).__name__}."
         )
     batch = preprocess(example_batch, feature_config)
-    return plan_for_batch(feature_config, optimizer, mesh, num_shards, cores, batch, overrides)
+    return plan_for_batch(feature_config, optimizer, mesh, num_shards, cores, exchange, batch, overrides)
 
 
 def shardings_of(
@@ -96,6 +100,7 @@ def plan_for_batch(
     mesh: Mesh,
     num_shards: int,
     cores: int,
+    exchange: str,
     batch: Any,
     overrides: Mapping[str, str] | None,
 ) -> ShardingPlan:
@@ -109,6 +114,7 @@ def plan_for_batch(
       mesh: of the devices.
       num_shards: n of them that tables are spread over.
       cores: SparseCores of each that the engine uses.
+      exchange: how rows travel, as of ShardedEmbedding.
       batch: as of `ShardedEmbedding.shard_batch`, of this host's rows, after preprocessing.
       overrides: table name to sharding.
 
@@ -125,6 +131,7 @@ def plan_for_batch(
         bags_per_batch=bags,
         overrides=overrides,
         cores=cores,
+        exchange=exchange,
     )
     _LOG.info("Plan of the tables:\n%s", plan)
     return plan
@@ -165,13 +172,19 @@ def _of_all_hosts(ids: dict[str, int], bags: dict[str, int], memory: int) -> tup
     )
 
 
-def memory_of_device(mesh: Mesh) -> int:
-    """Bytes that the smallest local device of the mesh has; CPU devices share the machine's."""
+def memory_of_device(mesh: Mesh, root: pathlib.Path = pathlib.Path("/")) -> int:
+    """Bytes that the smallest local device of the mesh has; CPU devices share the machine's, or a container's limit.
+
+    Args:
+      mesh: of the devices.
+      root: of the files that tell the limit.
+    """
     limits = []
     for device in mesh.local_devices:
         stats = device.memory_stats() or {}
         if "bytes_limit" not in stats:
             total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            return total // len(mesh.local_devices)
+            limited = [limit for limit in memory_limits(root) if limit is not None]
+            return min([total, *limited]) // len(mesh.local_devices)
         limits.append(stats["bytes_limit"])
     return min(limits)

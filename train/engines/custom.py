@@ -101,9 +101,17 @@ def pull_back(
     gradients: list[jax.Array],
 ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
     """Gradients of the outputs and of the combiners' weights, by table, from those of the activations."""
-    activations, vjp = jax.vjp(lambda o, w: combine(layout, o, valencies, w), outputs, dict(combiner_weights))
-    typed = [g.astype(a.dtype) for g, a in zip(gradients, activations, strict=True)]
-    return vjp(typed)
+    rows_gradients, by_table = [], {name: jnp.zeros_like(weights) for name, weights in combiner_weights.items()}
+    for f, out, gradient in zip(layout.features, outputs, gradients, strict=True):
+        if f.combined_shape is None:
+            rows_gradients.append(gradient.astype(out.dtype))
+            continue
+        name = f.feature.table.name
+        found, of_weights = _pull_back_bags(f, out, valencies[f.path], combiner_weights.get(name), gradient)
+        rows_gradients.append(found)
+        if of_weights is not None:
+            by_table[name] += of_weights
+    return rows_gradients, by_table
 
 
 def initial_weights(tables: Mapping[str, TableConfig], key: jax.Array) -> dict[str, jax.Array]:
@@ -152,14 +160,39 @@ def updated_weights(
 
 
 def _combined(feature: FeatureLayout, out: jax.Array, valency: jax.Array, weights: Any) -> jax.Array:
+    combiner = _checked_combiner(feature, weights)
+    combined = combiner(valency.reshape(-1)[: out.shape[0]], out, weights)
+    return combined.astype(feature.feature.table.dtype).reshape(feature.combined_shape)
+
+
+def _pull_back_bags(
+    feature: FeatureLayout, out: jax.Array, valency: jax.Array, weights: Any, gradient: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Gradients of [B, max_valency, D] rows and of the combiner's weights, None without any.
+
+    Bag by bag, since one that nothing depends on, as of padding, has no part in them even where its own are NaN: a
+    function that divides by the valency makes 0 * inf of the gradient 0 of an empty bag.
+    """
+    combiner, dtype = _checked_combiner(feature, weights), feature.feature.table.dtype
+
+    def pull_back_bag(count, rows, gradient):
+        _, vjp = jax.vjp(lambda *args: combiner(count[None], *args)[0].astype(dtype), rows[None], weights)
+        return jax.tree.map(lambda x: jnp.where(jnp.any(gradient != 0), x, 0), vjp(gradient))
+
+    num_bags, _, dim = out.shape
+    gradients = gradient.astype(dtype).reshape(num_bags, dim)
+    rows, by_bag = jax.vmap(pull_back_bag)(valency.reshape(-1)[:num_bags], out, gradients)
+    return rows.reshape(out.shape), jax.tree.map(lambda x: jnp.sum(x, axis=0), by_bag)
+
+
+def _checked_combiner(feature: FeatureLayout, weights: Any) -> CustomCombiner:
     combiner: CustomCombiner = feature.feature.table.combiner
     if combiner.num_weights and weights is None:
         raise ValueError(
             f"Feature {feature.path!r}: the CustomCombiner of table {feature.feature.table.name!r} needs its weights; "
             "take a state of `init` or `from_canonical(..., combiner_weights=...)`."
         )
-    combined = combiner(valency.reshape(-1)[: out.shape[0]], out, weights)
-    return combined.astype(feature.feature.table.dtype).reshape(feature.combined_shape)
+    return combiner
 
 
 def _ragged_rows(splits: np.ndarray, num_ids: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxembed.features import FeatureInput, match
 from jaxembed.inputs.ids import is_concrete
 from jaxembed.lookup import Lookup, plan_lookup
+from jaxembed.preprocessing import live_rows
 from jaxembed.validation import check_splits
 
 from .batch import BatchLayout, FeatureLayout, Skeleton, inner_size
@@ -53,7 +54,7 @@ def plan_batch(
     """
     stack_of = {p.table.name: stack for stack in stacks.values() for p in stack.placements}
     segments = dict.fromkeys(stacks, 0)
-    features, lookups, live_rows, first_sizes = [], [], [], {}
+    features, lookups, live, first_sizes = [], [], [], {}
     mask = None if mask is None else np.asarray(mask) > 0
     items = match(inputs, weights, feature_config)
     if _are_traced(items):
@@ -98,25 +99,18 @@ def plan_batch(
         )
         segments[stack.name] += size
         lookups.append(lookup)
-        live_rows.append(_live_rows(mask, first_sizes[item.path], num_rows))
+        live.append(live_rows(mask, first_sizes[item.path], num_rows))
     if mask is not None and not mask.all() and items and mask.size not in first_sizes.values():
         raise ValueError(
             f"mask must be [B], of as many rows as the activations of a feature have, got {mask.size}; the features have "
             f"{first_sizes}. Of several ids an example, pass [B, k] or B bags, or set output_shape=(B, k)."
         )
-    return Plan(BatchLayout(Skeleton(inputs), tuple(features), places_of(stacks)), items, lookups, live_rows)
+    return Plan(BatchLayout(Skeleton(inputs), tuple(features), places_of(stacks)), items, lookups, live)
 
 
 def is_traced(plan: Plan) -> bool:
     """Whether an array of the batch is inside of a trace."""
     return _are_traced(plan.items)
-
-
-def _live_rows(mask: np.ndarray | None, first_size: int, num_rows: int) -> np.ndarray | None:
-    """All rows are live of a feature whose activations, [first_size, ...], are not by example."""
-    if mask is None or mask.all() or mask.size != first_size or num_rows % mask.size:
-        return None
-    return np.repeat(mask, num_rows // mask.size)
 
 
 def _are_traced(items: list[FeatureInput]) -> bool:

@@ -14,7 +14,7 @@ from jaxembed.optimizers import Optimizer
 
 from .placement import SHARDINGS, Stack, stack_tables
 from .stacking import stacks_of
-from .traffic import cheaper_exchange, exchanged_bytes
+from .traffic import cheaper_exchange, check_exchange, exchanged_bytes
 
 #: Narrower columns would fill a part of a TPU's lanes only, at the memory of whole ones.
 _LANES = 128
@@ -96,6 +96,7 @@ def plan_tables(
     bags_per_batch: Mapping[str, int],
     overrides: Mapping[str, str] | None = None,
     cores: int = 0,
+    exchange: str = "auto",
 ) -> ShardingPlan:
     """Chooses a sharding for every table.
 
@@ -113,6 +114,7 @@ def plan_tables(
       bags_per_batch: likewise, the number of output rows.
       overrides: table name to sharding, kept as they are.
       cores: SparseCores of a device that the `sparsecore` engine uses, which pads what they hold; 0 for `xla`.
+      exchange: how rows travel, as of ShardedEmbedding.
 
     Raises:
       ValueError: if an argument is not of the form above, or the tables do not fit.
@@ -132,11 +134,12 @@ def plan_tables(
     configs = feature_tables(feature_config)
     overrides = dict(overrides or {})
     _check(configs, num_shards, memory_per_device, ids_per_batch, bags_per_batch, overrides, cores)
+    check_exchange(exchange)
     # Of numpy they would overflow.
     num_shards, memory_per_device, cores = int(num_shards), int(memory_per_device), int(cores)
     ids_per_batch = {name: int(count) for name, count in ids_per_batch.items()}
     bags_per_batch = {name: int(count) for name, count in bags_per_batch.items()}
-    choice = _Choice(configs, optimizer, num_shards, cores, ids_per_batch, bags_per_batch)
+    choice = _Choice(configs, optimizer, num_shards, cores, exchange, ids_per_batch, bags_per_batch)
     chosen: dict[str, TablePlan] = {}
     replicas: list[TablePlan] = []
     for name, table in configs.items():
@@ -169,6 +172,7 @@ class _Choice:
       optimizer: of the tables that have none of their own.
       num_shards: n devices.
       cores: SparseCores of each.
+      exchange: as of `plan_tables`.
       ids_per_batch: by table.
       bags_per_batch: by table.
     """
@@ -177,6 +181,7 @@ class _Choice:
     optimizer: Optimizer | None
     num_shards: int
     cores: int
+    exchange: str
     ids_per_batch: Mapping[str, int]
     bags_per_batch: Mapping[str, int]
 
@@ -184,8 +189,7 @@ class _Choice:
         """The table with that sharding; `ValueError` if it does not suit the table."""
         (stack,) = stack_tables({table.name: table}, self.optimizer, {table.name: sharding}, self.num_shards)
         bags, entries = self._size([table.name])
-        exchange = cheaper_exchange(stack, bags, entries)
-        moved = exchanged_bytes(stack, exchange, bags, entries)
+        moved = exchanged_bytes(stack, self._exchange(stack, bags, entries), bags, entries)
         alone = TablePlan(table.name, sharding, 0, moved, why)
         return dataclasses.replace(alone, bytes_per_device=self.stored_bytes([alone]))
 
@@ -219,9 +223,12 @@ class _Choice:
     def _exchanged(self, stack: Stack, names: list[str]) -> tuple[str, int, list[int]]:
         """How a stack exchanges, its bytes, and those of each table by itself."""
         sizes = [self._size(some) for some in (names, *([name] for name in names))]
-        exchange = cheaper_exchange(stack, *sizes[0])
+        exchange = self._exchange(stack, *sizes[0])
         whole, *parts = (exchanged_bytes(stack, exchange, *size) for size in sizes)
         return exchange, whole, parts
+
+    def _exchange(self, stack: Stack, bags: int, entries: int) -> str:
+        return cheaper_exchange(stack, bags, entries) if self.exchange == "auto" else self.exchange
 
     def _size(self, names: list[str]) -> tuple[int, int]:
         """Bags and entries a shard of these tables together."""

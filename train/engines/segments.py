@@ -38,8 +38,8 @@ def scale(
     is_square = jnp.asarray(kinds == 2).at[segments].get(mode="clip")
     total = segment_sum(jnp.where(is_square, given * given, given), segments, kinds.size)
     if weights is not None:
-        # The inverse of a sum above 2**126 would be flushed to 0. Roots are no such numbers.
-        shrink = jnp.where((kinds == 1) & (jnp.abs(total) > 2.0**126), 0.25, 1.0).astype(jnp.float32)
+        # The inverse of a large sum, its square, or a gradient times it would be flushed to 0. Roots are no such numbers.
+        shrink = jnp.where((kinds == 1) & (jnp.abs(total) > 2.0**32), 2.0**-80, 1.0).astype(jnp.float32)
         weights, total = weights * shrink.at[segments].get(mode="clip"), total * shrink
     root = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
     divisor = jnp.where(kinds == 2, root, total)

@@ -20,6 +20,14 @@ import jax.numpy as jnp
 
 from .placement import Stack
 
+_EXCHANGES = ("auto", "all_gather", "all_to_all")
+
+
+def check_exchange(exchange: str) -> None:
+    """Raises ValueError if it is neither one of them nor "auto"."""
+    if exchange not in _EXCHANGES:
+        raise ValueError(f"exchange must be one of {_EXCHANGES}, got {exchange!r}.")
+
 
 def pair_window(capacity: int, num_shards: int) -> int:
     """Room for rows between two shards in a round of all_to_all.
