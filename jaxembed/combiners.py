@@ -132,10 +132,10 @@ def combiner_from_dict(data: dict[str, Any], keep_unregistered: bool = False) ->
 
     Args:
       data: what that gave.
-      keep_unregistered: whether an initializer that is not registered is kept as stored.
+      keep_unregistered: whether an initializer that cannot be made is kept as stored.
 
     Raises:
-      UnregisteredError: if the function is not registered, or the initializer is neither that nor kept.
+      UnregisteredError: if the function is not registered, or the initializer can neither be made nor is kept.
     """
     arguments = dict(data)
     name, initializer = arguments.pop("combiner_computation"), arguments.pop("initializer")

@@ -67,6 +67,7 @@ class HashBuckets:
 
         Raises:
           BadIdError: if an id is not of that type.
+          ValueError: if `ids` is one id, and no sequence.
         """
         ids = _checked(ids, self.dtype)
         hashed = hash_ints(ids, self.seed) if self.dtype == "int64" else hash_strings(ids, self.seed)
@@ -148,6 +149,7 @@ class VocabularyFile:
 
         Raises:
           BadIdError: if an id is not of that type, or not in the file and there are no buckets for such.
+          ValueError: if `ids` is one id, and no sequence.
         """
         ids = _checked(ids, self.dtype)
         rows = self._integers(ids) if self.dtype == "int64" else self._strings(ids)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxembed.names import UnregisteredError, unregistered
+from jaxembed.stored_arguments import check_json, object_from_json
 
 __all__ = [
     "Constant",
@@ -143,11 +144,11 @@ def initializer_class(name: str) -> type:
 
 @dataclasses.dataclass(frozen=True)
 class UnregisteredInitializer:
-    """An initializer that nothing registered in this process: it can be stored again, and not be called.
+    """An initializer that this process cannot make: it can be stored again, and not be called.
 
     Args:
       stored: JSON of its name and arguments.
-      reason: why it is not known.
+      reason: why: it is not registered, or its class does not take the arguments.
     """
 
     stored: str
@@ -168,7 +169,7 @@ def initializer_to_dict(initializer: Any, owner: str) -> dict[str, Any]:
       owner: whose it is, in words.
 
     Raises:
-      ValueError: if it has no registered name.
+      ValueError: if it has no registered name, or arguments that are not JSON.
     """
     if isinstance(initializer, UnregisteredInitializer):
         return json.loads(initializer.stored)
@@ -178,7 +179,9 @@ def initializer_to_dict(initializer: Any, owner: str) -> dict[str, Any]:
             f"the initializer of {owner} cannot be stored: {initializer!r} has no registered name; use one of "
             "jaxembed.initializers or register yours with register_initializer."
         )
-    return {"name": name, "arguments": dataclasses.asdict(initializer)}
+    arguments = dataclasses.asdict(initializer)
+    what = f"the initializer {type(initializer).__name__} of {owner}"
+    return {"name": name, "arguments": check_json(arguments, what)}
 
 
 def initializer_from_dict(data: dict[str, Any], keep_unregistered: bool = False) -> Any:
@@ -186,13 +189,13 @@ def initializer_from_dict(data: dict[str, Any], keep_unregistered: bool = False)
 
     Args:
       data: what that gave.
-      keep_unregistered: whether one that is not registered is kept as stored.
+      keep_unregistered: whether one that cannot be made is kept as stored.
 
     Raises:
-      UnregisteredError: if it is not registered, and not kept.
+      UnregisteredError: if it is not registered or its class does not take the arguments, and it is not kept.
     """
     try:
-        return initializer_class(data["name"])(**data["arguments"])
+        return object_from_json(initializer_class(data["name"]), "initializer", data["arguments"])
     except UnregisteredError as e:
         if not keep_unregistered:
             raise

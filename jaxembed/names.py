@@ -5,7 +5,7 @@ from typing import Any
 
 
 class UnregisteredError(ValueError):
-    """A name for which nothing is registered in this process."""
+    """A name for which nothing is registered in this process, or a class that does not take what is stored of it."""
 
 
 def unregistered(kind: str, name: Any, known: Iterable[str], decorator: str) -> UnregisteredError:

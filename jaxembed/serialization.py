@@ -29,7 +29,8 @@ def feature_config_to_json(feature_config: Any) -> str:
       feature_config: dicts with str keys, lists, tuples and namedtuples of FeatureConfig.
 
     Raises:
-      ValueError: if it holds something that has no registered name, such as a lambda for an initializer.
+      ValueError: if it holds something that has no registered name, such as a lambda for an initializer, or
+        an argument that is not JSON.
     """
     tables = feature_tables(feature_config)
     return json.dumps(
@@ -51,10 +52,12 @@ def feature_config_from_json(text: str, *, keep_unregistered: bool = False) -> A
     Args:
       text: JSON.
       keep_unregistered: whether optimizers and initializers, those of combiners' weights too, that are not registered
-        are kept as stored, an error only where they are used. Combiners are looked up with, so are never.
+        or whose classes do not take the stored arguments are kept as stored, an error only where they are used.
+        Combiners are looked up with, so are never.
 
     Raises:
-      UnregisteredError: if it names a function or class that is not registered.
+      UnregisteredError: if it names a function or class that is not registered, or a class that does not take the
+        stored arguments.
       ValueError: if `text` is no such JSON, or is of a newer version.
     """
     try:
@@ -114,7 +117,7 @@ def _table_to_dict(table: TableConfig) -> dict[str, Any]:
         "dim": table.dim,
         "dtype": jnp.dtype(table.dtype).name,
         "initializer": initializer_to_dict(table.initializer, f"table {table.name!r}"),
-        "optimizer": None if optimizer is None else optimizer.to_dict(),
+        "optimizer": None if optimizer is None else _optimizer_to_dict(optimizer, table.name),
         "combiner": combiner.to_dict() if isinstance(combiner, CustomCombiner) else combiner,
         "quantization_config": None if quantization is None else dataclasses.asdict(quantization),
     }
@@ -127,16 +130,30 @@ def _table_from_dict(data: dict[str, Any], keep_unregistered: bool) -> TableConf
             "not a feature configuration: vocabulary_size and dim must be ints below 2**31 and dtype a name, "
             f"got {data['vocabulary_size']!r:.80}, {data['dim']!r:.80} and {data['dtype']!r:.80}."
         )
+    try:
+        initializer = initializer_from_dict(data["initializer"], keep_unregistered)
+        optimizer = _optimizer_from_dict(data["optimizer"], keep_unregistered)
+        if not isinstance(combiner, str):
+            combiner = combiner_from_dict(combiner, keep_unregistered)
+    except UnregisteredError as e:
+        raise UnregisteredError(f"table {data['name']!r:.80}: {e}") from e
     return TableConfig(
         data["vocabulary_size"],
         data["dim"],
-        initializer=initializer_from_dict(data["initializer"], keep_unregistered),
-        optimizer=_optimizer_from_dict(data["optimizer"], keep_unregistered),
-        combiner=combiner if isinstance(combiner, str) else combiner_from_dict(combiner, keep_unregistered),
+        initializer=initializer,
+        optimizer=optimizer,
+        combiner=combiner,
         name=data["name"],
         quantization_config=None if quantization is None else QuantizationConfig(**quantization),
         dtype=data["dtype"],
     )
+
+
+def _optimizer_to_dict(optimizer: Optimizer, table: str) -> dict[str, Any]:
+    try:
+        return optimizer.to_dict()
+    except ValueError as e:
+        raise ValueError(f"table {table!r}: {e}") from e
 
 
 def _optimizer_from_dict(data: dict[str, Any] | None, keep_unregistered: bool) -> Optimizer | None:

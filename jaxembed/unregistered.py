@@ -1,4 +1,4 @@
-"""Optimizers that nothing registered in this process: kept as they are stored.
+"""Optimizers that this process cannot make: kept as they are stored.
 
 Whoever serves, converts or inspects has no use for them, and need not have the modules that define them.
 """
@@ -17,7 +17,7 @@ class UnregisteredOptimizer(Optimizer):
 
     Args:
       stored: JSON of what `Optimizer.to_dict` gave.
-      reason: why it is not known.
+      reason: why: it is not registered, or its class does not take the arguments.
     """
 
     name: ClassVar[str] = "unregistered"
@@ -26,6 +26,13 @@ class UnregisteredOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.stored})"
+
+    @property
+    def is_elementwise(self) -> Never:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Raises:
+        UnregisteredError: always: nobody knows.
+        """
+        raise UnregisteredError(self.reason)
 
     @property
     def slot_initial_values(self) -> Never:

@@ -53,6 +53,28 @@ def test_export_with_symbolic_sizes_and_without_custom_calls(backend):
         np.testing.assert_array_equal(out, [ROWS[1], [0, 0, 0], ROWS[2] + ROWS[3]])
 
 
+def test_all_features_are_one_call_of_the_kernel():
+    if not kernel.available():
+        pytest.skip("the kernel was not built")
+    tables = [
+        je.TableConfig(6, dim, combiner=combiner, name=f"t{dim}") for dim, combiner in ((2, "sum"), (4, "mean"))
+    ]
+    rows = {tables[0]: jnp.ones((6, 2)), tables[1]: jnp.ones((6, 4), jnp.bfloat16)}
+    features = {
+        f"{f:02}": je.FeatureConfig(table=tables[f % 2], max_sequence_length=3 if f % 5 == 4 else 0)
+        for f in range(26)
+    }
+    lists = [[1, 2], [3]]
+    kinds = (je.RaggedTensor.from_lists, je.SparseTensor.from_lists, je.RaggedTensor.from_lists)
+    inputs = {name: kinds[f % 3](lists) for f, name in enumerate(features)}
+    inputs["00"] = jnp.arange(5, dtype=jnp.int32)
+    program = jax.jit(lambda inputs, rows: je.serving_embedding_lookup(inputs, None, rows, features))
+    by_name = {table.name: array for table, array in rows.items()}
+    with je.use_backend("auto"):
+        text = program.lower(inputs, by_name).as_text()
+    assert text.count(f"custom_call @{kernel.TARGET}") == 1
+
+
 def test_export_with_the_kernel():
     if not kernel.available():
         pytest.skip("the kernel was not built")

@@ -25,6 +25,7 @@ def test_ragged_constructors_agree(rows):
     assert ragged.to_lists() == rows
     lengths = [len(row) for row in rows]
     assert je.RaggedTensor.from_row_lengths(ragged.values, lengths).to_lists() == rows
+    assert je.RaggedTensor.from_row_splits(ragged.values, ragged.row_splits).to_lists() == rows
     rowids = np.repeat(np.arange(len(rows)), lengths)
     assert je.RaggedTensor.from_value_rowids(ragged.values, rowids, len(rows)).to_lists() == rows
     dense = np.full((len(rows), 5), -1)
@@ -161,6 +162,13 @@ def test_lists_of_arrays_are_rows_whoever_made_them():
             lambda: je.RaggedTensor.from_row_lengths([1, 2, 3], [1]),
             "must add up to the number of values, got 1 for 3",
         ),
+        (lambda: je.RaggedTensor.from_row_splits([1, 2], [0, 3]), "row_splits end at 3 but there are only 2"),
+        (
+            lambda: je.RaggedTensor.from_row_splits([1, 2, 3], [0, 1]),
+            "must end at the number of values, got 1 for 3",
+        ),
+        (lambda: je.as_input(np.array([[1, 2], [3]], object)), "ndarray of lists; pass a list of lists"),
+        (lambda: je.as_input(np.array([np.arange(2), [3]], object)), "ndarray of lists; pass a list of lists"),
         (lambda: je.RaggedTensor.from_lists(None), "rows must be a list of lists, got None"),
         (lambda: je.RaggedTensor.from_value_rowids([], [], nrows=-1), "nrows must be at least 0, got -1"),
         (lambda: je.SparseTensor([], [], None), "dense_shape must be ints, got None"),

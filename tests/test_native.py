@@ -5,6 +5,7 @@ tests/native/kernel_test.cc, which sweeps the kernel itself.
 """
 
 import os
+import platform
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 
 from jaxembed import QuantizationConfig, backend, bag_native, built, kernel, use_backend
 from jaxembed.bag import Bag, BagOperands, embedding_bags
+from jaxembed.inputs import ragged
 from jaxembed.quantization import quantize
 from jaxembed.quantized_table import QuantizedTable
 from jaxembed.resident_table import ResidentTable, TableForm, addresses
@@ -46,13 +48,35 @@ def call(arguments=(TABLE, IDS, SPLITS), out=(2, 3), dtype=np.float32, counts=1,
 
 
 @pytest.mark.skipif(not SANITIZED, reason="only for `make sanitize`")
-@pytest.mark.parametrize("name", ["libjaxembed_native", "libjaxembed_requests", "jaxembed_packing.abi3"])
+@pytest.mark.parametrize(
+    "name", ["libjaxembed_native", "libjaxembed_requests", "jaxembed_packing.abi3", "jaxembed_ragged.abi3"]
+)
 def test_the_library_under_test_is_the_instrumented_one(name):
     path = built.find(f"{name}.so")
     assert path is not None
     assert b"__asan_init" in path.read_bytes()
     assert kernel.available(), kernel.unavailable_reason()
     assert NativePacker.available
+    assert ragged._init_for is not None
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not os.path.exists("/proc/cpuinfo"), reason="Linux on x86-64 alone tells"
+)
+def test_the_instruction_set_is_the_largest_of_this_processor():
+    """As of compilers from GCC 11 and Clang 12 on, see CMakeLists.txt."""
+    with open("/proc/cpuinfo") as lines:
+        flags = set(next(line for line in lines if line.startswith("flags")).split())
+    levels = {
+        "v3": {"avx2", "fma", "bmi1", "bmi2", "movbe", "f16c", "abm"},
+        "v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"},
+    }
+    expected = "baseline"
+    for level, needs in levels.items():
+        if not needs <= flags:
+            break
+        expected = level
+    assert kernel.instruction_set() == expected
 
 
 def test_hand_made_numbers_are_those_that_are_sent():
@@ -135,7 +159,7 @@ def test_hostile_numbers_are_refused(case):
 def test_splits_that_do_not_rise_are_refused(splits):
     with pytest.raises(
         INVALID_ARGUMENT,
-        match=r"feature 0: row_splits must not decrease and lie in \[0, 4\], .*; make them on the host",
+        match=r"feature 0 \(from 0, of 1 in the order of their keys\): row_splits must not decrease and lie in \[0, 4\], .*; make them on the host",
     ):
         jax.block_until_ready(call((TABLE, IDS, jnp.array(splits, jnp.int32))))
 

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from jaxembed.initializers import Constant, RandomNormal
+from jaxembed.names import UnregisteredError
 from jaxembed.optimizers import (
     FTRL,
     SGD,
@@ -32,6 +33,7 @@ from jaxembed.optimizers import (
     register_schedule,
     sparse_update,
 )
+from jaxembed.unregistered import UnregisteredOptimizer
 
 
 @register_function("tests.momentum_computation")
@@ -229,6 +231,22 @@ def test_schedules_equal_those_of_optax():
         (ExponentialDecay(0.5, 4, 0.8, staircase=True), stairs),
     ):
         np.testing.assert_allclose(ours(steps), theirs(steps), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rate"),
+    [
+        (PolynomialDecay(0.5, 4 * 10**9, 0.0, warmup_steps=3 * 10**9), 0.25),
+        (PolynomialDecay(0.5, 3 * 10**9, 0.0, cycle=True), 0.25),
+        (CosineDecay(0.0, 10**10, warmup_target=1.0, warmup_steps=3 * 10**9), 0.5),
+        (CosineDecay(0.5, 3 * 10**9), 0.25),
+        (ExponentialDecay(1.0, 3 * 10**9, 0.25), 0.5),
+        (ExponentialDecay(1.0, 3 * 10**9, 0.25, staircase=True), 1.0),
+    ],
+)
+def test_schedules_over_more_steps_than_an_int32_holds(schedule, rate):
+    for at in (schedule, jax.jit(schedule)):
+        np.testing.assert_allclose(at(np.float32(1.5e9)), rate, rtol=1e-6)
 
 
 finite = st.floats(-1e3, 1e3)
@@ -465,6 +483,12 @@ def test_as_optax_equals_optax():
                 updates, their_state = theirs.update(gradient, their_state, b)
             b = optax.apply_updates(b, updates)
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_as_optax_of_an_unregistered_optimizer():
+    optimizer = as_optax(UnregisteredOptimizer(stored="{}", reason="unknown optimizer 'gone'"))
+    with pytest.raises(UnregisteredError, match="unknown optimizer 'gone'"):
+        optimizer.init(jnp.zeros(3))
 
 
 def test_as_optax_errors():

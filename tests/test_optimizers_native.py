@@ -1,5 +1,7 @@
 """The native row update: the rows that the portable one gives, for every option, in place."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,10 @@ import pytest
 from jaxembed.backends import use_backend
 from jaxembed.optimizers import SGD, Adagrad, Adam, native, sparse_update
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernel was not built")
+# `make sanitize` that finds no kernel has tested nothing, and must not pass.
+pytestmark = pytest.mark.skipif(
+    not native.available() and "JAXEMBED_SANITIZED" not in os.environ, reason="the native kernel was not built"
+)
 OPTIONS = {
     "plain": {},
     "clipped": {"clipvalue": (-0.3, 0.2), "clip_weight_min": -1.0, "clip_weight_max": 0.5},
@@ -94,10 +99,24 @@ def test_nan_gradients_reach_the_table():
 def test_shapes_that_do_not_fit_are_errors():
     table, rows = jnp.ones((4, 2), jnp.float32), jnp.zeros(3, jnp.int32)
     gradients = jnp.ones((2, 3), jnp.float32)
-    with pytest.raises(Exception, match="shapes of entries, gradients and numbers do not fit each other"):
+    told = (
+        r"must fit each other; got 3 rows, 3 segments, 0 weights, gradients \[2, 3\] for D = 2, and 6 numbers"
+    )
+    with pytest.raises(Exception, match=told):
         jax.block_until_ready(
             native.update_entries(SGD(0.5), table, {}, rows, rows, None, gradients, jnp.float32(0.5))
         )
+
+
+@pytest.mark.parametrize("cls", [SGD, Adagrad])
+def test_a_table_without_rows_is_left_alone(cls):
+    optimizer, table = cls(0.5), jnp.ones((0, 2), jnp.float32)
+    slots, rows = optimizer.init_slots(table.shape), jnp.asarray([-1, 0, 1], jnp.int32)
+    gradients = jnp.ones((3, 2), jnp.float32)
+    table, slots = native.update_entries(
+        optimizer, table, slots, rows, jnp.arange(3), None, gradients, jnp.float32(0.5)
+    )
+    assert [x.shape for x in jax.tree.leaves((table, slots))] == [(0, 2)] * (1 + len(slots))
 
 
 def test_what_it_covers():

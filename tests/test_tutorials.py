@@ -9,11 +9,13 @@ import sys
 
 import pytest
 
+from tests.lazy import lazily
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 TUTORIALS = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "sharding.md"]
 # What other tests do as well, with files of their own.
 SLOW = ("criteo", "tensorflow")
-NEEDS = {"torchrec": ["torch"], "tensorflow": ["tensorflow"]}
+NEEDS = {"torchrec": ["torch"], "tensorflow": ["tensorflow"], "keras_rs": ["keras_rs", "h5py"]}
 
 
 def test_the_first_example_of_the_readme_gives_what_it_says():
@@ -32,7 +34,7 @@ def test_the_first_example_of_the_readme_gives_what_it_says():
 )
 def test_tutorial_runs(page, tmp_path):
     for module in NEEDS.get(page.stem, ()):
-        pytest.importorskip(module)
+        lazily(module)  # the page imports it, in its own process
     program = "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
     assert program, f"{page} has no python blocks"
     file = tmp_path / "tutorial.py"

@@ -1,4 +1,4 @@
-"""Times one lookup on this machine: the native kernel, plain JAX, and torch and TensorFlow where installed.
+"""Times one lookup on this machine's CPU: the native kernel, plain JAX, and torch and TensorFlow where installed.
 
 jaxembed bench --vocabulary 100000 --dim 64
 
@@ -93,8 +93,10 @@ def _interleaved(programs: dict[str, Callable[[int], Any]], rounds: int) -> dict
 def _jaxembed(path: str, table: np.ndarray, batches: list[np.ndarray], splits: np.ndarray) -> Any:
     config = je.TableConfig(*table.shape, combiner="sum", name="bench")
     features = {"x": je.FeatureConfig(table=config)}
-    rows = jax.device_put(table)
-    inputs = [jax.device_put({"x": je.RaggedTensor(ids, splits)}) for ids in batches]
+    # As its contenders are on the CPU, whatever accelerators are about.
+    cpu = jax.local_devices(backend="cpu")[0]
+    rows = jax.device_put(table, cpu)
+    inputs = [jax.device_put({"x": je.RaggedTensor(ids, splits)}, cpu) for ids in batches]
 
     @jax.jit
     def lookup(ids, rows):

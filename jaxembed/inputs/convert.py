@@ -41,6 +41,10 @@ def as_input(x: Any) -> Any:
     kind, x = type(x).__name__, converted(x)
     if isinstance(x, RaggedTensor | SparseTensor):
         return x
+    if x.dtype.kind == "O" and any(isinstance(entry, list | tuple | np.ndarray) for entry in x.flat):
+        raise ValueError(
+            f"as_input cannot convert {kind} of lists; pass a list of lists, as its tolist() gives it."
+        )
     if x.dtype.kind in _TEXT_KINDS:
         raise ValueError(
             f"as_input cannot convert {kind} of {x.dtype}: dense ids must be numbers; look strings up in a vocabulary or "

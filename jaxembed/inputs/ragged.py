@@ -178,6 +178,17 @@ class RaggedTensor:
         return cls(values, splits.astype(np.int32) if splits[-1] < 2**31 else splits)
 
     @classmethod
+    def from_row_splits(cls, values: AnyValues, row_splits: AnyRowSplits) -> "RaggedTensor":
+        """From [N] values and [B + 1] row_splits that end at N, which is not checked of splits that are on a device."""
+        ragged = cls(values, row_splits)
+        if is_host(ragged.row_splits) and ragged.row_splits[-1] != ragged.values.shape[0]:
+            raise ValueError(
+                f"from_row_splits: row_splits must end at the number of values, got {ragged.row_splits[-1]} for "
+                f"{ragged.values.shape[0]}; for values that are padding give row_splits to RaggedTensor."
+            )
+        return ragged
+
+    @classmethod
     def from_value_rowids(
         cls, values: AnyValues, value_rowids: AnyIds, nrows: int | None = None
     ) -> "RaggedTensor":

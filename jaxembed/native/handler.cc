@@ -44,8 +44,10 @@ struct Work {
   }
 };
 
-ffi::Error Invalid(int64_t feature, const std::string& what) {
-  return ffi::Error::InvalidArgument("jaxembed: embedding_bag of feature " + std::to_string(feature) + ": " + what);
+// Names are not known here.
+ffi::Error Invalid(int64_t feature, int64_t features, const std::string& what) {
+  return ffi::Error::InvalidArgument("jaxembed: embedding_bag of feature " + std::to_string(feature) + " (from 0, of " +
+                                     std::to_string(features) + " in the order of their keys): " + what);
 }
 
 // What is wrong with operands, and what to do where that is not said.
@@ -119,9 +121,9 @@ ffi::Error EmbeddingBags(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rem
   for (int64_t f = 0; f < features; ++f) {
     Bag& bag = bags[f];
     std::string wrong = Decode(meta.begin() + f * kFields, args, rets, outs, &bag);
-    if (!wrong.empty()) return Invalid(f, WithAdvice(wrong));
+    if (!wrong.empty()) return Invalid(f, features, WithAdvice(wrong));
     wrong = Place(bag, scratch[f], &placed[f]);
-    if (!wrong.empty()) return Invalid(f, wrong);
+    if (!wrong.empty()) return Invalid(f, features, wrong);
     cost += Cost(bag, placed[f]);
     bad[f] = 0;
   }

@@ -29,6 +29,7 @@ struct Instances {
   Instance of[kInstances];
 };
 Instances FindInstances();
+Instance Fastest();
 
 }  // namespace jaxembed
 

@@ -116,6 +116,7 @@ void RunRows(const Update& u, const std::vector<Key>& keys, size_t begin, size_t
 
 // Stable, by row; 11 bits a pass, as many passes as the largest row has digits.
 void SortByRow(std::vector<Key>* keys, int64_t vocabulary) {
+  if (keys->empty()) return;  // as of a table without rows, whose largest one is -1
   std::vector<Key> other(keys->size());
   for (int shift = 32; (vocabulary - 1) >> (shift - 32); shift += kRadixBits) {
     std::array<size_t, 1 << kRadixBits> starts{};
@@ -183,7 +184,11 @@ ffi::Error UpdateRows(ffi::ThreadPool pool, Rows table, Rows accumulators, Ints 
   }
   if (gradients.dimensions()[1] != dim || segments.dimensions()[0] != entries || scalars.dimensions()[0] != 6 ||
       (weights.dimensions()[0] != 0 && weights.dimensions()[0] != entries)) {
-    return Invalid("shapes of entries, gradients and numbers do not fit each other");
+    return Invalid("N rows, segments and weights (N or 0), gradients [S, D] and 6 numbers must fit each other; got " +
+                   std::to_string(entries) + " rows, " + std::to_string(segments.dimensions()[0]) + " segments, " +
+                   std::to_string(weights.dimensions()[0]) + " weights, gradients [" + std::to_string(num_segments) +
+                   ", " + std::to_string(gradients.dimensions()[1]) + "] for D = " + std::to_string(dim) + ", and " +
+                   std::to_string(scalars.dimensions()[0]) + " numbers");
   }
   if (entries > std::numeric_limits<int32_t>::max() || vocabulary > std::numeric_limits<int32_t>::max()) {
     return Invalid("at most 2^31 - 1 entries and rows");

@@ -21,13 +21,6 @@ bool HasRestOfV3() {
 }
 #endif
 
-RunTask Select() {
-  const Instances found = FindInstances();
-  RunTask fastest = nullptr;
-  for (const Instance& instance : found.of) fastest = instance.run ? instance.run : fastest;
-  return fastest;
-}
-
 }  // namespace
 
 Instances FindInstances() {
@@ -46,8 +39,14 @@ Instances FindInstances() {
   return found;
 }
 
+Instance Fastest() {
+  Instance fastest = {};
+  for (const Instance& instance : FindInstances().of) fastest = instance.run ? instance : fastest;
+  return fastest;
+}
+
 int64_t RunBag(const Bag& bag, const Placed& placed, const Task& task) {
-  static const RunTask run = Select();
+  static const RunTask run = Fastest().run;
   return run(bag, placed, task);
 }
 

@@ -231,7 +231,7 @@ class Optimizer:
         """A JSON-able dict; `optimizer_from_dict` gives the optimizer back, equal.
 
         Raises:
-          ValueError: if it holds a callable that has no registered name.
+          ValueError: if it holds a callable that has no registered name, or what is not JSON.
         """
         from jaxembed.optimizers.registry import optimizer_to_dict
 

@@ -9,6 +9,7 @@ from jaxembed.optimizers.base import Optimizer
 from jaxembed.optimizers.custom import CustomOptimizer
 from jaxembed.optimizers.rules import RULES
 from jaxembed.optimizers.schedules import CosineDecay, ExponentialDecay, PolynomialDecay
+from jaxembed.stored_arguments import check_json, object_from_json
 
 T = TypeVar("T")
 
@@ -25,20 +26,19 @@ def optimizer_to_dict(optimizer: Optimizer) -> dict[str, Any]:
             "jaxembed.optimizers.register_optimizer."
         )
     fields = {field.name: getattr(optimizer, field.name) for field in dataclasses.fields(optimizer)}
-    return {
-        "name": optimizer.name,
-        "arguments": {name: _to_json(value, f"{optimizer.name}.{name}") for name, value in fields.items()},
-    }
+    arguments = {name: _to_json(value, f"{optimizer.name}.{name}") for name, value in fields.items()}
+    what = f"the optimizer {type(optimizer).__name__}"
+    return {"name": optimizer.name, "arguments": check_json(arguments, what)}
 
 
 def optimizer_from_dict(data: dict[str, Any]) -> Optimizer:
     """The optimizer that `Optimizer.to_dict` described.
 
     Raises:
-      UnregisteredError: if it names an unregistered class or function.
+      UnregisteredError: if it names an unregistered class or function, or a class that does not take its arguments.
     """
     arguments = {name: _from_json(value) for name, value in data["arguments"].items()}
-    return optimizer_class(data["name"])(**arguments)
+    return object_from_json(optimizer_class(data["name"]), "optimizer", arguments)
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
@@ -103,12 +103,12 @@ def _to_json(value: Any, where: str) -> Any:
 
 def _from_json(value: Any) -> Any:
     if isinstance(value, list):
-        return [_from_json(item) for item in value]
+        return tuple(_from_json(item) for item in value)
     if not isinstance(value, dict):
         return value
     if "function" in value:
         return _find(_FUNCTIONS, value["function"], "function")
-    return _find(_SCHEDULES, value["schedule"], "schedule")(**value["arguments"])
+    return object_from_json(_find(_SCHEDULES, value["schedule"], "schedule"), "schedule", value["arguments"])
 
 
 def _find(registry: dict[str, Any], name: str, kind: str) -> Any:

@@ -38,7 +38,7 @@ class Schedule:
         return self.rate(jnp.asarray(step).astype(jnp.float32))
 
     def rate(self, step: Scalar) -> Scalar:
-        """The rate at a float32 step."""
+        """The rate at a float32 step, to be computed with floats: an int of 2**31 or more is none to JAX."""
         raise NotImplementedError
 
 
@@ -67,14 +67,15 @@ class PolynomialDecay(Schedule):
 
     def rate(self, step: Scalar) -> Scalar:
         """The rate at a float32 step."""
-        at = step - self.warmup_steps
+        decay_steps, warmup_steps = float(self.decay_steps), float(self.warmup_steps)
+        at = step - warmup_steps
         rounds = jnp.maximum(-_whole(-at, self.decay_steps), 1) if self.cycle else 1
-        steps = self.decay_steps * rounds
+        steps = decay_steps * rounds
         left = jnp.where(at < steps, 1 - jnp.clip(at / steps, 0, 1), 0)
         span = self.initial_learning_rate - self.end_learning_rate
         decayed = span * left**self.power + self.end_learning_rate
-        warming = self.initial_learning_rate * step / max(self.warmup_steps, 1)
-        return jnp.where(step < self.warmup_steps, warming, decayed)
+        warming = self.initial_learning_rate * step / max(warmup_steps, 1)
+        return jnp.where(step < warmup_steps, warming, decayed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +104,12 @@ class CosineDecay(Schedule):
         initial, target = self.initial_learning_rate, self.warmup_target
         if target is None:
             return self._decayed(initial, step)
-        warming = (target - initial) * step / max(self.warmup_steps, 1) + initial
-        return jnp.where(step < self.warmup_steps, warming, self._decayed(target, step - self.warmup_steps))
+        warmup_steps = float(self.warmup_steps)
+        warming = (target - initial) * step / max(warmup_steps, 1) + initial
+        return jnp.where(step < warmup_steps, warming, self._decayed(target, step - warmup_steps))
 
     def _decayed(self, start: float, step: Scalar) -> Scalar:
-        left = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / self.decay_steps, 0, 1)))
+        left = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / float(self.decay_steps), 0, 1)))
         return start * ((1 - self.alpha) * left + self.alpha)
 
 
@@ -132,7 +134,7 @@ class ExponentialDecay(Schedule):
 
     def rate(self, step: Scalar) -> Scalar:
         """The rate at a float32 step."""
-        decays = _whole(step, self.decay_steps) if self.staircase else step / self.decay_steps
+        decays = _whole(step, self.decay_steps) if self.staircase else step / float(self.decay_steps)
         return self.initial_learning_rate * self.decay_rate**decays
 
 

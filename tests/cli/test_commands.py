@@ -2,9 +2,11 @@
 
 import shlex
 
+import jax
+import numpy as np
 import pytest
 
-from jaxembed.cli import COMMANDS, doctor, main
+from jaxembed.cli import COMMANDS, bench, doctor, main
 from jaxembed.cli.doctor import memory_lines
 
 
@@ -72,6 +74,25 @@ def test_bench(capsys, monkeypatch):
         == 0
     )
     assert "plain JAX" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["xla", "auto"])
+def test_bench_is_of_the_cpu_whatever_the_default_device(path, monkeypatch):
+    """With another CPU device in the place of an accelerator."""
+    used, device_put = set(), jax.device_put
+
+    def put(*args):
+        placed = device_put(*args)
+        used.update(device for leaf in jax.tree.leaves(placed) for device in leaf.devices())
+        return placed
+
+    monkeypatch.setattr(jax, "device_put", put)
+    table, ids, splits = np.ones((6, 2), np.float32), np.array([1, 2], np.int32), np.array([0, 2], np.int32)
+    first, other, *_ = jax.devices("cpu")
+    with jax.default_device(other):
+        out = bench._jaxembed(path, table, [ids], splits)(0)
+    np.testing.assert_array_equal(out, [[2, 2]])
+    assert used == {first}
 
 
 def test_bench_of_nothing(capsys):

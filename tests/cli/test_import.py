@@ -92,7 +92,7 @@ def test_combiners_need_their_module(tmp_path, line, capsys):
     write_checkpoint(tmp_path / "checkpoint", combiner=combiner)
     assert main(line.split()) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'checkpoint' / '0'}: unknown combiner 'my_sum'; known: " in error
+    assert f"{tmp_path / 'checkpoint' / '0'}: table 't': unknown combiner 'my_sum'; known: " in error
     assert "commands do so with --import MODULE." in error
     assert main([*line.split(), "--import", "my_names"]) == 0
 

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -21,6 +22,16 @@
 #define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
 #define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
 #endif
+
+static int64_t allocations = 0;
+
+void* operator new(size_t size) {
+  ++allocations;
+  if (void* memory = std::malloc(size ? size : 1)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace jaxembed {
 namespace {
@@ -396,6 +407,40 @@ void PiecesGetSmaller() {
   if (plan.tasks[0].last_bag < 10 * before) Fail(c, "any", "the first piece is small");
 }
 
+// Once a thread has been through a task, it has what memory such a task takes.
+void TasksAllocateNothing(Random& random) {
+  for (int type = 0; type <= static_cast<int>(RowType::kCodes4); ++type) {
+    for (int64_t dim : {8, 33, 256}) {
+      for (int layout = 0; layout <= 2; ++layout) {
+        for (bool sequences : {false, true}) {
+          if (sequences && !layout) continue;
+          Case c;
+          c.bag.layout = static_cast<Layout>(layout), c.bag.num_bags = 100, c.bag.sequence_length = sequences ? 3 : 0;
+          MakeTable(c, static_cast<RowType>(type), 40, dim);
+          MakeIds(c, random, 8, 100);
+          MakeOutput(c, random);
+          c.name = "allocations, dim " + std::to_string(dim) + " type " + std::to_string(type) + " layout " +
+                   std::to_string(layout);
+          Scratch scratch;
+          Placed placed;
+          Place(c.bag, scratch, &placed);
+          const bool dense = c.bag.layout == Layout::kDense;
+          const Task all = {0, 0, 100, dense ? 0 : placed.splits[0], dense ? 100 : placed.splits[100], nullptr};
+          for (const Instance& instance : FindInstances().of) {
+            if (!instance.run) continue;
+            instance.run(c.bag, placed, all);
+            const int64_t before = allocations;
+            instance.run(c.bag, placed, all);
+            if (allocations != before) {
+              Fail(c, instance.name, "a task allocated " + std::to_string(allocations - before) + " times");
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 void RefusedSplits() {
   for (const std::vector<int64_t>& splits : {std::vector<int64_t>{0, 2, 1}, {-1, 0, 2}, {0, 1, 4}, {0, INT64_MAX, 3}}) {
     Case c;
@@ -421,6 +466,7 @@ int main() {
   }
   LongBags(random, &cases);
   PiecesGetSmaller();
+  TasksAllocateNothing(random);
   RefusedSplits();
   std::printf("%lld cases on", static_cast<long long>(cases));
   for (const Instance& instance : FindInstances().of) {

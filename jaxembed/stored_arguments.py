@@ -1,0 +1,42 @@
+"""The arguments of initializers, optimizers and schedules as JSON, and the objects that a class makes of them again."""
+
+import json
+from typing import Any
+
+from jaxembed.names import UnregisteredError
+
+
+def check_json(arguments: dict[str, Any], what: str) -> dict[str, Any]:
+    """The arguments, as they are.
+
+    Raises:
+      ValueError: if one is no value that JSON has; `what` says whose they are.
+    """
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            f"{what} cannot be stored: {arguments!r:.200} are not all JSON ({e}); let the fields of the class be finite "
+            "numbers, str, bool, None or tuples of these."
+        ) from None
+    return arguments
+
+
+def object_from_json(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:
+    """`cls` called with arguments that were stored, of which lists were tuples.
+
+    Raises:
+      UnregisteredError: if it does not take them.
+    """
+    arguments = {name: _as_tuples(value) for name, value in arguments.items()}
+    try:
+        return cls(**arguments)
+    except Exception as e:  # whatever a class of the user's own raises
+        raise UnregisteredError(
+            f"{kind} {cls.name!r} cannot be read: {cls.__module__}.{cls.__qualname__} does not take the arguments that "
+            f"are stored, {arguments!r:.200} ({type(e).__name__}: {e}); let the class take them."
+        ) from e
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
