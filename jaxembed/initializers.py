@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxembed.names import UnregisteredError, unregistered
-from jaxembed.stored_arguments import check_json, object_from_json
+from jaxembed.stored_arguments import fields_as_json, object_from_json
 
 __all__ = [
     "Constant",
@@ -179,9 +179,8 @@ def initializer_to_dict(initializer: Any, owner: str) -> dict[str, Any]:
             f"the initializer of {owner} cannot be stored: {initializer!r} has no registered name; use one of "
             "jaxembed.initializers or register yours with register_initializer."
         )
-    arguments = dataclasses.asdict(initializer)
     what = f"the initializer {type(initializer).__name__} of {owner}"
-    return {"name": name, "arguments": check_json(arguments, what)}
+    return {"name": name, "arguments": fields_as_json(initializer, what)}
 
 
 def initializer_from_dict(data: dict[str, Any], keep_unregistered: bool = False) -> Any:

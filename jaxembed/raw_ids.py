@@ -18,12 +18,12 @@ def checked_integers(ids: Any) -> np.ndarray:
 
     Raises:
       BadIdError: for the first that is no integer, or beyond int64.
-      ValueError: if it is neither an array nor a sequence.
+      ValueError: if it is one id, and neither an array nor a sequence.
     """
     ids = _host_array(ids)
+    _check_sequence(ids)
     if isinstance(ids, np.ndarray) and (ids.dtype.kind in "iu" or not ids.size):
         return ids.astype(np.int64) if ids.dtype.kind != "u" or ids.dtype.itemsize < 8 else _signed(ids)
-    _check_sequence(ids)
     for at, value in enumerate(ids):
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
             raise _bad_type(at, "an int64", value, "dtype='string' takes strings")

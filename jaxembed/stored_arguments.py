@@ -1,5 +1,6 @@
 """The arguments of initializers, optimizers and schedules as JSON, and the objects that a class makes of them again."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -20,6 +21,28 @@ def check_json(arguments: dict[str, Any], what: str) -> dict[str, Any]:
             "numbers, str, bool, None or tuples of these."
         ) from None
     return arguments
+
+
+def fields_as_json(instance: Any, what: str) -> dict[str, Any]:
+    """The fields of a dataclass, as `check_json` takes them.
+
+    Raises:
+      ValueError: if one is another dataclass, a list or a dict, which would come back as something else, or no JSON.
+    """
+    fields = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
+    for name, value in fields.items():
+        if not _comes_back(value):
+            raise ValueError(
+                f"{what} cannot be stored: its field {name!r} is {value!r:.200}; let it be a finite number, str, bool, None "
+                "or a tuple of these."
+            )
+    return check_json(fields, what)
+
+
+def _comes_back(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_comes_back, value))
+    return not isinstance(value, list | dict) and not dataclasses.is_dataclass(value)
 
 
 def object_from_json(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:

@@ -343,7 +343,9 @@ def test_rows_of_ids_of_another_type_are_refused(tmp_path, ids, message):
             hash_ints(ids)
 
 
-@pytest.mark.parametrize("ids", ["abc", b"abc", np.str_("abc"), 5, np.array(5.0), np.array("a", object)])
+@pytest.mark.parametrize(
+    "ids", ["abc", b"abc", np.str_("abc"), 5, np.int64(5), np.array(5), np.array(5.0), np.array("a", object)]
+)
 def test_rows_take_a_sequence(ids):
     """The letters of a string are not its ids."""
     for dtype in ("int64", "string"):

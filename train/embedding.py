@@ -68,7 +68,8 @@ class ShardedEmbedding(ShardedInputs):
         chosen.
       capacity: entries that a shard has room for in each stack, of all its features together. None takes
         what the batches need, in steps of a thirty-second, and never less than before.
-      example_batch: of `plan="auto"`: a batch of this host like those to come.
+      example_batch: of `plan="auto"`: a batch of this host like those to come, without rows that fill it up: every id
+        is counted, and preprocessing refuses what it refuses of real rows.
       overrides: of `plan="auto"`: table name to sharding.
 
     Raises:
@@ -164,7 +165,7 @@ class ShardedEmbedding(ShardedInputs):
         """Looks every input up, as `serving_embedding_lookup` does.
 
         Differentiable with respect to the weights and `state.combiner_weights` (and the tables, at the cost of
-        whole ones).
+        whole ones); a custom combiner must then have finite gradients of empty bags, which rows left out by a mask are.
 
         Args:
           state: of this embedding.

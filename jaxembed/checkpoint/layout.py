@@ -27,6 +27,7 @@ import numpy as np
 from jaxembed.checkpoint.digests import HEX_DIGITS, CheckpointError, block_rows, digest_bytes, num_rows
 from jaxembed.checkpoint.files import read_regular, refuse_pointer
 from jaxembed.names import UnregisteredError
+from jaxembed.optimizers.registry import storable_arguments
 from jaxembed.serialization import feature_config_from_json, strict_json
 
 FORMAT = "jaxembed-checkpoint"
@@ -252,19 +253,18 @@ def combiner_weights(manifest: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def optimizers_to_json(optimizers: Mapping[str, Any]) -> dict[str, Any]:
-    """Optimizers by table; of one that holds what JSON has not, or a callable without a name, its own name alone."""
+    """Optimizers by table, without arguments that JSON has not, or that are callables without a name."""
     stored: dict[str, Any] = {}
     for name, optimizer in optimizers.items():
         try:
             stored[name] = optimizer.to_dict()
-            json.dumps(stored[name], allow_nan=False)
         except ValueError:
-            stored[name] = {"name": optimizer.name}
+            stored[name] = {"name": optimizer.name, "arguments": storable_arguments(optimizer)}
     return stored
 
 
 def optimizers(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What trained each table, as `Optimizer.to_dict` gives it; older manifests do not say.
+    """What trained each table, as `optimizers_to_json` gives it; older manifests do not say.
 
     Raises:
       CheckpointError: if it is not what `optimizers_to_json` gives.

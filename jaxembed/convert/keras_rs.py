@@ -2,15 +2,15 @@
 
 A table is the only variable of a layer of its name below `_default_device_embedding_layers`. To write, a weights
 file of the model is needed (layout): the order of its layers is the model's, so its tables are replaced in a copy.
-On SparseCore the layer's own variables are stacks of tables, in an order of rows that the file does not say.
+On SparseCore the layer's own variables are stacks of tables, in an order of rows that the file does not say. They are
+told by what they are, as a layer lies at the name of its class, or of the model's attribute.
 """
 
 import os
 import pathlib
-import re
 import shutil
 import threading
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ LAYOUT = ("write",)
 COMBINER_WEIGHTS = False
 KEYS = True
 LAYERS = "_default_device_embedding_layers/"
-_LAYER = re.compile(r"distributed_embedding(_\d+)?")
+_OPTIMIZER = "optimizer/"
+_TILE = 8  # to multiples of which SparseCores round rows and columns up
 
 
 def matches(path: pathlib.Path) -> bool:
@@ -67,7 +68,7 @@ def read(path: pathlib.Path, options: Options) -> Source:
 def without_slots(out: pathlib.Path) -> str:
     """Slots are the optimizer's variables in Keras, in an order that is the model's."""
     del out
-    return "which keras-rs has no place for"
+    return "which a weights file has as the optimizer's, by number alone"
 
 
 def check(out: pathlib.Path, contents: Contents) -> None:
@@ -93,14 +94,16 @@ def write(out: pathlib.Path, contents: Contents) -> list[str]:
         shutil.copyfileobj(source, target, 16 << 20)
     notes = []
     with _open(out, "r+") as file:
-        _, names, _ = _datasets(file)
+        arrays, names, _ = _datasets(file)
         for stream, key in _places(template, file, contents):
             names.pop(key, None)
             for start, rows in stream.blocks():
                 file[key][start : start + rows.shape[0]] = rows
             notes.append(f"table {stream.table!r} -> {key}")
-        kept = sorted(names.values())
-    return notes + ([f"as they were in {template}: tables {', '.join(kept)}"] if kept else [])
+    kept = [f"tables {', '.join(sorted(names.values()))}"] if names else []
+    if any(key.startswith(_OPTIMIZER) for key in arrays):
+        kept.append("the state of the optimizer, which is not that of these tables")
+    return notes + ([f"as they were in {template}: {'; '.join(kept)}"] if kept else [])
 
 
 def _places(template: pathlib.Path, file: Any, contents: Contents) -> list[tuple[Stream, str]]:
@@ -110,6 +113,8 @@ def _places(template: pathlib.Path, file: Any, contents: Contents) -> list[tuple
     for stream in contents.tables:
         key = key_for(contents.options, (stream.table, None))
         keys = [key] if key is not None else [k for k, name in names.items() if name == stream.table]
+        if not keys:
+            _refuse_stacks(template, stacks)
         if len(keys) != 1 or keys[0] not in arrays:
             raise ValueError(f"{template} has no table {stream.table!r}; it has {sorted(names.values())}.")
         _refuse_stacks(template, stacks & {keys[0]})
@@ -155,7 +160,6 @@ def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     h5py: Any = needed("h5py", "keras-rs")
     arrays: dict[str, Any] = {}
     names: dict[str, str] = {}
-    stacks: set[str] = set()
 
     def visit(key: str, item: Any) -> None:
         key = key if isinstance(key, str) else os.fsdecode(key)
@@ -169,17 +173,25 @@ def _datasets(file: Any) -> tuple[dict[str, Any], dict[str, str], set[str]]:
             return
         arrays[key] = item
         name = item.parent.attrs.get("name")
-        if item.ndim != 2 or not isinstance(name, str | bytes):
-            return
-        name = name if isinstance(name, str) else name.decode(errors="replace")
-        if LAYERS in key:
-            names[key] = name
-        # A layer lies at the name of its class, or of the model's attribute.
-        elif any(map(_LAYER.fullmatch, (name, *key.split("/")[-3:-2]))):
-            stacks.add(key)
+        if LAYERS in key and item.ndim == 2 and isinstance(name, str | bytes):
+            names[key] = name if isinstance(name, str) else name.decode(errors="replace")
 
     try:
         file.visititems(visit)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError) as e:
         raise CheckpointError(f"{file.filename} is damaged: {str(e)[:200]}.") from e
-    return arrays, names, stacks
+    return arrays, names, _stacks(arrays)
+
+
+def _stacks(arrays: Mapping[str, Any]) -> set[str]:
+    """The arrays of layers that have their own count of steps, a float, beside tables and slots, and nothing else."""
+    layers: dict[str, list[str]] = {}
+    for key in arrays:
+        layers.setdefault(key.rpartition("/")[0], []).append(key)
+    found: set[str] = set()
+    for keys in layers.values():
+        tables = [key for key in keys if arrays[key].ndim == 2]
+        rest = [(arrays[key].shape, arrays[key].dtype.kind) for key in keys if arrays[key].ndim != 2]
+        if rest == [((), "f")] and not any(size % _TILE for key in tables for size in arrays[key].shape):
+            found.update(tables)
+    return found

@@ -1,5 +1,6 @@
 """Optimizers by name, and their exact round trip through JSON-able dicts."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from jaxembed.optimizers.base import Optimizer
 from jaxembed.optimizers.custom import CustomOptimizer
 from jaxembed.optimizers.rules import RULES
 from jaxembed.optimizers.schedules import CosineDecay, ExponentialDecay, PolynomialDecay
-from jaxembed.stored_arguments import check_json, object_from_json
+from jaxembed.stored_arguments import check_json, fields_as_json, object_from_json
 
 T = TypeVar("T")
 
@@ -29,6 +30,16 @@ def optimizer_to_dict(optimizer: Optimizer) -> dict[str, Any]:
     arguments = {name: _to_json(value, f"{optimizer.name}.{name}") for name, value in fields.items()}
     what = f"the optimizer {type(optimizer).__name__}"
     return {"name": optimizer.name, "arguments": check_json(arguments, what)}
+
+
+def storable_arguments(optimizer: Optimizer) -> dict[str, Any]:
+    """Those arguments of `Optimizer.to_dict` that can be stored, where others cannot."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(optimizer):
+        where = f"{optimizer.name}.{field.name}"
+        with contextlib.suppress(ValueError):
+            found |= check_json({field.name: _to_json(getattr(optimizer, field.name), where)}, where)
+    return found
 
 
 def optimizer_from_dict(data: dict[str, Any]) -> Optimizer:
@@ -88,7 +99,10 @@ def _to_json(value: Any, where: str) -> Any:
         return [_to_json(item, where) for item in value]
     for name, cls in _SCHEDULES.items():
         if type(value) is cls:
-            return {"schedule": name, "arguments": dataclasses.asdict(value)}
+            return {
+                "schedule": name,
+                "arguments": fields_as_json(value, f"{where}: the schedule {cls.__name__}"),
+            }
     if not callable(value):
         return value
     for name, function in _FUNCTIONS.items():

@@ -80,8 +80,10 @@ def make_app(
         ]
     if predict_route:
         table.insert(0, Route(predict_route, routes.predict, methods=["POST"]))
+        routes.further[predict_route] = f"{v1}:predict"
     if health_route:
         table.insert(0, Route(health_route, routes.ready))
+        routes.further[health_route] = "/v2/health/ready"
     app = _App(
         routes=table,
         exception_handlers={404: _not_found, 405: _not_found},
@@ -124,6 +126,7 @@ class Routes:
 
     def __init__(self, service: Service):
         self._service, self._config = service, service.config
+        self.further: dict[str, str] = {}  # paths, and those that they are others of
 
     async def infer(self, request: Request) -> Response:
         """v2, in JSON or with binary tensors."""
@@ -277,7 +280,7 @@ class Routes:
 
     async def openapi(self, request: Request) -> Response:
         """What is here, for programs."""
-        return JSONResponse(openapi(self._config.name, self._service.versions.current))
+        return JSONResponse(openapi(self._config.name, self._service.versions.current, self.further))
 
     async def page(self, request: Request) -> Response:
         """What is here, for people."""

@@ -1,5 +1,6 @@
 """The OpenAPI page: routes, requests and answers, with the inputs of the model that serves."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxembed.serve.features import ServedFeature
@@ -48,12 +49,13 @@ _STRING = {
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 
 
-def openapi(name: str, model: ServedModel | None) -> dict[str, Any]:
+def openapi(name: str, model: ServedModel | None, further: Mapping[str, str] | None = None) -> dict[str, Any]:
     """An OpenAPI 3.1 document.
 
     Args:
       name: of the model.
       model: the version that serves, for the names of its inputs; None before there is one.
+      further: paths of which each is another one of a path that is here.
     """
     v1, v2 = f"/v1/models/{name}", f"/v2/models/{name}"
     paths: dict[str, Any] = {
@@ -75,6 +77,8 @@ def openapi(name: str, model: ServedModel | None) -> dict[str, Any]:
         },
         "/admin/versions:latest": {"post": _admin("Follows the newest version again", "401", "403", "503")},
     }
+    for path, other in (further or {}).items():
+        paths[path] = {**paths.get(path, {}), **paths[other]}
     return {
         "openapi": "3.1.0",
         "info": {"title": f"jaxembed serves {name}", "version": str(model.version) if model else "none"},
@@ -249,9 +253,14 @@ def _predict(model: ServedModel | None) -> dict[str, Any]:
     if model is not None:
         for path, feature in model.signature.features.items():
             ids = _STRING if takes_strings(feature) else _integer(feature)
-            row[path] = {"anyOf": [ids, {"type": "array", "items": ids, "maxItems": feature.max_ids}]}
+            # A sequence is cut instead.
+            limit = {} if feature.config.max_sequence_length else {"maxItems": feature.max_ids}
+            row[path] = {"anyOf": [ids, {"type": "array", "items": ids, **limit}]}
         row.update({name: {} for name in model.signature.dense})
-    rows = {"type": "object", "properties": row, "required": list(row)}
+    rows: dict[str, Any] = {"type": "object", "properties": row, "required": list(row)}
+    inputs: dict[str, Any] = {"type": "object"}
+    if len(row) == 1:  # which goes without its name, too
+        rows, inputs = {"anyOf": [rows, *row.values()]}, {"type": ["object", "array"]}
     return {
         "oneOf": [
             {
@@ -259,6 +268,6 @@ def _predict(model: ServedModel | None) -> dict[str, Any]:
                 "properties": {"instances": {"type": "array", "items": rows, "minItems": 1}},
                 "required": ["instances"],
             },
-            {"type": "object", "properties": {"inputs": {"type": "object"}}, "required": ["inputs"]},
+            {"type": "object", "properties": {"inputs": inputs}, "required": ["inputs"]},
         ]
     }

@@ -3,6 +3,7 @@
 The files are empty: a disk that is full has room for them.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -18,6 +19,7 @@ class Peers:
     def __init__(self, state: str | pathlib.Path):
         self._folder = pathlib.Path(state) / "serving"
         self._withdrawn = False
+        self._seen: dict[int, int] = {}
 
     def clear(self) -> None:
         """Makes the folder, empty: what is in it is of workers that are gone."""
@@ -52,7 +54,17 @@ class Peers:
         self._begun(pid).unlink(missing_ok=True)
 
     def others(self) -> dict[int, int]:
-        """By process, the versions that other workers serve."""
+        """By process, the versions that other workers serve; what was seen last while a disk fails."""
+        with contextlib.suppress(OSError):
+            self._seen = self.look()
+        return self._seen
+
+    def look(self) -> dict[int, int]:
+        """As `others`.
+
+        Raises:
+          OSError: if it cannot be told.
+        """
         found: dict[int, int] = {}
         try:
             names = os.listdir(self._folder)

@@ -146,17 +146,14 @@ class Supervisor:
     def _serves(self) -> bool:
         """Whether a worker has a version to serve."""
         try:
-            return bool(self._peers.others())
-        except OSError as e:
-            if e.errno in _LACKS:  # it cannot be told, and one may
-                return True
-            raise
+            return bool(self._peers.look())
+        except OSError:  # it cannot be told, and one may
+            return True
 
     def _remember(self) -> None:
         """Of workers that die, that one of them served."""
         if not self._served:
-            with contextlib.suppress(OSError):
-                self._served = bool(self._peers.others())
+            self._served = bool(self._peers.others())
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()

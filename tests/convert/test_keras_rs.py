@@ -104,16 +104,17 @@ def test_tables_of_other_names(tmp_path):
     assert not (tmp_path / "both.h5").exists()
 
 
-@pytest.mark.parametrize(
-    ("group", "name"), [("layers/distributed_embedding_1", "mine"), ("embedding", "distributed_embedding")]
-)
-def test_stacks_of_sparse_cores_are_refused(tmp_path, group, name):
-    """Whatever the keys say: their rows are in another order. A table beside them has its own."""
-    rows = np.ones((4, 2), np.float32)
+@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("group", ["layers/distributed_embedding_1", "emb"])
+def test_stacks_of_sparse_cores_are_refused(tmp_path, group, slots):
+    """Whatever the keys say, and the layer's name: their rows are in another order. A table beside them has its own."""
+    rows = np.ones((16, 8), np.float32)
     stack, alone = f"{group}/vars/0", f"{group}/_default_device_embedding_layers/embed_reduce/vars/0"
     with h5py.File(tmp_path / "m.h5", "w") as file:
-        file[stack] = file[alone] = rows
-        file[f"{group}/vars"].attrs["name"] = name
+        for i in range(1 + slots):
+            file[f"{group}/vars/{i}"] = rows
+        file[f"{group}/vars/{1 + slots}"] = np.float32(3)  # steps
+        file[alone] = rows
         file[alone].parent.attrs["name"] = "t"
     message = rf"{stack} is a stack of tables on SparseCores.*np\.savez\(FILE, \*\*layer\.get_embedding_tables"
     for keys in (None, {stack: ("t", None)}):
@@ -122,6 +123,37 @@ def test_stacks_of_sparse_cores_are_refused(tmp_path, group, name):
     convert(tmp_path / "m.h5", tmp_path / "steps", keys={alone: ("t", None)})
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "steps", tmp_path / "out.h5", keys={stack: ("t", None)}, layout=tmp_path / "m.h5")
+    np.savez(tmp_path / "a.npz", other=rows)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "a.npz", tmp_path / "out.h5", layout=tmp_path / "m.h5")
+
+
+def test_layers_that_only_look_like_stacks(tmp_path):
+    """One of a DistributedEmbedding's name with one matrix, those with a bias or a scale, and the optimizer."""
+    rows = np.ones((16, 8), np.float32)
+    layers = {
+        "distributed_embedding": [rows],
+        "dense": [rows, rows[0]],
+        "scaled": [np.ones((3, 8), np.float32), np.float32(1)],
+        "optimizer": [np.int32(1), np.float32(0.1), rows],
+    }
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        for name, arrays in layers.items():
+            for i, array in enumerate(arrays):
+                file[f"{name}/vars/{i}"] = array
+    convert(tmp_path / "m.h5", tmp_path / "out", keys={"distributed_embedding/vars/0": ("t", None)})
+    np.testing.assert_array_equal(read_checkpoint(tmp_path / "out").tables["t"], rows)
+
+
+def test_the_state_of_the_optimizer_that_a_copy_keeps_is_told_of(tmp_path):
+    rows = np.ones((4, 2), np.float32)
+    weights(tmp_path / "m.h5", t=rows)
+    np.savez(tmp_path / "a.npz", t=rows)
+    with h5py.File(tmp_path / "m.h5", "a") as file:
+        file["optimizer/vars/2"] = rows
+    report = convert(tmp_path / "a.npz", tmp_path / "out.h5", layout=tmp_path / "m.h5")
+    kept = "the state of the optimizer, which is not that of these tables"
+    assert report.notes[-1] == f"as they were in {tmp_path / 'm.h5'}: {kept}"
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

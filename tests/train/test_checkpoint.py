@@ -77,7 +77,7 @@ def test_read_from_the_checkpoint_alone(tmp_path):
 
 
 def test_optimizers_are_stored(tmp_path, capsys):
-    """Of every table, whether its own or the default; one that cannot be stored by its name, and training goes on."""
+    """Of every table, whether its own or the default; of one that cannot be stored what can, and training goes on."""
 
     def falling(step):
         return 0.1 / (1 + step)
@@ -94,7 +94,9 @@ def test_optimizers_are_stored(tmp_path, capsys):
             assert optimizer_from_dict(stored["a.b/c d"]) == default
             assert ", adagrad, learning rate 0.125, combiner mean" in line
         else:
-            assert stored["a.b/c d"] == {"name": "adagrad"}
+            expected = Adagrad(0.125).to_dict()
+            del expected["arguments"]["learning_rate"]
+            assert stored["a.b/c d"] == expected
             assert ", adagrad, combiner mean" in line
     with pytest.raises(CheckpointError, match="the optimizers of a manifest must have names"):
         layout.optimizers({"optimizers": {"t": {"name": 3}}})

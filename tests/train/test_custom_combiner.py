@@ -168,6 +168,26 @@ def test_gradients_of_padding_are_left_out_where_they_are_nan():
     np.testing.assert_allclose(new.combiner_weights["t"], [2 - RATE * 3 * means.sum()], rtol=1e-6)
     moved = 3 * 2 * np.float32([[1], [0.5], [0.5], [0]])
     np.testing.assert_allclose(own.to_canonical(new)[0]["t"], rows - moved, rtol=1e-6)
+    nothing = own.apply_gradients(state, batch, {"a": 0 * ones, "b": 0 * ones})
+    assert nothing.combiner_weights["t"] == 2
+    np.testing.assert_array_equal(own.to_canonical(nothing)[0]["t"], rows)
+
+
+def test_gradients_of_large_weights_are_summed_where_they_are_made():
+    """Bag by bag they would be [B, num_weights]."""
+    bags, dim = 256, 32
+
+    def projected(valency, vectors, weights):
+        return jnp.sum(vectors @ weights.reshape(dim, dim), axis=0) / valency.astype(jnp.float32)
+
+    combiner = CustomCombiner(projected, 2, dim * dim, lambda key, shape, dtype: jnp.ones(shape, dtype))
+    config = {"a": FeatureConfig(TableConfig(4, dim, name="t", combiner=combiner))}
+    own = ShardedEmbedding(config, SGD(1.0), jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]))
+    state = own.init(jax.random.key(0))
+    sharded, _ = own.shard_batch({"a": RaggedTensor.from_lists([[0], [1, 2]] * (bags // 2))})
+    gradients = {"a": jnp.ones((bags, dim))}
+    compiled = jax.jit(own.apply_gradients).lower(state, sharded, gradients).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < bags * dim * dim * 4
 
 
 @pytest.mark.parametrize("exchange", [pytest.param("all_gather", marks=pytest.mark.slow), "all_to_all"])

@@ -179,6 +179,7 @@ def halved(gradient, row, slots, learning_rate, hyperparameters):
     return row, slots[0] / 2
 
 
+@pytest.mark.parametrize("rate", [0.1, lambda step: 0.1], ids=["stored", "unstored"])
 @pytest.mark.parametrize(
     ("saved", "restored", "is_kept"),
     [
@@ -188,11 +189,12 @@ def halved(gradient, row, slots, learning_rate, hyperparameters):
         (unchanged, lambda gradient, row, slots, *_: (row, slots[0]), False),
     ],
 )
-def test_slots_of_another_function_start_anew(tmp_path, saved, restored, is_kept):
+def test_slots_of_another_function_start_anew(tmp_path, saved, restored, is_kept, rate):
+    """Whether or not the rest of the optimizer can be stored."""
     mesh = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])
     features = {"a": FeatureConfig(TableConfig(40, 4, name="a"))}
     before, after = (
-        ShardedEmbedding(features, CustomOptimizer(function, 0.1, ["acc"], [2.5]), mesh)
+        ShardedEmbedding(features, CustomOptimizer(function, rate, ["acc"], [2.5]), mesh)
         for function in (saved, restored)
     )
     state = at_step(before, 3)

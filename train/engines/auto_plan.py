@@ -48,7 +48,7 @@ def chosen_plan(
       num_shards: n of them that tables are spread over.
       cores: SparseCores of each that the engine uses.
       exchange: how rows travel, as of ShardedEmbedding.
-      example_batch: as of `ShardedEmbedding.shard_batch`, of this host's rows.
+      example_batch: as of `ShardedEmbedding.shard_batch`, of this host's rows, all of them real.
       overrides: table name to sharding.
 
     Raises:

@@ -170,19 +170,32 @@ def _pull_back_bags(
 ) -> tuple[jax.Array, Any]:
     """Gradients of [B, max_valency, D] rows and of the combiner's weights, None without any.
 
-    Bag by bag, since one that nothing depends on, as of padding, has no part in them even where its own are NaN: a
-    function that divides by the valency makes 0 * inf of the gradient 0 of an empty bag.
+    A bag that nothing depends on, as of padding, has no part in them even where its own are NaN: a function that divides
+    by the valency makes 0 * inf of the gradient 0 of an empty bag.
     """
     combiner, dtype = _checked_combiner(feature, weights), feature.feature.table.dtype
-
-    def pull_back_bag(count, rows, gradient):
-        _, vjp = jax.vjp(lambda *args: combiner(count[None], *args)[0].astype(dtype), rows[None], weights)
-        return jax.tree.map(lambda x: jnp.where(jnp.any(gradient != 0), x, 0), vjp(gradient))
-
     num_bags, _, dim = out.shape
-    gradients = gradient.astype(dtype).reshape(num_bags, dim)
-    rows, by_bag = jax.vmap(pull_back_bag)(valency.reshape(-1)[:num_bags], out, gradients)
-    return rows.reshape(out.shape), jax.tree.map(lambda x: jnp.sum(x, axis=0), by_bag)
+    gradient = gradient.astype(dtype).reshape(num_bags, dim)
+    counts, live = valency.reshape(-1)[:num_bags], jnp.any(gradient != 0, axis=1)
+    if weights is not None:
+        counts, out = _filled(counts, live), _filled(out, live)
+    _, vjp = jax.vjp(lambda *args: combiner(counts, *args).astype(dtype), out, weights)
+    rows, of_weights = vjp(gradient)
+    rows = jnp.where(live[:, None, None], rows, 0)
+    return rows, jax.tree.map(lambda x: jnp.where(jnp.any(live), x, 0), of_weights)
+
+
+def _filled(values: jax.Array, live: jax.Array) -> jax.Array:
+    """The values [B, ...], those of the first live bag in place of those that are not: finite wherever the former are.
+
+    The gradient of the weights is then one sum over the batch; bag by bag it would be [B, num_weights].
+    """
+    num_bags, trailing = live.shape[0], [1] * (values.ndim - 1)
+    places = jnp.arange(num_bags)
+    first = places == jnp.min(jnp.where(live, places, num_bags), initial=num_bags)
+    # A sum, not an index: bags lie on several devices.
+    fill = jnp.sum(jnp.where(first.reshape(-1, *trailing), values, 0), axis=0, dtype=values.dtype)
+    return jnp.where(live.reshape(-1, *trailing), values, fill)
 
 
 def _checked_combiner(feature: FeatureLayout, weights: Any) -> CustomCombiner:

@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -17,8 +18,10 @@ pytest.importorskip("uvicorn")
 from jaxembed.serve.server import doors as doors_module
 from jaxembed.serve.server.config import ENDING_SECONDS, ServerConfig
 from jaxembed.serve.server.doors import Doors
+from jaxembed.serve.server.metrics import Metrics
 from jaxembed.serve.server.peers import Peers
 from jaxembed.serve.server.service import Service
+from jaxembed.serve.server.worker import serve
 from tests.serve.server import bundles
 from tests.serve.server.servers import Process, run, until
 
@@ -151,6 +154,25 @@ def test_grpc_and_http_drain_in_one_time(tmp_path, monkeypatch):
 
     run(check())
     assert waits == [130.0]
+
+
+def test_a_state_folder_that_fails_does_not_keep_a_worker_from_draining(tmp_path, monkeypatch):
+    left = []
+
+    def fail(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    async def leave(self):
+        left.append("answered")
+
+    monkeypatch.setattr(Peers, "_withdraw", fail)
+    monkeypatch.setattr(Doors, "leave", lambda self: left.append("told"))
+    monkeypatch.setattr(Doors, "stop", leave)
+    monkeypatch.setattr(Doors, "run", lambda self: asyncio.sleep(0))
+    config = ServerConfig(str(tmp_path), state=str(tmp_path / "state"))
+    with socket.socket() as listener:
+        run(serve(config, Metrics(), listener, None, supervisor=0))  # ended by that one's end
+    assert left == ["told", "answered"]
 
 
 def test_a_drain_that_has_no_time_left_waits_for_nobody(tmp_path):

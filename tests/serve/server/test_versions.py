@@ -1,6 +1,7 @@
 """Versions: the newest whole one serves, a bad one changes nothing, and requests never notice."""
 
 import asyncio
+import errno
 import gc
 import json
 import os
@@ -448,6 +449,16 @@ def test_peers(tmp_path, monkeypatch):
     assert other.has_begun(pid)
     monkeypatch.setattr(os, "getpid", lambda: pid + 1)
     assert other.others() == {pid: 3}
+    with monkeypatch.context() as failing:
+
+        def fail(_):
+            raise OSError(errno.EIO, "Input/output error")
+
+        failing.setattr("jaxembed.serve.server.peers.os.listdir", fail)
+        assert other.others() == {pid: 3}
+        assert Peers(tmp_path).others() == {}
+        with pytest.raises(OSError, match="Input/output error"):
+            other.look()
     other.serve(4)
     other.withdraw()
     other.serve(5)  # it leaves, and stays gone

@@ -112,13 +112,18 @@ def test_a_supervisor_without_files_to_open_ends_nobody(supervisor, monkeypatch)
 def test_a_folder_that_cannot_be_read_ends_nobody(supervisor, monkeypatch, error):
     supervisor._workers = {0: Process(), 1: Process()}
 
-    def stat(*_, **__):
+    def fail(*_, **__):
         raise OSError(error, os.strerror(error))
 
     with monkeypatch.context() as failing:
-        failing.setattr("os.stat", stat)
+        failing.setattr("os.stat", fail)
+        failing.setattr("jaxembed.serve.server.peers.os.listdir", fail)
         supervisor._restart_dead()
+        supervisor._remember()
+        assert supervisor._any_serves  # one may
     assert not supervisor._begun
+    assert not supervisor._served
+    assert not supervisor._any_serves
 
 
 @pytest.mark.parametrize("serves", ["never", "before", "still"])
