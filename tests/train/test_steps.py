@@ -257,8 +257,8 @@ def test_a_step_that_one_host_finds_damaged_is_restored_by_none(tmp_path, monkey
     with Checkpointer(tmp_path, own) as checkpointer:
         checkpointer.save(at_step(own, 1), model={"w": np.ones(3)}, data=7)
         checkpointer.wait()
-        # What another host says of opening it, and then of reading it.
-        said = iter([[], [1]])
+        # What another host says of opening it, of what it fits, and then of reading it.
+        said = iter([[], [], [1]])
         monkeypatch.setattr(hosts, "processes_where", lambda _: next(said))
         with pytest.raises(
             ValueError, match=r"processes \[1\] cannot read the checkpoint; their errors say why"
