@@ -168,10 +168,11 @@ def _check_options(config: ServerConfig, bundle: Bundle) -> None:
         raise OptionError(f"the options do not fit this version: {e}") from e
 
 
-def _weighted(config: ServerConfig, bundle: Bundle) -> set[str]:
-    """What was exported so, and what the command line adds."""
-    exported = bundle.exported
-    return {*config.weighted, *(() if exported is None else ExportedModel.from_bytes(exported).weighted)}
+def _weighted(config: ServerConfig, bundle: Bundle) -> set[str] | None:
+    """What was exported so, and what the command line adds; None where it adds nothing."""
+    if not config.weighted or bundle.exported is None:
+        return set(config.weighted) or None
+    return {*config.weighted, *ExportedModel.from_bytes(bundle.exported).weighted}
 
 
 def _with_model(config: ServerConfig, opened: ServingModel, bundle: Bundle) -> ServingFunction:
