@@ -17,7 +17,7 @@ from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.combiners import CustomCombiner, positions_in_rows
 from jaxembed.features import FeatureInput, match, table_of
 from jaxembed.inputs import RaggedTensor, SparseTensor
-from jaxembed.inputs.ids import is_concrete, is_host, narrow_ids, signed_ids
+from jaxembed.inputs.ids import check_unmasked, is_concrete, is_host, narrow_ids, signed_ids
 from jaxembed.inputs.sparse import check_indices
 from jaxembed.quantized_table import QuantizedTable
 from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, Inputs, Weights
@@ -189,6 +189,7 @@ def plan_lookup(item: FeatureInput, table: Any) -> Lookup:
             f"Input {path} is type {type(ids).__name__}. A dense array, a SparseTensor or a RaggedTensor "
             "expected; convert with jaxembed.as_input."
         )
+    check_unmasked(f"Input {path}", ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"Input {path} must hold integer ids, got {ids.dtype}; look strings up in a vocabulary or "
@@ -223,7 +224,7 @@ def _check_weights(path: str, feature: Any, ids: Any, weights: Any) -> None:
         )
     if feature.max_sequence_length > 0:
         raise ValueError(f"Weight specified for {path}, but this is a sequence feature.")
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
+    if not jnp.issubdtype(weights.dtype, jnp.floating) and weights.values.shape != (0,):
         raise ValueError(f"Weight for {path} must be floating point, got {weights.dtype}.")
     if weights.values.shape != ids.values.shape or weights.num_rows != ids.num_rows:
         raise ValueError(
@@ -260,8 +261,8 @@ def _plan_ragged(path: str, feature: Any, ids: RaggedTensor, weights: Any, table
         bag = Bag("ragged", batch, sequence_length=length)
         return Lookup(bag, BagOperands(table, ids.values, ids.row_splits), shape)
     bag = Bag("ragged", batch, feature.table.combiner)
-    values = None if weights is None else weights.values
-    return Lookup(bag, BagOperands(table, ids.values, ids.row_splits, weights=values), shape or (batch, dim))
+    operands = BagOperands(table, ids.values, ids.row_splits, weights=_values(weights))
+    return Lookup(bag, operands, shape or (batch, dim))
 
 
 @functools.cache
@@ -297,5 +298,11 @@ def _plan_sparse(path: str, feature: Any, ids: SparseTensor, weights: Any, table
         rows = (np if is_host(indices) else jnp).where(inside, rows, num_bags)
     prune = feature.validate_weights_and_indices or len(leading) > 1
     bag = Bag("sparse", num_bags, combiner, prune_ids=prune, prune_weights=prune and combiner != "sum")
-    values = None if weights is None else weights.values
-    return Lookup(bag, BagOperands(table, ids.values, rows, weights=values), (*leading, dim))
+    return Lookup(bag, BagOperands(table, ids.values, rows, weights=_values(weights)), (*leading, dim))
+
+
+def _values(weights: Any) -> Any:
+    """Those of weights that were checked: where there are none, they may be of any type."""
+    if weights is None or jnp.issubdtype(weights.dtype, jnp.floating):
+        return None if weights is None else weights.values
+    return np.zeros(0, np.float32)

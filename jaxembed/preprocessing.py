@@ -16,7 +16,7 @@ from jaxembed.config import FeatureConfig
 from jaxembed.features import flat_features
 from jaxembed.inputs import RaggedTensor, SparseTensor
 from jaxembed.inputs.convert import converted
-from jaxembed.inputs.ids import is_concrete
+from jaxembed.inputs.ids import check_unmasked, is_concrete
 from jaxembed.raw_ids import BadIdError
 from jaxembed.shapes import AnyPerExample, Inputs
 
@@ -54,6 +54,7 @@ def preprocess_leaf(path: str, feature: FeatureConfig, leaf: Any, mask: np.ndarr
     """The ids of one feature, whose `preprocessing` is not None, as rows; see `preprocess`."""
     if isinstance(leaf, list | tuple):
         return _from_lists(path, feature, leaf, mask)
+    check_unmasked(f"Feature {path!r}", leaf)
     if not isinstance(leaf, RaggedTensor | SparseTensor | np.ndarray | jax.Array):
         try:
             leaf = converted(leaf)

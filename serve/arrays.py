@@ -7,9 +7,12 @@ import jax
 import numpy as np
 
 from jaxembed.inputs import RaggedTensor, SparseTensor, as_input
+from jaxembed.inputs.ids import check_unmasked
 
 from . import checks
 from .features import ServedFeature
+
+_ARRAYS = np.ndarray | jax.Array
 
 
 def as_bags(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -38,7 +41,7 @@ def _bags(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray, n
         return _sparse(feature, leaf, weight)
     if isinstance(leaf, RaggedTensor):
         ids, splits = _ragged(f"Feature {feature.path!r}", leaf)
-    elif isinstance(leaf, list | tuple) and leaf and all(isinstance(row, np.ndarray) for row in leaf):
+    elif isinstance(leaf, list | tuple) and leaf and all(isinstance(row, _ARRAYS) for row in leaf):
         ids, splits = _rows(feature, leaf)
     else:
         ids, splits = _dense(feature, leaf)
@@ -81,13 +84,13 @@ def as_weights(
         if not isinstance(weight, list | tuple):
             raise checks.weight_kind(feature, weight, "a list of lists")
         for row in weight:
-            if not isinstance(row, list | tuple | np.ndarray) or np.ndim(row) == 0:
+            if not isinstance(row, list | tuple) and not (isinstance(row, _ARRAYS) and row.ndim):
                 raise checks.weight_kind(feature, row, "a list", "a row of ")
         lengths, expected = list(map(len, weight)), list(map(len, ids))
         if lengths != expected:
             raise checks.weight_lengths(feature, expected, lengths)
         for row in weight:
-            flat += row.tolist() if isinstance(row, np.ndarray) else row
+            flat += row if isinstance(row, list | tuple) else row.tolist()
     return flat
 
 
@@ -119,13 +122,15 @@ def _ragged(what: str, leaf: RaggedTensor) -> tuple[np.ndarray, np.ndarray]:
     return values[: splits[-1]], splits
 
 
-def _rows(feature: ServedFeature, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _rows(feature: ServedFeature, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     for at, row in enumerate(rows):
+        if isinstance(row, np.ma.MaskedArray):
+            check_unmasked(f"Feature {feature.path!r}, row {at}", row)
         if row.ndim != 1:
             raise ValueError(
                 f"Feature {feature.path!r}, row {at} must be flat, got an array of shape {row.shape}."
             )
-    full = [row for row in rows if row.size]
+    full = [np.asarray(row) for row in rows if row.size]
     for row in full:
         _integers(feature, row)
     splits = np.zeros(len(rows) + 1, np.int64)
@@ -149,16 +154,8 @@ def _dense(feature: ServedFeature, leaf: Any) -> tuple[np.ndarray, np.ndarray]:
         raise checks.leaf_kind(feature, leaf)
     if leaf.ndim != 1:
         raise checks.dense_rank(feature, leaf.shape)
-    if feature.config.max_sequence_length:
-        raise ValueError(
-            f"Feature {feature.path!r} is a sequence feature but a dense array was passed; pass a list of "
-            "lists, a RaggedTensor or a SparseTensor."
-        )
-    if not isinstance(feature.config.table.combiner, str):
-        raise ValueError(
-            f"Feature {feature.path!r} has a combiner of its own, which a dense array bypasses; pass a list "
-            "of lists or a RaggedTensor."
-        )
+    checks.takes_dense(feature)
+    check_unmasked(f"Feature {feature.path!r}", leaf)
     return np.asarray(leaf), np.arange(leaf.shape[0] + 1)
 
 
@@ -176,13 +173,13 @@ def _integers(feature: ServedFeature, ids: np.ndarray) -> np.ndarray:
 
 def _weights(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray, np.ndarray]:
     checks.takes_weights(feature)
-    if isinstance(weight, list | tuple) and all(isinstance(row, list | tuple | np.ndarray) for row in weight):
+    if isinstance(weight, list | tuple) and all(isinstance(row, list | tuple | _ARRAYS) for row in weight):
         try:
             with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
                 weight = RaggedTensor.from_lists(weight, np.float32)
         except ValueError as e:
             wrong = None
-            if all(np.ndim(row) or isinstance(row, list | tuple) for row in weight):
+            if all(isinstance(row, list | tuple) or row.ndim for row in weight):
                 splits = np.cumsum([0, *map(len, weight)])[None]
                 wrong = checks.listed_weights([feature], [value for row in weight for value in row], splits)
             raise wrong or ValueError(f"Weight for {feature.path!r}: {e}") from None
@@ -193,7 +190,7 @@ def _weights(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray
 
 
 def _floats(feature: ServedFeature, weights: np.ndarray) -> np.ndarray:
-    if not jax.numpy.issubdtype(weights.dtype, np.floating):
+    if weights.size and not jax.numpy.issubdtype(weights.dtype, np.floating):
         raise checks.weight_dtype(feature, weights.dtype)
     with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
         return weights.astype(np.float32)
@@ -242,8 +239,19 @@ def _sparse(
         order = slice(None)
     counts = np.bincount(rows, minlength=num_rows)
     splits = np.concatenate([[0], np.cumsum(counts)])
-    if length and not np.array_equal(
-        indices[keep, 1][order], np.arange(rows.size) - np.repeat(splits[:-1], counts)
-    ):
+    ids, rows, columns = ids[keep][order], rows[order], indices[keep, 1][order]
+    if length and not np.array_equal(columns, np.arange(rows.size) - np.repeat(splits[:-1], counts)):
         raise checks.sparse_sequence(feature)
-    return ids[keep][order], splits, None if values is None else values[keep][order]
+    # Here, as what is pruned leaves no place in a row.
+    bad = (ids < 0) | (ids >= config.table.vocabulary_size)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise checks.bad_sparse_id(feature, rows[at], columns[at], ids[at])
+    if values is None:
+        return ids, splits, None
+    values = values[keep][order]
+    bad = ~np.isfinite(values)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise checks.bad_sparse_weight(feature, rows[at], columns[at], values[at])
+    return ids, splits, values

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from .features import ServedFeature
@@ -39,13 +40,14 @@ def as_rows(features: Sequence[ServedFeature], rows: list[Any], num_rows: int) -
       ValueError: if one is neither.
     """
     for at, row in enumerate(rows):
-        if not isinstance(row, list | tuple | np.ndarray) or (isinstance(row, np.ndarray) and row.ndim != 1):
+        is_array = isinstance(row, np.ndarray | jax.Array)
+        if not isinstance(row, list | tuple) and not (is_array and row.ndim == 1):
             raise ValueError(
                 f"Feature {features[at // num_rows].path!r}, row {at % num_rows} must be {_ROW}, "
                 f"got {row!r:.80}{_hint(row)}."
             )
     # Empty arrays are float64 unless told otherwise, and say nothing.
-    return [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
+    return [row if isinstance(row, list | tuple) else row.tolist() for row in rows]
 
 
 def cut_rows(feature: ServedFeature, rows: Sequence[Any], length: int) -> Sequence[Any]:
@@ -92,7 +94,7 @@ def listed_ids(features: Sequence[ServedFeature], ids: Sequence[Any], splits: np
                 f"Feature {feature.path!r}, {where}: ids must be ints, got {value!r:.80}{_hint(value)}.",
             )
         if not -(2**31) <= value < 2**31:
-            return _outside(features, splits, at, value)
+            return _outside(*_locate(features, splits, at), value)
     raise AssertionError("no bad entry found")  # the caller saw one
 
 
@@ -107,7 +109,12 @@ def bad_id(features: Sequence[ServedFeature], ids: np.ndarray, splits: np.ndarra
     sizes = np.array([feature.config.table.vocabulary_size for feature in features])
     limits = np.repeat(sizes, splits[:, -1] - splits[:, 0])
     at = int(np.argmax((ids < 0) | (ids >= limits)))
-    return _outside(features, splits, at, ids[at])
+    return _outside(*_locate(features, splits, at), ids[at])
+
+
+def bad_sparse_id(feature: ServedFeature, row: int, column: int, id_: Any) -> ValueError:
+    """For an id outside [0, V) at a coordinate."""
+    return _outside(feature, f"row {row}, position {column}", id_)
 
 
 def listed_weights(
@@ -117,18 +124,28 @@ def listed_weights(
     for at, value in enumerate(weights):
         number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
         if not number or not abs(value) <= float(np.finfo(np.float32).max):
-            feature, where = _locate(features, splits, at)
-            return ValueError(
-                f"Weight for {feature.path!r}, {where} must be a finite float32, got {value!r:.80}."
-            )
+            return _not_finite(*_locate(features, splits, at), f"{value!r:.80}")
     return None
 
 
 def bad_weight(features: Sequence[ServedFeature], weights: np.ndarray, splits: np.ndarray) -> ValueError:
     """For a weight that is infinite or not a number."""
     at = int(np.argmin(np.isfinite(weights)))
-    feature, where = _locate(features, splits, at)
-    return ValueError(f"Weight for {feature.path!r}, {where} must be a finite float32, got {weights[at]}.")
+    return _not_finite(*_locate(features, splits, at), weights[at])
+
+
+def bad_sparse_weight(feature: ServedFeature, row: int, column: int, weight: Any) -> ValueError:
+    """For a weight that is infinite or not a number, at a coordinate."""
+    return _not_finite(feature, f"row {row}, position {column}", weight)
+
+
+def takes_dense(feature: ServedFeature) -> None:
+    """Raises ValueError unless one id a row may be given for `feature`, as a list or an array of ids."""
+    if not feature.config.max_sequence_length and not isinstance(feature.config.table.combiner, str):
+        raise ValueError(
+            f"Feature {feature.path!r} has a combiner of its own, which dense ids (one a row) bypass; pass a list of "
+            "lists or a RaggedTensor."
+        )
 
 
 def takes_weights(feature: ServedFeature) -> None:
@@ -181,6 +198,8 @@ def weight_lengths(feature: ServedFeature, ids: Sequence[int], weights: Sequence
 def id_dtype(feature: ServedFeature, dtype: Any) -> ValueError:
     """For arrays of ids that are not integers."""
     hint = "; look strings up in a vocabulary or hash them first" if dtype.kind in "USOT" else ""
+    if dtype.kind == "O":
+        hint = f"; pass ints as a list, as tolist() gives it{hint}"
     return ValueError(f"Feature {feature.path!r} must hold integer ids, got {dtype}{hint}.")
 
 
@@ -207,8 +226,7 @@ def sparse_sequence(feature: ServedFeature) -> ValueError:
     )
 
 
-def _outside(features: Sequence[ServedFeature], splits: np.ndarray, at: int, value: Any) -> ValueError:
-    feature, where = _locate(features, splits, at)
+def _outside(feature: ServedFeature, where: str, value: Any) -> ValueError:
     table = feature.config.table
     return BadIdError(
         feature,
@@ -216,6 +234,10 @@ def _outside(features: Sequence[ServedFeature], splits: np.ndarray, at: int, val
         f"vocabulary_size {table.vocabulary_size}; ids must be in [0, {table.vocabulary_size}). "
         "Map or drop unknown ids first.",
     )
+
+
+def _not_finite(feature: ServedFeature, where: str, value: Any) -> ValueError:
+    return ValueError(f"Weight for {feature.path!r}, {where} must be a finite float32, got {value}.")
 
 
 def _locate(features: Sequence[ServedFeature], splits: np.ndarray, at: int) -> tuple[ServedFeature, str]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.dense_shapes import dense_shapes
+from jaxembed.inputs.ids import check_unmasked
 
 
 class DenseInputs:
@@ -43,6 +44,7 @@ def pad(array: np.ndarray, batch: int) -> np.ndarray:
 
 
 def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    check_unmasked(f"dense input {name!r}", value)
     try:
         array = np.asarray(value)
     except ValueError:  # lists of different lengths

@@ -47,8 +47,10 @@ def served_features(
     served = []
     for path, config in features.items():
         limit = limits.get(path, DEFAULT_MAX_IDS)
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(f"max_ids_per_row of {path!r} must be an int of at least 1, got {limit!r}.")
+        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit < 2**31:
+            raise ValueError(
+                f"max_ids_per_row of {path!r} must be an int of at least 1 and below 2**31, got {limit!r}."
+            )
         if config.output_shape is not None:
             raise ValueError(
                 f"feature {path!r} has output_shape {list(config.output_shape)}, which fixes the batch size; "

@@ -177,7 +177,7 @@ class ServingFunction:
         Args:
           inputs: structured as the feature configuration; at each leaf B bags of ids: a list of lists of
             ints, a RaggedTensor, a SparseTensor of rank 2, or what `jaxembed.as_input` makes one of; or
-            one id a row: a list of ints or an integer array [B].
+            one id a row: a list of ints or an integer array [B], which of a sequence feature are sequences of one.
           weights: None, or structured as `inputs`, with weights for some features of the kind of their
             ids (lists of lists of numbers for lists), None or nothing for others.
           dense: by name, [B, ...] arrays or lists of numbers.
@@ -245,7 +245,7 @@ class ServingFunction:
             buffers = self._pool.take(rung)
             self._layout.copy(packed, first, last, rung, buffers)
             parts.append(self._run(rung, last - first, buffers, [array[first:last] for array in rows.dense]))
-        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return parts[0] if len(parts) == 1 else jax.tree.map(_concatenated, *parts)
 
     def padded_size(self, rows: int) -> int:
         """The rows that are computed for a batch of `rows`: those of its rungs."""
@@ -293,6 +293,12 @@ class ServingFunction:
                 self._programs[rung] = self._compiler.compile(rung, self._constants)
                 self._compile_count += 1
             return self._programs[rung]
+
+
+def _concatenated(*parts: np.ndarray) -> np.ndarray:
+    whole = np.concatenate(parts)
+    whole.flags.writeable = False  # as the results of one program are
+    return whole
 
 
 def _shapes_of(constants: Any) -> Any:

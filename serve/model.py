@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from .function import ServingFunction
 from .progress import Progress, part_of, reporter
 from .signature import Signature, make_signature
 from .table_memory import TABLES, in_memory
+
+_Part = TypeVar("_Part")
 
 
 class ServingModel:
@@ -136,7 +138,7 @@ class ServingModel:
     @property
     def embedding(self) -> EmbeddingForServing:
         """The tables and their feature configuration."""
-        return self._embedding
+        return self._open(self._embedding)
 
     @property
     def function(self) -> ServingFunction:
@@ -256,10 +258,10 @@ class ServingModel:
         lookup, function = self._lookup, self._function
         return [lookup] if function is lookup else [lookup, function]
 
-    def _open(self, function: ServingFunction | None) -> ServingFunction:
-        if function is None:
+    def _open(self, part: _Part | None) -> _Part:
+        if part is None:
             raise ValueError(f"the ServingModel of {self._directory} is closed; open it again.")
-        return function
+        return part
 
 
 def _limits(

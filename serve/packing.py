@@ -71,6 +71,7 @@ class Packer:
         self.features: tuple[ServedFeature, ...] = tuple(features)
         sequences = [f.config.max_sequence_length for f in self.features]
         self._cut = sequences if any(sequences) else None
+        self._custom = {i for i, f in enumerate(self.features) if not isinstance(f.config.table.combiner, str)}
         self._limits = np.array([[f.max_ids] for f in self.features], np.int32)
         self._sizes = np.array([f.config.table.vocabulary_size for f in self.features], np.uint32)
         self._identity = list(range(len(self.features)))
@@ -87,18 +88,24 @@ class Packer:
         listed, arrayed, num_rows = [], [], -1
         for i, leaf in enumerate(leaves):
             if type(leaf) is not list and type(leaf) is not tuple:
-                arrayed.append(i)
-                continue
-            first = type(leaf[0]) if leaf else list
-            if first is not list and first is not tuple:
-                if first is not int:
+                if not isinstance(leaf, list | tuple):
                     arrayed.append(i)
                     continue
+                leaf = list(leaf)
+            first = type(leaf[0]) if leaf else list
+            if first is int:
+                if i in self._custom:
+                    checks.takes_dense(self.features[i])
                 leaf = list(zip(leaf, strict=True))  # one id a row
                 if weights is not None and weights[i] is not None:
                     raise checks.weights_on_dense(self.features[i])
-            elif self._cut is not None and self._cut[i]:
-                leaf = checks.cut_rows(self.features[i], leaf, self._cut[i])
+            # Arrays among lists are packed as lists are.
+            elif first is list or first is tuple or any(isinstance(row, list | tuple) for row in leaf):
+                if self._cut is not None and self._cut[i]:
+                    leaf = checks.cut_rows(self.features[i], leaf, self._cut[i])
+            else:
+                arrayed.append(i)
+                continue
             if len(leaf) != num_rows:
                 if num_rows >= 0:
                     raise checks.row_counts(self.features, leaves)

@@ -118,6 +118,15 @@ def test_lists_of_arrays_are_rows_whoever_made_them():
     assert je.as_input(rows).to_lists() == je.as_input([np.asarray(row) for row in rows]).to_lists()
 
 
+def test_masked_arrays_that_hide_nothing():
+    shown = np.ma.array([1, 2], mask=[0, 0])
+    assert je.RaggedTensor(shown, [0, 2]).to_lists() == je.as_input([shown]).to_lists() == [[1, 2]]
+    assert je.as_input(shown).tolist() == [1, 2]
+
+
+MASKED = np.ma.array([1, 2], mask=[0, 1])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -191,6 +200,10 @@ def test_lists_of_arrays_are_rows_whoever_made_them():
             lambda: je.RaggedTensor.from_lists([[True]], np.float32),
             "rows must hold numbers, or strings alone, got bool",
         ),
+        (lambda: je.RaggedTensor(MASKED, [0, 2]), "values is a masked array with 1 masked entries"),
+        (lambda: je.RaggedTensor.from_lists([[1], MASKED]), "from_lists: row 1 is a masked array"),
+        (lambda: je.SparseTensor([[0, 0], [0, 1]], MASKED, (1, 2)), "SparseTensor: values is a masked array"),
+        (lambda: je.as_input(MASKED), r"as_input: x is a masked array .* pass its filled\(...\), or"),
         (lambda: je.as_input(_Foreign()), "as_input cannot convert _Foreign"),
         (lambda: je.RaggedTensor.from_value_rowids([1, 2], [0]), "must be of one length, got 2 and 1"),
         (lambda: je.RaggedTensor.from_dense([1, 2]), r"must be \[B, L\]"),

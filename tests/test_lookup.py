@@ -258,6 +258,7 @@ def test_refusals():
     )
     refused("Weight specified for .*, but this is a sequence feature", ragged, weights, sequence)
     refused("is a sequence feature but a dense array was passed", np.array([1]), feature=sequence)
+    refused("is a masked array with 1 masked entries", np.ma.array([1, 2], mask=[0, 1]))
     refused("is type str. A dense array, a SparseTensor or a RaggedTensor expected", "abc")
     refused("must hold integer ids, got float32", np.ones(2, np.float32))
     refused("must hold integer ids, got <U1; look strings up .* jaxembed.preprocess does", np.array(["a"]))
@@ -366,6 +367,14 @@ def test_shard_map(path):
 @pytest.mark.parametrize("ids", [je.RaggedTensor.from_lists([]), je.RaggedTensor.from_lists([[], []])])
 def test_empty(path, ids):
     np.testing.assert_array_equal(lookup(ids), np.zeros((ids.num_rows, D)))
+
+
+@pytest.mark.parametrize("ids", [je.RaggedTensor.from_lists([[], []]), je.SparseTensor([], [], (2, 1))])
+@pytest.mark.parametrize("combiner", ["sum", "mean"])
+def test_weights_of_no_ids_are_of_any_type(path, ids, combiner):
+    feature = je.FeatureConfig(je.TableConfig(V, D, combiner=combiner, name="t"))
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(lookup(ids, ids, feature=feature), np.zeros((2, D)))
 
 
 def test_structures_of_other_kinds_of_dicts():

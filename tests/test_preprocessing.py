@@ -290,6 +290,7 @@ def test_ids_that_match_a_feature_are_never_taken_for_rows(features, inputs, ref
         ("int64", [True], "row 0: the id must be an int64, got True"),
         ("int64", [[2**63]], "must be an int64, got 9223372036854775808"),
         ("int64", np.array([1, 2**63], np.uint64), "row 1: the id must be an int64, got 9223372036854775808"),
+        ("int64", np.ma.array([1, 2], mask=[0, 1]), "Feature 'f' is a masked array with 1 masked entries"),
         ("int64", np.array([1.0]), r"the id must be an int64, got (np.float64\(1|1)"),
         ("string", [["a", 5]], "row 0, position 1: the id must be a string, got 5"),
         ("string", np.array([1]), "row 0: the id must be a string"),

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxembed.inputs.ids import narrow_ids
+from jaxembed.inputs.ids import check_unmasked, narrow_ids
 from jaxembed.inputs.ragged import RaggedTensor
 from jaxembed.inputs.sparse import SparseTensor
 
@@ -57,6 +57,7 @@ def converted(x: Any) -> Any:
     """`as_input` with ids as wide as they are: raw ids are not rows yet."""
     if isinstance(x, RaggedTensor | SparseTensor):
         return x
+    check_unmasked("as_input: x", x)
     module = type(x).__module__.partition(".")[0]
     if module == "pyarrow":
         return _from_pyarrow(x)

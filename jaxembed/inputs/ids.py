@@ -18,6 +18,15 @@ def is_concrete(array: Any) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
+def check_unmasked(what: str, array: Any) -> None:
+    """Raises ValueError of a masked array with entries that its mask hides: numpy would drop the mask, and show them."""
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise ValueError(
+            f"{what} is a masked array with {np.ma.count_masked(array)} masked entries, whose mask would be lost; pass "
+            "its filled(...), or its compressed()."
+        )
+
+
 def native_order(array: Any) -> Any:
     """A host array in this processor's order of bytes, which is all that JAX takes."""
     if isinstance(array, np.ndarray) and not array.dtype.isnative:

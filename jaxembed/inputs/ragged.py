@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from jaxembed import extension
-from jaxembed.inputs.ids import is_host, narrow_ids
+from jaxembed.inputs.ids import check_unmasked, is_host, narrow_ids
 from jaxembed.shapes import AnyIds, AnyPadded, AnyRowLengths, AnyRowSplits, AnyValues
 
 _FEW = 64  # of so many row splits Python checks the order faster than numpy
@@ -77,6 +77,7 @@ class RaggedTensor:
     def __post_init__(self) -> None:  # what the __init__ of a subclass's own fields calls, too
         for field in ("values", "row_splits"):
             value = getattr(self, field)
+            check_unmasked(f"RaggedTensor: {field}", value)
             if isinstance(value, list | tuple):
                 value = np.asarray(value)
                 if value.size == 0:
@@ -148,6 +149,8 @@ class RaggedTensor:
         rows = list(rows)
         arrays = [np.asarray(row) for row in rows]
         for i, array in enumerate(arrays):
+            if isinstance(rows[i], np.ma.MaskedArray):
+                check_unmasked(f"RaggedTensor.from_lists: row {i}", rows[i])
             if array.ndim != 1:
                 raise ValueError(f"RaggedTensor.from_lists: row {i} must be a flat list, got {rows[i]!r}.")
         values = _joined(rows, arrays)

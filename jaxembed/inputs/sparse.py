@@ -10,7 +10,7 @@ import jax.export
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jaxembed.inputs.ids import is_host, narrow_ids
+from jaxembed.inputs.ids import check_unmasked, is_host, narrow_ids
 from jaxembed.shapes import AnyIndices, AnyPadded, AnyValues
 
 
@@ -47,6 +47,7 @@ class SparseTensor:
             raise ValueError(f"SparseTensor: dense_shape must be ints, got {self.dense_shape!r}.")
         for field in ("indices", "values"):
             value = getattr(self, field)
+            check_unmasked(f"SparseTensor: {field}", value)
             if isinstance(value, list | tuple):
                 value = np.asarray(value)
                 if field == "indices" and value.size == 0:

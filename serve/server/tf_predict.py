@@ -163,7 +163,8 @@ def _request(signature: Signature, columns: dict[str, Any], by_row: bool) -> Inf
             if weight is not None:
                 weights[path] = _rows_of(path, weight, splits)
             continue
-        if weight is not None and ids and not any(isinstance(bag, list) for bag in ids):
+        bags = weight is not None or not isinstance(signature.features[path].config.table.combiner, str)
+        if bags and ids and not any(isinstance(bag, list) for bag in ids):
             ids = [[id_] for id_ in ids]  # one id a row
             weight = [w if isinstance(w, list) else [w] for w in weight] if isinstance(weight, list) else weight
         inputs[path] = ids

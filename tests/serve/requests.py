@@ -107,7 +107,8 @@ def _sparse(rng, path, lists, weights):
 def _dense(rng, path, lists, weights):
     ids = rng.integers(0, feature(path).table.vocabulary_size, len(lists))
     given = ids.tolist() if rng.random() < 0.5 else ids
-    return given, None, ids.astype(np.int32), None
+    one_a_row = RaggedTensor.from_lists(ids[:, None], np.int32)  # what it is of a sequence
+    return given, None, one_a_row if feature(path).max_sequence_length else ids.astype(np.int32), None
 
 
 FORMS = {"lists": _lists, "arrays": _arrays, "ragged": _ragged, "sparse": _sparse, "dense": _dense}
@@ -120,8 +121,7 @@ def requests(draw, rows=(3, 19)):
     inputs, weights, expected = {}, {}, {}
     for path in PATHS:
         config = feature(path)
-        forms = [name for name in FORMS if not (config.max_sequence_length and name == "dense")]
-        form = draw(st.sampled_from(forms))
+        form = draw(st.sampled_from(list(FORMS)))
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         # Rows of a sequence may be longer than the limit: they are cut.
         longest = 5 if form == "sparse" else 2 * MAX_IDS if config.max_sequence_length else MAX_IDS

@@ -94,6 +94,12 @@ HISTORY = "Feature 'items/history'"
         (np.array([1.0, 2.0]), "must hold integer ids, got float64"),
         (np.array([True, False]), "must hold integer ids, got bool"),
         (np.array(["a", "b"]), "must hold integer ids, got <U1; look strings up"),
+        (np.array([1, 2], object), r"got object; pass ints as a list, as tolist\(\) gives it; look strings up"),
+        (np.ma.array([1, 2], mask=[0, 1]), r"is a masked array with 1 masked entries, .* pass its filled"),
+        ([np.ma.array([1, 2], mask=[0, 1]), np.array([3])], "row 0 is a masked array with 1 masked entries"),
+        ([np.ma.array([1, 2], mask=[0, 1]), [3]], "row 0, position 1: ids must be ints, got None"),
+        ([np.array([1]), [2, True]], "row 1, position 1: ids must be ints, got True"),
+        ([np.int64(1), [2]], "row 0 must be a list of int ids or one int id, alike in all rows"),
         (np.array([[1, 2], [3, 4]]), r"must be \[B\], one id a row, got shape \[2, 2\]; pass bags as"),
         (np.array(3), r"must be \[B\], one id a row, got shape \[\]"),
         (np.array([1, 70]), "row 1, position 0: id 70 is outside"),
@@ -112,6 +118,8 @@ HISTORY = "Feature 'items/history'"
         (RaggedTensor(np.ones(2), [0, 1, 2]), "must hold integer ids, got float64"),
         (RaggedTensor(np.zeros(9, np.int32), [0, 7, 9]), "row 0 has 7 ids; at most 6"),
         (SparseTensor([[1, 0]], [70], (2, 1)), "row 1, position 0: id 70 is outside"),
+        (SparseTensor([[0, 0], [1, 0], [1, 3]], [-1, -1, 99], (2, 4)), "row 1, position 3: id 99 is outside"),
+        (SparseTensor([[1, 0], [0, 2]], [1, 99], (2, 4)), "row 0, position 2: id 99 is outside"),
         (SparseTensor([[1, 0]], np.array([1.0]), (2, 1)), "must hold integer ids, got float64"),
         (
             SparseTensor([[1, 0, 0]], [1], (2, 1, 1)),
@@ -186,9 +194,7 @@ def test_lengths_that_no_constructor_has_seen(serve):
 
 def test_sequences(serve):
     recent = "Feature 'items/recent'"
-    refused(
-        serve, f"{recent} is a sequence feature but a dense array was passed", items__recent=np.array([1, 2])
-    )
+    refused(serve, f"{recent}, row 1, position 0: id 70 is outside", items__recent=np.array([1, 70]))
     holes = SparseTensor([[0, 0], [1, 1]], [1, 2], (2, 2))
     refused(serve, f"{recent}: a sparse sequence must fill columns", items__recent=holes)
     refused(serve, f"{recent}, row 1, position 2: id 70 is outside", items__recent=[[], [1, 2, 70, 71]])
@@ -259,6 +265,10 @@ def test_keys_that_are_one_name():
         ({"items/history": [[1, 2]]}, "'items/history' must be parallel to its ids: got 1 rows for 2"),
         ({"items/history": [1.0, 2.0]}, "'items/history': a row of it must be a list, got float"),
         ({"items/history": 3.0}, "'items/history': it must be a list of lists, got float"),
+        (
+            {"items/history": [[[1], [2, 3]], []]},
+            r"'items/history', row 0, position 0 must be a finite float32, got \[1\]",
+        ),
         ({"user": [1.0, 2.0]}, "'user', but input is dense"),
         (
             {"text/1": [[1.0] * 3, []]},
@@ -283,6 +293,7 @@ def test_bad_weights_of_lists(serve, weights, match):
             "it must be a RaggedTensor or a list of lists",
         ),
         (np.ones(2), "it must be a RaggedTensor or a list of lists, got ndarray"),
+        ([[[1], [2, 3]], []], r"row 0, position 0 must be a finite float32, got \[1\]"),
     ],
 )
 def test_bad_weights_of_ragged_ids(serve, weight, match):
@@ -291,13 +302,16 @@ def test_bad_weights_of_ragged_ids(serve, weight, match):
 
 
 def test_bad_weights_of_sparse_ids(serve):
-    ids = SparseTensor([[0, 0], [1, 0]], [3, 4], (2, 1))
-    other = SparseTensor([[0, 0], [0, 0]], np.ones(2, np.float32), (2, 1))
-    nan = SparseTensor(ids.indices, np.array([1, NAN], np.float32), (2, 1))
+    ids = SparseTensor([[0, 0], [1, 0], [1, 2]], [3, 4, 5], (2, 3))
+    other = SparseTensor([[0, 0], [0, 0], [0, 0]], np.ones(3, np.float32), (2, 3))
+    nan, pruned = (
+        SparseTensor(ids.indices, np.array(w, np.float32), (2, 3)) for w in ([1, NAN, 1], [1, 0, INF])
+    )
     ragged = RaggedTensor(np.ones(2, np.float32), [0, 1, 2])
     for weight, match in [
         (other, "their indices differ"),
         (nan, "row 1, position 0 must be a finite float32, got nan"),
+        (pruned, "row 1, position 2 must be a finite float32, got inf"),
         (ragged, "it must be a SparseTensor, as its ids are, got RaggedTensor"),
     ]:
         refused(serve, match, {"items/history": weight}, items__history=ids)
@@ -312,6 +326,7 @@ def test_bad_weights_of_sparse_ids(serve):
         ({"dense": [[1, 2], [3]]}, r"'dense' must be of shape \[2, 2\], got uneven rows"),
         ({"dense": [[1, "a"], [3, 4]]}, "'dense' must hold numbers, got <U"),
         ({"dense": np.ones((2, 2), bool)}, "'dense' must hold numbers, got bool"),
+        ({"dense": np.ma.masked_equal([[1, 2], [3, 3]], 3)}, "'dense' is a masked array with 2 masked entries"),
         ({"dense": [[1, 2], [NAN, 4]]}, r"'dense', row 1, position \[0\]: must be a finite float32, got nan"),
         ({"dense": [[1, 2], [3, 1e39]]}, r"row 1, position \[1\]: must be a finite float32, got 1e[+]39"),
     ],

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 
 from jaxembed import (
     FeatureConfig,
+    HashBuckets,
     RaggedTensor,
+    SparseTensor,
     TableConfig,
     initializers,
     kernel,
@@ -329,8 +331,69 @@ def test_custom_combiners(path):
     weights = {"a": RaggedTensor.from_lists([[3.0, 1.0], [], [0.5]], np.float32), "b": None}
     expected = embedding({key: RaggedTensor.from_lists(value) for key, value in lists.items()}, weights)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), result, expected)
-    with pytest.raises(ValueError, match="Feature 'a' has a combiner of its own, which a dense array bypasses"):
-        function({"a": np.array([1]), "b": np.array([1])})
+    for ids in (np.array([1]), [1], [np.int64(1)]):
+        with pytest.raises(ValueError, match="Feature 'a' has a combiner of its own, which dense ids"):
+            function({"a": ids, "b": np.array([1])})
+
+
+def test_one_id_a_row_of_a_sequence():
+    combiner = CustomCombiner(lambda valency, vectors: vectors[0], max_valency=3)
+    table = TableConfig(5, 1, combiner=combiner, name="table")  # sequences are not combined
+    config = {
+        "rows": FeatureConfig(table, max_sequence_length=2),
+        "raw": FeatureConfig(table, max_sequence_length=2, preprocessing=HashBuckets(5, "string")),
+    }
+    rows = np.arange(1, 6, dtype=np.float32)[:, None]
+    function = ServingFunction(EmbeddingForServing(config, {"table": rows}), batch_sizes=(2,))
+    raw = ["ann", "bob"]
+    for ids in ([3, 0], (3, 0), np.array([3, 0]), jnp.array([3, 0]), [np.int64(3), np.int64(0)]):
+        found = function({"rows": ids, "raw": raw})
+        assert found["rows"][..., 0].tolist() == [[4, 0], [1, 0]]
+        np.testing.assert_array_equal(found["raw"], function({"rows": ids, "raw": [["ann"], ["bob"]]})["raw"])
+
+
+class Bags(list):
+    """A list by another name."""
+
+
+def test_rows_of_any_kind_in_any_order(lookup):
+    lists = [[3, 4], [], [5, 6, 7, 8]]
+    inputs = requests.random_inputs(0, 3)
+
+    def answer(items, weights=None):
+        weights = weights and requests.nest({"items/history": weights})
+        return lookup(inputs | {"items": {"history": items, "recent": items}}, weights)
+
+    def kinds(entries):
+        for make in (tuple, Bags, np.array, jnp.array):
+            made = [make(row) for row in entries]
+            yield from (made, Bags(made), [made[0], *entries[1:]], [*entries[:2], made[2]])
+
+    expected = answer(lists)
+    for leaf in (Bags(lists), *kinds(lists)):
+        jax.tree.map(np.testing.assert_array_equal, answer(leaf), expected)
+    weights = [[0.5, 2.0], [], [1.0, 1.0, 2.0, 4.0]]
+    expected = answer(lists, weights)
+    for ids in kinds(lists):
+        for parallel in (weights, *kinds(weights)):
+            jax.tree.map(np.testing.assert_array_equal, answer(ids, parallel), expected)
+
+
+def test_weights_of_no_ids(lookup):
+    """There are none of any type."""
+    ragged = RaggedTensor.from_lists([[], []])
+    sparse = SparseTensor([], [], (2, 1))
+    inputs = requests.random_inputs(0, 2)
+    for ids, weights in ((ragged, ragged), (sparse, sparse), (ragged, [[], []])):
+        items = inputs["items"] | {"history": ids}
+        found = lookup(inputs | {"items": items}, requests.nest({"items/history": weights}))
+        np.testing.assert_array_equal(found["items"]["history"], np.zeros((2, 8)))
+
+
+@pytest.mark.parametrize("rows", [3, 19])
+def test_results_are_read_only(lookup, rows):
+    result = lookup(requests.random_inputs(0, rows))
+    assert not any(leaf.flags.writeable for leaf in jax.tree.leaves(result))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +401,8 @@ def test_custom_combiners(path):
     [
         ({"max_batch_size": 0}, "max_batch_size must be an int of at least 1, got 0"),
         ({"batch_sizes": (4, 1)}, "batch_sizes must be rising ints of at least 1"),
-        ({"max_ids_per_row": 0}, "max_ids_per_row of 'items/history' must be an int of at least 1, got 0"),
+        ({"max_ids_per_row": 0}, "max_ids_per_row of 'items/history' must be an int of at least 1 .*, got 0"),
+        ({"max_ids_per_row": 2**31}, rf"'items/history' must be .* below 2\*\*31, got {2**31}"),
         ({"max_ids_per_row": {"nope": 3}}, "max_ids_per_row has no feature 'nope'"),
         ({"max_ids_per_row": 10**8}, r"fewer than 2\*\*31 ids"),
         ({"weighted": ["nope"]}, "weighted has no feature 'nope'; features are"),

@@ -318,6 +318,15 @@ def test_tables_of_another_type_below_a_model(checkpoint, artefact, reference, t
     assert [spec.dtype for spec in tables.signature.outputs] == [out.dtype.name for out in outputs]
 
 
+def test_a_closed_model_says_so(bundle):
+    model = ServingModel(bundle)
+    model.close()
+    assert not model.ready
+    for use in (lambda: model.embedding, lambda: model({}), lambda: model.lookup({}), model.export):
+        with pytest.raises(ValueError, match="is closed; open it again"):
+            use()
+
+
 def test_limits_of_some_features_leave_the_others(bundle):
     exported = ServingModel(bundle).signature.features
     changed = ServingModel(bundle, max_ids_per_row={exported[0].path: 5}).signature.features

@@ -158,6 +158,8 @@ def test_weights_of_combiners_are_those_of_the_version(tmp_path):
                 answer = await client.post("/v1/models/model:predict", json=body)
                 want = [[3 * first + 4 * second] * 3, [5 * first] * 3]
                 np.testing.assert_allclose(answer.json()["outputs"], want)
+                answer = await client.post("/v1/models/model:predict", json={"inputs": {"x": [3, 5]}})
+                np.testing.assert_allclose(answer.json()["outputs"], [[3 * first] * 3, [5 * first] * 3])
             assert service.versions.current.compile_count == 0  # weights are arguments of the same programs
 
     run(check())
