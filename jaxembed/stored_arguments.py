@@ -31,7 +31,7 @@ def fields_as_json(instance: Any, what: str) -> dict[str, Any]:
     """
     fields = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
     for name, value in fields.items():
-        if not _comes_back(value):
+        if not comes_back(value):
             raise ValueError(
                 f"{what} cannot be stored: its field {name!r} is {value!r:.200}; let it be a finite number, str, bool, None "
                 "or a tuple of these."
@@ -39,9 +39,10 @@ def fields_as_json(instance: Any, what: str) -> dict[str, Any]:
     return check_json(fields, what)
 
 
-def _comes_back(value: Any) -> bool:
+def comes_back(value: Any) -> bool:
+    """Whether what is read again is no other kind of value, as tuples are of lists."""
     if isinstance(value, tuple):
-        return all(map(_comes_back, value))
+        return all(map(comes_back, value))
     return not isinstance(value, list | dict) and not dataclasses.is_dataclass(value)
 
 
@@ -49,9 +50,16 @@ def object_from_json(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:
     """`cls` called with arguments that were stored, of which lists were tuples.
 
     Raises:
-      UnregisteredError: if it does not take them.
+      UnregisteredError: if it does not take them, or one holds a dict, as which earlier versions stored nested dataclasses.
     """
     arguments = {name: _as_tuples(value) for name, value in arguments.items()}
+    for name, value in arguments.items():
+        if _holds_dict(value):
+            raise UnregisteredError(
+                f"{kind} {cls.name!r} cannot be read: its field {name!r} is stored as {value!r:.200}, which no field comes "
+                f"back from; let the fields of {cls.__module__}.{cls.__qualname__} be finite numbers, str, bool, None or "
+                "tuples of these."
+            )
     try:
         return cls(**arguments)
     except Exception as e:  # whatever a class of the user's own raises
@@ -63,3 +71,7 @@ def object_from_json(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:
 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def _holds_dict(value: Any) -> bool:
+    return any(map(_holds_dict, value)) if isinstance(value, tuple) else isinstance(value, dict)

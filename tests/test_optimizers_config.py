@@ -329,6 +329,7 @@ def test_what_has_no_name_cannot_be_stored():
             {"name": "sgd", "arguments": {"learning_rate": {"schedule": "gone", "arguments": {}}}},
             "unknown schedule 'gone'; known: .*cosine_decay.*register_schedule",
         ),
+        ({"name": "sgd", "arguments": {"learning_rate": {"a": 1}}}, "its field 'learning_rate' is stored as"),
     ]:
         with pytest.raises(ValueError, match=message):
             optimizer_from_dict(data)

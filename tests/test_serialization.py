@@ -183,6 +183,27 @@ def test_what_is_not_json_cannot_be_stored():
 def test_fields_that_would_come_back_otherwise_cannot_be_stored(tile):
     with pytest.raises(ValueError, match="initializer Tiled of table 't' cannot be stored: its field 'tile'"):
         feature_config_to_json(FeatureConfig(table(initializer=Tiled(tile))))
+    with pytest.raises(ValueError, match=r"table 't': test_scaled\.scales cannot be stored: "):
+        feature_config_to_json(FeatureConfig(table(optimizer=Scaled(scales=tile))))
+
+
+@pytest.mark.parametrize("value", ['{"base": {"value": 1.0}}', '[[{"schedule": 1}]]'])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initializer": Tiled(7)}, "initializer 'test_tiled' cannot be read: its field 'tile'"),
+        ({"optimizer": Scaled(scales=7)}, "optimizer 'test_scaled' cannot be read: its field 'scales'"),
+        ({"optimizer": Scaled(Milestones(7))}, "schedule 'test_milestones' cannot be read: its field 'steps'"),
+    ],
+)
+def test_dicts_that_earlier_versions_stored_are_kept(changes, message, value):
+    """Of nested dataclasses, which a class takes without a word."""
+    stored = feature_config_to_json(FeatureConfig(table(**changes))).replace(": 7}", f": {value}}}")
+    with pytest.raises(UnregisteredError, match=f"table 't': {message} is stored as .*, which no field"):
+        feature_config_from_json(stored)
+    kept = feature_config_from_json(stored, keep_unregistered=True)
+    assert value in feature_config_to_json(kept) == stored
+    assert {kept.table} == {feature_config_from_json(stored, keep_unregistered=True).table}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Slots that a checkpoint lacks, for tables that were trained without them or by another optimizer."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,7 +24,8 @@ def with_fresh_slots(
     """Slots by table and slot name; those that are missing at their initial values, which take no memory.
 
     Only where `slot_variable_creation_fn` makes them are they arrays of the host's. Slots that another optimizer meant
-    otherwise count as missing. FTRL makes rows of its slots: "linears" start as those that make the rows that there are.
+    otherwise count as missing, with a warning. FTRL makes rows of its slots: "linears" start as those that make the rows
+    that there are.
     """
     trained = layout.optimizers(opened.manifest)
     whole: dict[str, dict[str, StoredArray]] = {}
@@ -34,6 +36,15 @@ def with_fresh_slots(
             kept = opened.slots.get(name, {})
             found = {slot: x for slot, x in kept.items() if _means_the_same(slot, optimizer, trained.get(name))}
             whole[name] = found
+            dropped = [slot for slot in optimizer.slot_names if slot in kept and slot not in found]
+            if dropped:
+                warnings.warn(
+                    f"Slots {dropped} of table {name!r} start anew: those of checkpoint {opened.directory} are of the "
+                    f"optimizer {trained[name]['name']!r}, and not known to mean the same to {optimizer.name!r}. A custom "
+                    "one keeps its own where its custom_computation has the registered name that they were saved with.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             missing = [slot for slot in optimizer.slot_names if slot not in found]
             initial: Any = optimizer.slot_initial_values
             if missing and optimizer.slot_variable_creation_fn is not None:

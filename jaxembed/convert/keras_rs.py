@@ -3,7 +3,8 @@
 A table is the only variable of a layer of its name below `_default_device_embedding_layers`. To write, a weights
 file of the model is needed (layout): the order of its layers is the model's, so its tables are replaced in a copy.
 On SparseCore the layer's own variables are stacks of tables, in an order of rows that the file does not say. They are
-told by what they are, as a layer lies at the name of its class, or of the model's attribute.
+told by what they are, as a layer lies at the name of its class, or of the model's attribute; a layer of another class may
+look so, too, so that tables beside it are read.
 """
 
 import os
@@ -29,6 +30,7 @@ COMBINER_WEIGHTS = False
 KEYS = True
 LAYERS = "_default_device_embedding_layers/"
 _OPTIMIZER = "optimizer/"
+_ELSE = "if it is none, name the tables with keys (--keys)"
 _TILE = 8  # to multiples of which SparseCores round rows and columns up
 
 
@@ -41,7 +43,11 @@ def read(path: pathlib.Path, options: Options) -> Source:
     """Opens the file; rows are read as they are asked for."""
     file = _open(path, "r")
     arrays, names, stacks = _datasets(file)
-    _refuse_stacks(path, stacks if options.keys is None else stacks & options.keys.keys())
+    taken = names.keys() if options.keys is None else options.keys.keys()
+    if taken:
+        _refuse_stacks(path, stacks & taken)
+    elif stacks:
+        raise ValueError(f"{path}: {_about(stacks)}; {_ELSE}.")
     lock = threading.Lock()
 
     def array_of(key: str, dataset: Any) -> StoredArray:
@@ -62,6 +68,8 @@ def read(path: pathlib.Path, options: Options) -> Source:
 
     found = {key: array_of(key, dataset) for key, dataset in arrays.items()}
     tables, slots, notes = place_arrays(path, found, options, guess)
+    if stacks and options.keys is None:
+        notes += (f"not read: {_about(stacks)}",)
     return Source(tables, slots, notes=notes)
 
 
@@ -113,10 +121,11 @@ def _places(template: pathlib.Path, file: Any, contents: Contents) -> list[tuple
     for stream in contents.tables:
         key = key_for(contents.options, (stream.table, None))
         keys = [key] if key is not None else [k for k, name in names.items() if name == stream.table]
-        if not keys:
-            _refuse_stacks(template, stacks)
         if len(keys) != 1 or keys[0] not in arrays:
-            raise ValueError(f"{template} has no table {stream.table!r}; it has {sorted(names.values())}.")
+            may_be = f" {_about(stacks)}; {_ELSE}." if stacks and not keys else ""
+            raise ValueError(
+                f"{template} has no table {stream.table!r}; it has {sorted(names.values())}.{may_be}"
+            )
         _refuse_stacks(template, stacks & {keys[0]})
         if keys[0] in found:
             raise ValueError(
@@ -134,11 +143,15 @@ def _places(template: pathlib.Path, file: Any, contents: Contents) -> list[tuple
 
 def _refuse_stacks(path: pathlib.Path, stacks: Set[str]) -> None:
     if stacks:
-        raise ValueError(
-            f"{path}: {min(stacks)} is a stack of tables on SparseCores, whose rows lie in an order that the file does not say; "
-            "use layer.get_embedding_tables() and layer.set_embedding_tables(...) instead: what "
-            "np.savez(FILE, **layer.get_embedding_tables()) saves can be converted, and to npz back."
-        )
+        raise ValueError(f"{path}: {_about(stacks)}.")
+
+
+def _about(stacks: Set[str]) -> str:
+    return (
+        f"{min(stacks)} looks like a stack of tables on SparseCores, whose rows lie in an order that the file does not say; "
+        "use layer.get_embedding_tables() and layer.set_embedding_tables(...) instead: what "
+        "np.savez(FILE, **layer.get_embedding_tables()) saves can be converted, and to npz back"
+    )
 
 
 def _open(path: pathlib.Path, mode: str) -> Any:

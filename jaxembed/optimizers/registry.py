@@ -10,7 +10,7 @@ from jaxembed.optimizers.base import Optimizer
 from jaxembed.optimizers.custom import CustomOptimizer
 from jaxembed.optimizers.rules import RULES
 from jaxembed.optimizers.schedules import CosineDecay, ExponentialDecay, PolynomialDecay
-from jaxembed.stored_arguments import check_json, fields_as_json, object_from_json
+from jaxembed.stored_arguments import check_json, comes_back, fields_as_json, object_from_json
 
 T = TypeVar("T")
 
@@ -104,6 +104,11 @@ def _to_json(value: Any, where: str) -> Any:
                 "arguments": fields_as_json(value, f"{where}: the schedule {cls.__name__}"),
             }
     if not callable(value):
+        if not comes_back(value):
+            raise ValueError(
+                f"{where} cannot be stored: it is {value!r:.200}; let it be a finite number, str, bool, None, a schedule "
+                "or function that is registered, or a tuple of these."
+            )
         return value
     for name, function in _FUNCTIONS.items():
         if function is value:
@@ -118,11 +123,12 @@ def _to_json(value: Any, where: str) -> Any:
 def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_from_json(item) for item in value)
-    if not isinstance(value, dict):
-        return value
-    if "function" in value:
+    if isinstance(value, dict) and value.keys() == {"function"}:
         return _find(_FUNCTIONS, value["function"], "function")
-    return object_from_json(_find(_SCHEDULES, value["schedule"], "schedule"), "schedule", value["arguments"])
+    if isinstance(value, dict) and value.keys() == {"schedule", "arguments"}:
+        schedule = _find(_SCHEDULES, value["schedule"], "schedule")
+        return object_from_json(schedule, "schedule", value["arguments"])
+    return value  # any other dict is refused with its field's name
 
 
 def _find(registry: dict[str, Any], name: str, kind: str) -> Any:

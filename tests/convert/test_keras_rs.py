@@ -1,6 +1,7 @@
 """Weights files of keras-rs models on JAX, written and loaded by Keras itself in a process of its own."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -107,23 +108,29 @@ def test_tables_of_other_names(tmp_path):
 @pytest.mark.parametrize("slots", [0, 2])
 @pytest.mark.parametrize("group", ["layers/distributed_embedding_1", "emb"])
 def test_stacks_of_sparse_cores_are_refused(tmp_path, group, slots):
-    """Whatever the keys say, and the layer's name: their rows are in another order. A table beside them has its own."""
+    """Whatever the keys say, and the layer's name: their rows are in another order. A table beside them is read."""
     rows = np.ones((16, 8), np.float32)
     stack, alone = f"{group}/vars/0", f"{group}/_default_device_embedding_layers/embed_reduce/vars/0"
     with h5py.File(tmp_path / "m.h5", "w") as file:
         for i in range(1 + slots):
             file[f"{group}/vars/{i}"] = rows
         file[f"{group}/vars/{1 + slots}"] = np.float32(3)  # steps
-        file[alone] = rows
-        file[alone].parent.attrs["name"] = "t"
-    message = rf"{stack} is a stack of tables on SparseCores.*np\.savez\(FILE, \*\*layer\.get_embedding_tables"
+    message = rf"{stack} looks like a stack of tables on SparseCores.*np\.savez\(FILE, \*\*layer\.get_embedding_tables"
     for keys in (None, {stack: ("t", None)}):
         with pytest.raises(ValueError, match=message):
             convert(tmp_path / "m.h5", tmp_path / "out", keys=keys)
-    convert(tmp_path / "m.h5", tmp_path / "steps", keys={alone: ("t", None)})
+    with h5py.File(tmp_path / "m.h5", "a") as file:
+        file[alone] = rows
+        file[alone].parent.attrs["name"] = "t"
+    report = convert(tmp_path / "m.h5", tmp_path / "steps")
+    assert re.search(f"not read: {message}", "\n".join(report.notes))
+    np.testing.assert_array_equal(read_checkpoint(tmp_path / "steps").tables["t"], rows)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "m.h5", tmp_path / "out", keys={stack: ("t", None)})
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "steps", tmp_path / "out.h5", keys={stack: ("t", None)}, layout=tmp_path / "m.h5")
     np.savez(tmp_path / "a.npz", other=rows)
+    message = rf"has no table 'other'; it has \['t'\]\. {message}.*; if it is none, name the tables with keys \(--keys\)\."
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "a.npz", tmp_path / "out.h5", layout=tmp_path / "m.h5")
 
