@@ -20,7 +20,8 @@ def backend() -> str:
     """The path that lookups take on CPU now: "native" (the C++ kernel) or "xla" (plain JAX).
 
     "native" wherever the kernel was built, unless the environment variable JAXEMBED_BACKEND (empty: as if unset) or
-    `use_backend` says otherwise. Other platforms always take "xla".
+    `use_backend` says otherwise. Other platforms always take "xla", and so do tables of a type that the kernel does
+    not have.
 
     Raises:
       ValueError: if JAXEMBED_BACKEND is none of "auto", "native", "xla".
@@ -68,8 +69,8 @@ def lookup_path() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Chooses the path of the lookups that are traced within: "auto", "native" or "xla".
 
-    Under "native", lookups in tables of a type that the kernel does not have are refused; under "auto" they are plain
-    JAX. A function that `jax.jit` has traced keeps the path it was traced with. Programs of `jax.export` are plain
+    Under "native", lookups in tables of a type that the kernel does not have are refused; under "auto" these, and not
+    those of the other features, are plain JAX. A function that `jax.jit` has traced keeps the path it was traced with. Programs of `jax.export` are plain
     JAX under "auto"; under "native" they call the kernel, which the process that runs them must have, and
     `jax.export.export` must be told so with `DisabledSafetyCheck.custom_call("jaxembed_embedding_bags")`; their
     batches are of fixed sizes. Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) takes "xla".

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxembed import bag_native, bag_xla
 from jaxembed.backends import lookup_path
@@ -45,7 +46,7 @@ class Bag:
       combiner: "sum", "mean" or "sqrtn"; unused where nothing is combined.
       sequence_length: L, or 0 to combine. A sparse layout then also needs `columns`.
       prune_ids: drop entries with id < 0.
-      prune_weights: drop entries with weight <= 0.
+      prune_weights: drop entries whose weight is not above 0, NaN among them.
 
     Raises:
       ValueError: if layout or combiner are none of these.
@@ -89,6 +90,8 @@ def embedding_bags(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Runs many embedding_bags at once; on CPU, one call of the native kernel where it is available.
 
+    Of tables of types that the kernel does not have, and of no others, they are plain JAX.
+
     Args:
       bags: F static halves.
       operands: their F dynamic halves.
@@ -105,9 +108,18 @@ def embedding_bags(
     path = path or lookup_path()
     if path == "native":
         bag_native.check_tables(operands)
-    if path == "xla" or not bag_native.supports(bags, operands):
+    pairs = list(zip(bags, operands, strict=True))
+    native = [i for i, (bag, op) in enumerate(pairs) if path != "xla" and bag_native.supports([bag], [op])]
+    if not native:
         return bag_xla.embedding_bags(bags, operands)
-    return bag_native.embedding_bags(bags, operands, in_exports=path == "native")
+    if len(native) == len(pairs):
+        return bag_native.embedding_bags(bags, operands, in_exports=path == "native")
+    others = [i for i in range(len(pairs)) if i not in native]
+    by_kernel = bag_native.embedding_bags([bags[i] for i in native], [operands[i] for i in native])
+    by_xla = bag_xla.embedding_bags([bags[i] for i in others], [operands[i] for i in others])
+    order = np.argsort(native + others)
+    outputs, counts = [*by_kernel[0], *by_xla[0]], jnp.concatenate([by_kernel[1], by_xla[1]])
+    return [outputs[i] for i in order], counts[order]
 
 
 def row_gradients(bag: Bag, operands: BagOperands, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -174,7 +174,7 @@ class FeatureConfig:
       table: the TableConfig that the feature's ids refer to. Features may share a table.
       max_sequence_length: L. 0 combines each bag to [D]; above 0 gives [L, D] a row, without combining. As in
         TensorFlow it is ignored where `output_shape` is set, and for sparse inputs of rank above 2.
-      validate_weights_and_indices: for sparse inputs, prune ids < 0, and weights <= 0 unless the
+      validate_weights_and_indices: for sparse inputs, prune ids < 0, and weights not above 0 unless the
         combiner is "sum". Ragged inputs are never pruned.
       output_shape: leading dimensions of the activation, without D; for ragged inputs. Its product
         must be B (combined) or a multiple of B (a sequence per row), where B is the whole batch that is passed

@@ -1,5 +1,6 @@
 """Which path a lookup takes: the native kernel or plain JAX, eagerly, in programs and in exported ones."""
 
+import functools
 import warnings
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 import jaxembed as je
 from jaxembed import backends, bag_native, kernel
-from jaxembed.bag import Bag, BagOperands
+from jaxembed.bag import Bag, BagOperands, embedding_bags
 from tests.test_lookup import FEATURE, ROWS, lookup
 
 
@@ -73,6 +74,36 @@ def test_all_features_are_one_call_of_the_kernel():
     with je.use_backend("auto"):
         text = program.lower(inputs, by_name).as_text()
     assert text.count(f"custom_call @{kernel.TARGET}") == 1
+
+
+@pytest.mark.parametrize("bits", ["float8_e4m3fn", "float64"])
+def test_a_table_of_another_type_leaves_the_other_features_to_the_kernel(bits):
+    if not kernel.available():
+        pytest.skip("the kernel was not built")
+    ids, splits = jnp.array([1, 2, 3, 9], jnp.int32), jnp.array([0, 1, 4], jnp.int32)
+    weights = jnp.array([1.0, 2.0, 0.5, 1.0])
+    bags = [Bag("ragged", 2, "mean"), Bag("ragged", 2), Bag("dense", 4), Bag("ragged", 2, sequence_length=2)]
+    with jax.enable_x64(bits == "float64"):
+        rows = jnp.asarray(ROWS, jnp.float32)
+        tables = [rows.astype(bits), rows, 2 * rows.astype(bits), 3 * rows]
+
+        def total(tables, weights, path):
+            operands = [BagOperands(t, ids, splits, weights=weights) for t in tables]
+            outs, bad = embedding_bags(bags, operands, path)
+            return sum(jnp.sum(out.astype(jnp.float32) ** 2) for out in outs), (outs, bad)
+
+        def results(path):
+            run = functools.partial(total, path=path)
+            gradients = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(tables, weights)
+            return gradients, jax.vmap(run, (None, 0))(tables, jnp.stack([weights, 2 * weights]))
+
+        ours, theirs = results("auto"), results("xla")
+        text = jax.jit(total, static_argnums=2).lower(tables, weights, "auto").as_text()
+    assert text.count(f"custom_call @{kernel.TARGET}") == 1
+    assert ours[0][0][1][1].tolist() == [1, 1, 1, 0]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-6)
 
 
 def test_export_with_the_kernel():

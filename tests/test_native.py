@@ -226,6 +226,25 @@ def test_an_infinite_weight_is_one_of_the_row_not_of_its_bias(kind, dim):
         np.testing.assert_array_equal(out, np.repeat([[np.inf], [-np.inf]], dim, axis=1))
 
 
+@pytest.mark.parametrize("layout", ["ragged", "sparse"])
+@pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
+def test_weights_not_above_0_are_pruned(combiner, layout):
+    """NaN among them, as TensorFlow prunes it, and whatever their ids are."""
+    weights = jnp.array([1.0, jnp.nan, 2.0, -1.0, -jnp.nan, 0.0, 0.5])
+    ids, bags = jnp.array([1, 2, 3, 4, 9, 5, 9], jnp.int32), jnp.array([0, 2, 5, 7], jnp.int32)
+    if layout == "sparse":
+        bags = jnp.array([0, 0, 1, 1, 1, 2, 2], jnp.int32)
+    bag = Bag(layout, 3, combiner, prune_weights=True)
+    results = [
+        embedding_bags([bag], [BagOperands(TABLE, ids, bags, weights=weights)], path)
+        for path in ("native", "xla")
+    ]
+    expected = np.stack([TABLE[1], 2 * TABLE[3] if combiner == "sum" else TABLE[3], np.zeros(3)])
+    for (out,), bad in results:
+        np.testing.assert_allclose(out, expected, rtol=1e-6)
+        assert bad.tolist() == [1]
+
+
 def test_a_kernel_of_other_sources_is_not_called(monkeypatch):
     monkeypatch.setattr(kernel, "_NUMBERS", 16)
     kernel._load.cache_clear()
@@ -349,25 +368,51 @@ def test_a_row_that_is_not_combined_keeps_its_bits(dtype, dim):
     np.testing.assert_array_equal(np.asarray(lookup(operands)).view(size), rows[ids].view(size))
 
 
-@pytest.mark.parametrize("dim", [8, 16, 24, 32, 64, 128, 256])
-def test_bfloat16_of_any_bits(dim):
-    """Each value alone, and sums of two, rounded to even once; what is not a number stays none."""
+@pytest.mark.parametrize("combiner", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("dim", [7, 8, 16, 24, 32, 64, 128, 256])
+def test_half_precision_of_any_bits(dim, dtype, combiner):
+    """Each value alone, and sums or means of two, rounded to even once; what is not a number stays none."""
     bits = np.random.default_rng(dim).permutation(2**16).astype(np.uint16)
-    bits[(bits & 0x7F80) == 0] = 0  # XLA's threads take subnormal numbers for zero
-    rows = bits[: bits.size // dim * dim].view(jnp.bfloat16).reshape(-1, dim)
+    if dtype == jnp.bfloat16:
+        bits[(bits & 0x7F80) == 0] = 0  # XLA's threads take subnormal numbers of float32 for zero
+    bits[bits == 0x8000] = 0  # added to zero it loses its sign
+    rows = bits[: bits.size // dim * dim].view(dtype).reshape(-1, dim)
     count = len(rows)
     ids = np.concatenate([np.arange(count), np.arange(2 * count) % count]).astype(np.int32)
     splits = np.concatenate([np.arange(count), np.arange(count, 3 * count + 1, 2)]).astype(np.int32)
     (out,), _ = embedding_bags(
-        [Bag("ragged", 2 * count)], [BagOperands(jnp.asarray(rows), ids, splits)], "native"
+        [Bag("ragged", 2 * count, combiner)], [BagOperands(jnp.asarray(rows), ids, splits)], "native"
     )
     wide = rows.astype(np.float32)
     with np.errstate(all="ignore"):  # infinity less infinity, and sums that are too large
         pairs = wide[ids[count:]].reshape(count, 2, dim).sum(axis=1)
-        expected = np.concatenate([wide, pairs]).astype(jnp.bfloat16)
-        number = (expected == 0) | (np.abs(expected) >= jnp.finfo(jnp.bfloat16).tiny)
+        expected = np.concatenate([wide, pairs / 2 if combiner == "mean" else pairs]).astype(dtype)
+        number = ~np.isnan(expected)
+        if dtype == jnp.bfloat16:
+            number = (expected == 0) | (np.abs(expected) >= jnp.finfo(dtype).tiny)
     np.testing.assert_array_equal(np.isnan(np.asarray(out)), np.isnan(expected))
     np.testing.assert_array_equal(np.asarray(out).view(np.uint16)[number], expected.view(np.uint16)[number])
+
+
+@pytest.mark.parametrize("dim", [1, 7, 8, 16, 32, 64, 128, 256])
+def test_float16_at_its_edges(dim):
+    """Weights of a row of ones, rounded to even: to infinity from 65520 on, to subnormal numbers, and to zero."""
+    tie = 2.0**-25  # half of the least subnormal number
+    edges = [65504, 65519.996, 65520, 65536, 1e30, np.inf, np.nan, tie, 1.001 * tie, 3 * tie, 5 * tie]
+    edges += [2.0**-14 - tie, 0.999 * (2.0**-14 - tie), 2.0**-14, 2.0**-24, 1e-40, 0]
+    rng = np.random.default_rng(dim)
+    random = rng.uniform(1, 2, 2000) * 2.0 ** rng.integers(-27, 17, 2000)
+    weights = np.concatenate([edges, random]).astype(np.float32)
+    weights = np.concatenate([weights, -weights[weights != 0]])
+    ids, splits = np.zeros(weights.size, np.int32), np.arange(weights.size + 1, dtype=np.int32)
+    operands = BagOperands(jnp.ones((1, dim), jnp.float16), ids, splits, weights=weights)
+    (out,), _ = embedding_bags([Bag("ragged", weights.size)], [operands], "native")
+    with np.errstate(all="ignore"):
+        expected = np.repeat(weights.astype(np.float16)[:, None], dim, axis=1)
+    out, number = np.asarray(out), ~np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
+    np.testing.assert_array_equal(out[number], expected[number])
 
 
 @pytest.mark.parametrize("merged", [True, False])

@@ -14,7 +14,7 @@ from tests.lazy import lazily
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 TUTORIALS = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "sharding.md"]
 # What other tests do as well, with files of their own.
-SLOW = ("criteo", "tensorflow")
+SLOW = ("criteo", "keras_rs", "tensorflow")
 NEEDS = {"torchrec": ["torch"], "tensorflow": ["tensorflow"], "keras_rs": ["keras_rs", "h5py"]}
 
 

@@ -6,7 +6,7 @@
 //     acc = 0; divisor = 0
 //     for each entry i of bag b:                    // layout says which
 //       if prune_ids and ids[i] < 0: continue
-//       if prune_weights and weights[i] <= 0: continue
+//       if prune_weights and not weights[i] > 0: continue
 //       if ids[i] is not in [0, V): bad += 1; continue
 //       w = weights ? weights[i] : 1
 //       acc += w * row(ids[i])                      // float32

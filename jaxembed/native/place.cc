@@ -46,10 +46,10 @@ std::string PlaceSparse(const Bag& bag, Scratch& scratch, Placed* placed) {
   for (int64_t b = 0; b < num_bags; ++b) splits[b + 1] += splits[b];
   if (sorted) return "";
   scratch.order.resize(n);
-  std::vector<int32_t> next(splits, splits + num_bags);
+  scratch.next.assign(splits, splits + num_bags);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = bag.bags[i];
-    if (row >= 0 && row < num_bags) scratch.order[next[row]++] = static_cast<int32_t>(i);
+    if (row >= 0 && row < num_bags) scratch.order[scratch.next[row]++] = static_cast<int32_t>(i);
   }
   placed->order = scratch.order.data();
   return "";

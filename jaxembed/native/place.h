@@ -9,9 +9,10 @@
 
 namespace jaxembed {
 
-// Room for the splits and order of one sparse feature; grows, and is used again by the next call.
+// Room for the splits and order of one sparse feature, and for where each bag's next entry goes; grows, and is used
+// again by the next call.
 struct Scratch {
-  std::vector<int32_t> splits, order;
+  std::vector<int32_t> splits, order, next;
 };
 
 // Splits of the bags of `bag`. An empty string, or what is wrong with the splits.

@@ -76,6 +76,12 @@ def test_bench(capsys, monkeypatch):
     assert "plain JAX" in capsys.readouterr().out
 
 
+def test_bench_of_long_bags_takes_no_rounding_for_other_rows(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = "bench --vocabulary 100 --dim 8 --batch 2 --valency 100000 --rounds 1"
+    assert main(line.split()) == 0, capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", ["xla", "auto"])
 def test_bench_is_of_the_cpu_whatever_the_default_device(path, monkeypatch):
     """With another CPU device in the place of an accelerator."""
@@ -93,6 +99,18 @@ def test_bench_is_of_the_cpu_whatever_the_default_device(path, monkeypatch):
         out = bench._jaxembed(path, table, [ids], splits)(0)
     np.testing.assert_array_equal(out, [[2, 2]])
     assert used == {first}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unknown backend cpu"), AssertionError()])
+def test_bench_where_jax_has_no_cpu(error, capsys, monkeypatch):
+    """As with JAX_PLATFORMS=cuda, with a GPU and without one."""
+
+    def local_devices(backend):
+        raise error
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    assert main(["bench", "--vocabulary", "2", "--dim", "2", "--batch", "1", "--valency", "1"]) == 2
+    assert "set JAX_PLATFORMS=cpu, or cuda,cpu" in capsys.readouterr().err
 
 
 def test_bench_of_nothing(capsys):

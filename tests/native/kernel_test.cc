@@ -3,6 +3,8 @@
 // Each array has its own stretch of memory, at a start that is aligned to its elements only, with guards on
 // both sides. Padding and guards are poisoned while the kernel runs, so that AddressSanitizer sees every read
 // or write out of bounds; without it, the guards around the output are compared.
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -94,7 +96,9 @@ double FromHalf(uint16_t h, bool bf16) {
 // One random lookup with its memory, and what it must give.
 struct Case {
   Bag bag;
-  std::vector<double> values;  // [V, D]
+  std::vector<double> values;  // [V - first_row, D]
+  int64_t first_row = 0;
+  bool wide = false, weighted = false;  // ids, and bags that are combined
   std::vector<std::unique_ptr<Stretch>> stretches;
   Stretch* out = nullptr;
   uint8_t* start = nullptr;  // of the output, in which this feature's columns begin at `column`
@@ -164,38 +168,49 @@ void MakeTable(Case& c, RowType type, int64_t vocabulary, int64_t dim) {
   }
 }
 
-// Ids, one of `bad_of` of them bad (0: none), in bags, some of them empty; garbage before the first bag and after the last.
-void MakeIds(Case& c, Random& random, int64_t mean, int64_t bad_of) {
+// How many ids each bag has, none in some.
+std::vector<int64_t> Lengths(const Bag& bag, Random& random, int64_t mean) {
+  std::vector<int64_t> lengths(bag.num_bags, 1);
+  if (bag.layout == Layout::kDense) return lengths;
+  for (int64_t& length : lengths) length = Below(random, 3) ? Below(random, 2 * mean + 1) : 0;
+  return lengths;
+}
+
+// Ids, one of `bad_of` of them bad (0: none), in bags; garbage before the first bag and after the last.
+void MakeIds(Case& c, Random& random, const std::vector<int64_t>& lengths, int64_t bad_of) {
   Bag& bag = c.bag;
   const bool dense = bag.layout == Layout::kDense, sparse = bag.layout == Layout::kSparse;
   const int64_t before = dense ? 0 : Below(random, 4), after = dense ? 0 : Below(random, 4);
   std::vector<int64_t> splits(1, before), rows(before, -1), columns;
   for (int64_t b = 0; b < bag.num_bags; ++b) {
-    const int64_t length = dense ? 1 : Below(random, 3) ? Below(random, 2 * mean + 1) : 0;
-    splits.push_back(splits.back() + length);
-    rows.insert(rows.end(), length, b);
+    splits.push_back(splits.back() + lengths[b]);
+    rows.insert(rows.end(), lengths[b], b);
   }
   rows.insert(rows.end(), after, bag.num_bags + 3);
   const int64_t n = bag.num_ids = dense ? bag.num_bags : static_cast<int64_t>(rows.size());
-  const bool wide = Below(random, 2);
-  const int64_t garbage[] = {-1, -7, bag.table.vocabulary, INT32_MAX, INT32_MIN};
+  // The last ones only where ids are wide; their lower halves are rows.
+  constexpr int64_t kAbove32 = int64_t{1} << 32;
+  const int64_t garbage[] = {-1,       -7,           bag.table.vocabulary, INT32_MAX, INT32_MIN,
+                             kAbove32, kAbove32 + 1, -256 * kAbove32};
   std::vector<int64_t> ids(n);
   for (int64_t& id : ids) {
     const bool bad = bag.table.vocabulary == 0 || (bad_of && Below(random, bad_of) == 0);
-    id = bad ? garbage[Below(random, 5)] : Below(random, bag.table.vocabulary);
+    id = bad ? garbage[Below(random, c.wide ? 8 : 5)] : c.first_row + Below(random, bag.table.vocabulary - c.first_row);
   }
   if (sparse && Below(random, 2)) {
     for (int64_t i = n - 1; i > 0; --i) std::swap(rows[i], rows[Below(random, i + 1)]);
   }
   for (int64_t i = 0; i < n; ++i) columns.push_back(Below(random, 7) - 1);
-  const bool weighted = !dense && !bag.sequence_length && Below(random, 2);
-  bag.ids = c.Integers(ids, wide);
-  const int64_t size = wide ? 8 : 4, end = splits.back();
+  bag.ids = c.Integers(ids, c.wide);
+  const int64_t size = c.wide ? 8 : 4, end = splits.back();
   const bool padded = bag.layout == Layout::kRagged;
   if (padded) c.stretches.back()->Poison(0, before * size), c.stretches.back()->Poison(end * size, n * size);
-  if (weighted) {
+  if (c.weighted && !dense && !bag.sequence_length) {
     float* weights = c.Floats(n);
-    for (int64_t i = 0; i < n; ++i) weights[i] = 0.25f * static_cast<float>(Below(random, 12) - (bad_of ? 2 : 0));
+    for (int64_t i = 0; i < n; ++i) {
+      weights[i] = 0.25f * static_cast<float>(Below(random, 12) - (bad_of ? 2 : 0));
+      if (bag.prune_weights && Below(random, 8) == 0) weights[i] = NAN;
+    }
     bag.weights = weights;
     if (padded) c.stretches.back()->Poison(0, before * 4), c.stretches.back()->Poison(end * 4, n * 4);
   }
@@ -258,7 +273,8 @@ std::vector<double> Reference(const Case& c, int64_t* bad) {
     }
     const double w = bag.weights ? bag.weights[i] : 1;
     divisors[b] += bag.combiner == Combiner::kSqrtn ? w * w : w;
-    for (int64_t d = 0; d < dim; ++d) out[(length ? b * length + l : b) * dim + d] += w * c.values[id * dim + d];
+    const double* const row = c.values.data() + (id - c.first_row) * dim;
+    for (int64_t d = 0; d < dim; ++d) out[(length ? b * length + l : b) * dim + d] += w * row[d];
   }
   if (length || bag.layout == Layout::kDense || bag.combiner == Combiner::kSum) return out;
   for (int64_t b = 0; b < bag.num_bags; ++b) {
@@ -273,7 +289,22 @@ void Fail(const Case& c, const char* isa, const std::string& what) {
   std::exit(1);
 }
 
-// Runs a case on every instance, cut into tasks of `chunk` bytes that run in any order.
+// Runs a case by the tasks of a cut, in any order; returns the number of bad ids.
+int64_t Run(Case& c, const Instance& instance, const Placed& placed, Cut cut, Random& random) {
+  std::memset(c.start, 0xFF, c.bag.num_bags * c.bag.out_stride * c.size);
+  Plan plan;
+  AddTasks(0, c.bag, placed, &cut, &plan);
+  PlacePartials(&c.bag, &plan);
+  for (size_t i = plan.tasks.size(); i > 1; --i) std::swap(plan.tasks[i - 1], plan.tasks[Below(random, i)]);
+  int64_t bad = 0;
+  for (const Task& task : plan.tasks) bad += instance.run(c.bag, placed, task);
+  for (const Shared& shared : plan.shared) {
+    FinishBag(c.bag, shared.bag, plan.partials.data() + shared.first_partial, shared.count);
+  }
+  return bad;
+}
+
+// Runs a case on every instance, cut into tasks of `chunk` bytes.
 void Check(Case& c, Random& random, int64_t chunk) {
   Scratch scratch;
   Placed placed;
@@ -284,17 +315,7 @@ void Check(Case& c, Random& random, int64_t chunk) {
   for (const Instance& instance : FindInstances().of) {
     if (!instance.run) continue;
     const int64_t stride = c.bag.out_stride, bytes = c.bag.num_bags * stride * c.size;
-    std::memset(c.start, 0xFF, bytes);
-    Plan plan;
-    Cut cut{1, 0, chunk};
-    AddTasks(0, c.bag, placed, &cut, &plan);
-    PlacePartials(&c.bag, &plan);
-    for (size_t i = plan.tasks.size(); i > 1; --i) std::swap(plan.tasks[i - 1], plan.tasks[Below(random, i)]);
-    int64_t bad = 0;
-    for (const Task& task : plan.tasks) bad += instance.run(c.bag, placed, task);
-    for (const Shared& shared : plan.shared) {
-      FinishBag(c.bag, shared.bag, plan.partials.data() + shared.first_partial, shared.count);
-    }
+    const int64_t bad = Run(c, instance, placed, Cut{1, 0, chunk}, random);
     if (bad != expected_bad) {
       Fail(c, instance.name, std::to_string(bad) + " bad ids, expected " + std::to_string(expected_bad));
     }
@@ -327,7 +348,8 @@ void Sweep(Random& random, int64_t* cases) {
         bag.num_bags = Below(random, 9);
         bag.sequence_length = layout && Below(random, 3) == 0 ? 1 + Below(random, 5) : 0;
         MakeTable(c, static_cast<RowType>(type), Below(random, 16) ? 1 + Below(random, 40) : 0, dim);
-        MakeIds(c, random, Below(random, 8) ? 3 : 40, Below(random, 2) ? 8 : 0);
+        c.wide = Below(random, 2), c.weighted = Below(random, 2);
+        MakeIds(c, random, Lengths(bag, random, Below(random, 8) ? 3 : 40), Below(random, 2) ? 8 : 0);
         MakeOutput(c, random);
         c.name = "dim " + std::to_string(dim) + " type " + std::to_string(type) + " layout " + std::to_string(layout) +
                  " combiner " + std::to_string(static_cast<int>(bag.combiner)) + " case " + std::to_string(*cases);
@@ -347,7 +369,8 @@ void LongBags(Random& random, int64_t* cases) {
         c.bag.layout = Layout::kRagged, c.bag.combiner = static_cast<Combiner>(combiner);
         c.bag.num_bags = 1 + Below(random, 12);
         MakeTable(c, static_cast<RowType>(type), 1 + Below(random, 40), dim);
-        MakeIds(c, random, 1 + Below(random, 60), Below(random, 2) ? 300 : 0);
+        c.wide = Below(random, 2), c.weighted = Below(random, 2);
+        MakeIds(c, random, Lengths(c.bag, random, 1 + Below(random, 60)), Below(random, 2) ? 300 : 0);
         if (Below(random, 2)) c.bag.prune_ids = true;
         MakeOutput(c, random);
         c.name = "long bags, dim " + std::to_string(dim) + " type " + std::to_string(type) + " combiner " +
@@ -359,19 +382,20 @@ void LongBags(Random& random, int64_t* cases) {
   }
 }
 
-// One bag of many ids beside empty ones: it is cut into pieces, whatever the chunk.
-void HugeBag(Random& random, Combiner combiner, Layout layout, int64_t* cases) {
+// One bag of many ids beside empty ones: it is cut into pieces, whatever the chunk. So few ids are bad that some pieces
+// have none.
+void HugeBag(Random& random, RowType type, Combiner combiner, Layout layout, bool weighted, int64_t* cases) {
   Case c;
   c.bag.layout = layout, c.bag.combiner = combiner, c.bag.num_bags = 1000;
-  MakeTable(c, RowType::kF32, 50, 33);
-  const int64_t n = c.bag.num_ids = 50'000;
-  std::vector<int64_t> ids(n), splits(1001, n), rows(n, 400);
-  for (int64_t& id : ids) id = Below(random, 50);
-  for (int64_t b = 0; b <= 400; ++b) splits[b] = 0;
-  c.bag.ids = c.Integers(ids, false);
-  c.bag.bags = c.Integers(layout == Layout::kRagged ? splits : rows, false);
+  c.bag.prune_ids = Below(random, 2), c.bag.prune_weights = Below(random, 2);
+  MakeTable(c, type, 50, Below(random, 2) ? 8 : 33);
+  std::vector<int64_t> lengths(1000, 0);
+  lengths[400] = 50'000;
+  c.wide = Below(random, 2), c.weighted = weighted;
+  MakeIds(c, random, lengths, 20'000);
   MakeOutput(c, random);
-  c.name = "huge bag, layout " + std::to_string(static_cast<int>(layout));
+  c.name = "huge bag, type " + std::to_string(static_cast<int>(type)) + " combiner " +
+           std::to_string(static_cast<int>(combiner)) + " layout " + std::to_string(static_cast<int>(layout));
   Scratch scratch;
   Placed placed;
   Place(c.bag, scratch, &placed);
@@ -381,6 +405,64 @@ void HugeBag(Random& random, Combiner combiner, Layout layout, int64_t* cases) {
   if (plan.shared.size() != 1 || plan.shared[0].count < 4) Fail(c, "any", "the bag was not cut");
   Check(c, random, 1 << 16);
   ++*cases;
+  // Weights whose sums are rounded: its bits are the same for however many threads it was cut.
+  float* weights = c.Floats(c.bag.num_ids);
+  for (int64_t i = 0; i < c.bag.num_ids; ++i) weights[i] = 1.0f / static_cast<float>(1 + Below(random, 1000));
+  c.bag.weights = weights, c.bag.prune_weights = false;
+  for (const Instance& instance : FindInstances().of) {
+    if (!instance.run) continue;
+    std::vector<uint8_t> bits[2];
+    for (const int many : {0, 1}) {
+      Run(c, instance, placed, Cut{many ? 24 : 3, Cost(c.bag, placed)}, random);
+      bits[many].assign(c.start, c.start + c.bag.num_bags * c.bag.out_stride * c.size);
+    }
+    if (bits[0] != bits[1]) Fail(c, instance.name, "its bits depend on the number of threads");
+  }
+}
+
+void HugeBags(Random& random, int64_t* cases) {
+  for (int type = 0; type <= static_cast<int>(RowType::kCodes4); ++type) {
+    for (int combiner = 0; combiner <= 2; ++combiner) {
+      const int variant = 3 * type + combiner;
+      if (type == static_cast<int>(RowType::kF16) && !combiner) continue;  // it cannot hold such sums
+      HugeBag(random, static_cast<RowType>(type), static_cast<Combiner>(combiner),
+              variant % 2 ? Layout::kSparse : Layout::kRagged, variant / 2 % 2, cases);
+    }
+  }
+}
+
+// Rows more than 2^32 bytes from the first one, in memory of which no other page is touched.
+void FarRows(Random& random, int64_t* cases) {
+  constexpr int64_t kBytes = int64_t{5} << 30, kRows = 40;
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* const memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+  if (memory == MAP_FAILED) {
+    std::printf("no addresses for 5 GiB: rows beyond 2^32 bytes were not looked up\n");
+    return;
+  }
+  for (RowType type : {RowType::kF32, RowType::kInt8}) {
+    for (int64_t dim : {8, 33, 256}) {
+      for (int variant = 0; variant < 10; ++variant) {  // of layouts, those with sequences apart, and ids
+        const int layout = variant < 6 ? variant / 2 : variant / 2 - 2;
+        Case c;
+        c.bag.layout = static_cast<Layout>(layout), c.bag.num_bags = 9, c.bag.sequence_length = variant < 6 ? 0 : 3;
+        MakeTable(c, type, kRows, dim);
+        Table& t = c.bag.table;
+        t.vocabulary = kBytes / t.row_bytes();
+        c.first_row = t.vocabulary - kRows;
+        std::memcpy(static_cast<uint8_t*>(memory) + c.first_row * t.row_bytes(), t.rows, kRows * t.row_bytes());
+        t.rows = memory;
+        c.wide = variant % 2, c.weighted = Below(random, 2);
+        MakeIds(c, random, Lengths(c.bag, random, 20), 300);
+        MakeOutput(c, random);
+        c.name = "far rows, dim " + std::to_string(dim) + " type " + std::to_string(static_cast<int>(type)) +
+                 " variant " + std::to_string(variant);
+        Check(c, random, Cut::kMost);
+        ++*cases;
+      }
+    }
+  }
+  munmap(memory, kBytes);
 }
 
 // Pieces of work get smaller, and make up all of it.
@@ -407,7 +489,7 @@ void PiecesGetSmaller() {
   if (plan.tasks[0].last_bag < 10 * before) Fail(c, "any", "the first piece is small");
 }
 
-// Once a thread has been through a task, it has what memory such a task takes.
+// Once a thread has been through a task, it has what memory such a task takes, and so it is with finding its bags.
 void TasksAllocateNothing(Random& random) {
   for (int type = 0; type <= static_cast<int>(RowType::kCodes4); ++type) {
     for (int64_t dim : {8, 33, 256}) {
@@ -417,13 +499,19 @@ void TasksAllocateNothing(Random& random) {
           Case c;
           c.bag.layout = static_cast<Layout>(layout), c.bag.num_bags = 100, c.bag.sequence_length = sequences ? 3 : 0;
           MakeTable(c, static_cast<RowType>(type), 40, dim);
-          MakeIds(c, random, 8, 100);
+          c.wide = Below(random, 2), c.weighted = Below(random, 2);
+          MakeIds(c, random, Lengths(c.bag, random, 8), 100);
           MakeOutput(c, random);
           c.name = "allocations, dim " + std::to_string(dim) + " type " + std::to_string(type) + " layout " +
                    std::to_string(layout);
           Scratch scratch;
           Placed placed;
           Place(c.bag, scratch, &placed);
+          const int64_t placing = allocations;
+          Place(c.bag, scratch, &placed);
+          if (allocations != placing) {
+            Fail(c, "any", "to find its bags allocated " + std::to_string(allocations - placing) + " times");
+          }
           const bool dense = c.bag.layout == Layout::kDense;
           const Task all = {0, 0, 100, dense ? 0 : placed.splits[0], dense ? 100 : placed.splits[100], nullptr};
           for (const Instance& instance : FindInstances().of) {
@@ -461,10 +549,9 @@ int main() {
   Random random(20261125);
   int64_t cases = 0;
   Sweep(random, &cases);
-  for (Layout layout : {Layout::kRagged, Layout::kSparse}) {
-    for (int combiner = 0; combiner < 3; ++combiner) HugeBag(random, static_cast<Combiner>(combiner), layout, &cases);
-  }
+  HugeBags(random, &cases);
   LongBags(random, &cases);
+  FarRows(random, &cases);
   PiecesGetSmaller();
   TasksAllocateNothing(random);
   RefusedSplits();
