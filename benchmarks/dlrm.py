@@ -17,10 +17,10 @@ NAMES = [f"f{i:02d}" for i in range(FEATURES)]
 PAIRS = np.triu_indices(FEATURES + 1, 1)
 
 
-def parameters(seed: int = 0) -> dict[str, np.ndarray]:
+def parameters(seed: int = 0, hidden: int = HIDDEN) -> dict[str, np.ndarray]:
     """The dense weights."""
     rng = np.random.default_rng(seed)
-    shapes = {"w0": (DENSE, DIM), "w1": (DIM + len(PAIRS[0]), HIDDEN), "w2": (HIDDEN, 1)}
+    shapes = {"w0": (DENSE, DIM), "w1": (DIM + len(PAIRS[0]), hidden), "w2": (hidden, 1)}
     return {name: rng.normal(0, shape[0] ** -0.5, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -42,8 +42,8 @@ def forward(params: Any, activations: Any, dense: Any) -> Any:
     return {"score": jax.nn.sigmoid(hidden @ params["w2"])[:, 0]}
 
 
-def write_bundle(folder: pathlib.Path, version: int = 0) -> None:
-    """The bundle of the model, with other tables in each version."""
+def write_bundle(folder: pathlib.Path, version: int = 0, hidden: int = HIDDEN) -> None:
+    """The bundle of the model, with other tables in each version, and with `hidden` another model."""
     from jaxembed import FeatureConfig, TableConfig
     from jaxembed.checkpoint import convert_to_bundle
     from jaxembed.optimizers import SGD
@@ -55,7 +55,7 @@ def write_bundle(folder: pathlib.Path, version: int = 0) -> None:
     tables = {name: jnp.asarray(table(i, version)) for i, name in enumerate(NAMES)}
     checkpoint = folder / f"checkpoint{version}"
     with Checkpointer(checkpoint, own) as checkpointer:
-        checkpointer.save(own.from_canonical(tables, slots, version), model=parameters())
+        checkpointer.save(own.from_canonical(tables, slots, version), model=parameters(hidden=hidden))
     convert_to_bundle(checkpoint, folder / "bundles")
 
 

@@ -86,7 +86,9 @@ def server(name: str, folder: pathlib.Path, *options: str) -> Iterator[tuple[int
         command = [sys.executable, "-c", "import sys; from jaxembed.cli import main; sys.exit(main())", "serve"]
         command += [str(folder / "bundles"), "--model", "dlrm:forward", "--dense", f"dense={dlrm.DENSE}"]
         command += ["--max-ids-per-row", str(dlrm.MAX_IDS), "--http-port", str(ports[0])]
-        command += ["--grpc-port", str(ports[1]), "--compile-cache", str(folder / "programs"), *options]
+        command += ["--grpc-port", str(ports[1]), "--compile-cache", str(folder / "programs")]
+        # It is asked for more than it answers in time, which is what is looked for.
+        command += ["--max-queue-ms", "1000", *options]
         command += ["--tables", "memory"] if name == "memory" else []
     process = subprocess.Popen(
         command, cwd=HERE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(HERE)}

@@ -273,8 +273,7 @@ class Routes:
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""
-        self._service.metrics.queued(self._service.batcher.queued_rows)
-        self._service.metrics.flush()
+        self._service.flush()
         text = await asyncio.to_thread(self._service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -102,6 +102,11 @@ class Batcher:
         """Rows that wait or run."""
         return self._queued_rows
 
+    @property
+    def least_seconds(self) -> float:
+        """What the quickest batches take; 0 before any ran."""
+        return min(self._seconds.values(), default=0.0)
+
     def start(self) -> None:
         """Starts to run what is submitted; in the event loop."""
         self._loop = asyncio.get_running_loop()

@@ -69,11 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="how long a request waits for others")
     parser.add_argument("--batches-at-once", type=int, help="of a worker; default: its share of the cores")
     parser.add_argument(
+        "--max-queue-ms",
+        type=float,
+        default=5.0,
+        help="how long requests may take in a worker that is overloaded, which refuses those that would take longer; default: 5",
+    )
+    parser.add_argument(
         "--max-queue-requests",
         type=int,
         default=512,
-        help="requests of a worker that wait or run, over which they are refused: requests a second x seconds that one may "
-        "wait; default: 512",
+        help="requests of a worker that wait or run, over which they are refused, also while it is not; default: 512",
     )
     parser.add_argument(
         "--max-queue-rows", type=int, default=8192, help="rows that wait or run, and most of one request"
@@ -139,6 +144,7 @@ def config_from(options: argparse.Namespace, environment: Mapping[str, str]) -> 
         max_batch_rows=options.max_batch_rows,
         batch_wait_ms=options.batch_wait_ms,
         batches_at_once=options.batches_at_once,
+        max_queue_ms=options.max_queue_ms,
         max_queue_requests=options.max_queue_requests,
         max_queue_rows=options.max_queue_rows,
         default_timeout=options.timeout,

@@ -40,8 +40,10 @@ class ServerConfig:
       batch_wait_ms: how long a request may wait for others to run with, at most.
       batches_at_once: batches that run at a time in a worker, each on a thread; None takes the worker's share of the
         cores.
-      max_queue_requests: of a worker, requests that wait or run; more are refused. Divided by the requests that it answers a
-        second, that is about how long an admitted one waits at worst. Over HTTP, as many bodies may be under way besides.
+      max_queue_ms: how long requests may take in a worker that has had no pause for 50 ms: it admits as many as it answers in
+        that time, or in that of three batches. After a pause it admits `max_queue_requests`, as a burst is soon over.
+      max_queue_requests: of a worker, requests that wait or run; more are refused. Over HTTP, as many bodies may be under way
+        besides.
       max_queue_rows: rows that wait or run; more are refused, as are requests that have more themselves.
       max_body_bytes: of a request, also after it is decompressed; over gRPC 2 GiB - 1 at most.
       body_timeout: seconds in which the body of a request must arrive.
@@ -79,6 +81,7 @@ class ServerConfig:
     max_batch_rows: int = 256
     batch_wait_ms: float = 0.0
     batches_at_once: int | None = None
+    max_queue_ms: float = 5.0
     max_queue_requests: int = 512
     max_queue_rows: int = 8192
     max_body_bytes: int = 64 * MEGABYTE
@@ -139,6 +142,8 @@ class ServerConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} must be an int of at least 1, got {value!r}.")
+        if not _is_number(self.max_queue_ms) or not self.max_queue_ms > 0:
+            raise ValueError(f"max_queue_ms must be milliseconds above 0, got {self.max_queue_ms!r}.")
         for field in ("body_timeout", "idle_timeout", "default_timeout", "drain_timeout", "poll_seconds"):
             if not _is_number(getattr(self, field)) or not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be seconds above 0, got {getattr(self, field)!r}.")

@@ -67,13 +67,19 @@ class Large:
     Args:
       max_body_bytes: of one request.
       metrics: told of bad ids.
+      aside: around the wait of a request that is read elsewhere.
     """
 
-    def __init__(self, max_body_bytes: int, metrics: Metrics):
+    def __init__(
+        self,
+        max_body_bytes: int,
+        metrics: Metrics,
+        aside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ):
         self.most: int = _HELD_BODIES * max_body_bytes
         #: Bytes of the bodies that are held.
         self.held: int = 0
-        self._metrics, self._apart = metrics, Apart()
+        self._metrics, self._aside, self._apart = metrics, aside, Apart()
         self._thread, self._asking = _Lane("jaxembed-read"), _Lane("jaxembed-apart", self._apart.abandon)
         self._asked, self._idle = 0, None
 
@@ -115,7 +121,8 @@ class Large:
         Raises:
           RequestError: if the deadline passed first.
         """
-        return await self._thread.call(until, function, *arguments, begun=begun)
+        with self._aside():
+            return await self._thread.call(until, function, *arguments, begun=begun)
 
     async def apart(self, until: float, reader: str, *arguments: Any) -> Any:
         """What a reader of READERS makes of a signature and a request, in a process of its own.
@@ -127,7 +134,8 @@ class Large:
         if self._idle is not None:
             self._idle.cancel()
         try:
-            return await self._asking.call(until, self._apart.read, reader, *arguments)
+            with self._aside():
+                return await self._asking.call(until, self._apart.read, reader, *arguments)
         except RequestError as e:
             if e.feature is not None:
                 self._metrics.bad_id(e.feature)

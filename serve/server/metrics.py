@@ -75,6 +75,12 @@ class Metrics:
         self._queued = prometheus.Gauge(
             f"{name}_queued_rows", "Rows that wait or run.", multiprocess_mode="livesum", **options
         )
+        self._room = prometheus.Gauge(
+            f"{name}_room_requests",
+            "Requests that may wait or run, fewer in an overload.",
+            multiprocess_mode="livesum",
+            **options,
+        )
         self._stage = {stage: _Tally(self._stages.labels(stage), _SECONDS) for stage in STAGES}
         self._filled = _Tally(self._fill, _FILL)
         self._latencies: dict[str, _Tally] = {}
@@ -155,9 +161,10 @@ class Metrics:
         """A version could not be loaded."""
         self._swaps.labels("failed").inc()
 
-    def queued(self, rows: int) -> None:
-        """So many rows wait or run."""
+    def queued(self, rows: int, room: int) -> None:
+        """So many rows wait or run, and so many requests may."""
         self._queued.set(rows)
+        self._room.set(room)
 
     def text(self) -> bytes:
         """All metrics, in Prometheus' format."""

@@ -17,9 +17,11 @@ from .large import Large
 from .metrics import Metrics
 from .request import InferenceRequest
 from .served import ServedModel
+from .shedding import Shedding
 from .versions import Versions
 
 _FLUSH_SECONDS = 0.2
+_BATCHES = 3  # that a request may see: the one that runs, its own, and another's beside it
 _ARRIVING_SECONDS = 0.25  # in which the body of a request is not ended for that of another
 
 
@@ -28,19 +30,27 @@ class Room:
 
     Args:
       held: one item for each that is held.
+      shedding: to which its request is under way.
     """
 
-    def __init__(self, held: list[None]):
+    def __init__(self, held: list[None], shedding: Shedding):
         self._held: list[None] | None = held
+        self._shedding = shedding
         held.append(None)
+        shedding.begin()
 
-    def release(self) -> bool:
-        """Whether it was held until now."""
+    def take(self) -> bool:
+        """Whether it was held until now: the request, which is still under way, is admitted to it."""
         held, self._held = self._held, None
         if held is None:
             return False
         held.pop()
         return True
+
+    def release(self) -> None:
+        """The request, if it was not admitted, is no longer under way."""
+        if self.take():
+            self._shedding.end(answered=False)
 
 
 class Service:
@@ -62,7 +72,8 @@ class Service:
             self.metrics,
             config.batches_at_once or cores_of_worker(config.workers),
         )
-        self.large: Large = Large(config.max_body_bytes, self.metrics)
+        self.shedding: Shedding = Shedding(self._may_take, config.max_queue_requests)
+        self.large: Large = Large(config.max_body_bytes, self.metrics, self.shedding.aside)
         #: Readiness says no, and requests are served all the same.
         self.leaving: bool = False
         self.draining: bool = False
@@ -79,8 +90,15 @@ class Service:
     @property
     def full(self) -> bool:
         """Whether there is no room for another request; those that only need to be answered take none."""
-        taken = self._admitted - len(self._arriving) + len(self._rooms) - self.batcher.done
-        return taken >= self._max_requests
+        ready = self.batcher.done
+        taken = self._admitted - len(self._arriving) + len(self._rooms) - ready
+        return self.shedding.full(ready) or taken >= self._max_requests
+
+    def _may_take(self) -> float:
+        """Seconds that a request may take. Those of a model that is slow need a queue as long."""
+        config = self.config
+        queue = max(config.max_queue_ms / 1e3, _BATCHES * self.batcher.least_seconds)
+        return queue + config.batch_wait_ms / 1e3
 
     def refuses(self) -> bool:
         """Whether requests are refused at their headers; asked for each that comes."""
@@ -118,12 +136,16 @@ class Service:
     async def _flush(self) -> None:
         while True:
             await asyncio.sleep(_FLUSH_SECONDS)
-            self.metrics.queued(self.batcher.queued_rows)  # of each worker, whichever is asked
-            self.metrics.flush()
+            self.flush()  # of each worker, whichever is asked
+
+    def flush(self) -> None:
+        """Hands on to the metrics what was counted."""
+        self.metrics.queued(self.batcher.queued_rows, self.shedding.limit)
+        self.metrics.flush()
 
     def room(self) -> Room:
         """Room for one request, to be released unless it is admitted to it."""
-        return Room(self._rooms)
+        return Room(self._rooms, self.shedding)
 
     @contextlib.contextmanager
     def admission(self, room: Room | None = None) -> Iterator[None]:
@@ -137,13 +159,18 @@ class Service:
         """
         if self.draining:
             raise unavailable("it is stopping")
-        if (room is None or not room.release()) and self.full:
-            raise overloaded(f"{self._admitted} requests are served or wait already")
+        if room is None or not room.take():
+            if self.full:
+                raise overloaded(f"{self._admitted} requests are served or wait already")
+            self.shedding.begin()
         self._admitted += 1
+        answered = False
         try:
             yield
+            answered = True
         finally:
             self._admitted -= 1
+            self.shedding.end(answered)
 
     @contextlib.contextmanager
     def arriving(self, until: asyncio.Timeout) -> Iterator[None]:
@@ -168,9 +195,10 @@ class Service:
                 first.reschedule(0)
         self._arriving[until] = now
         try:
-            yield
-            if self.full:
-                raise overloaded(f"{self._admitted} requests are served or wait already")
+            with self.shedding.aside():
+                yield
+                if self.full:
+                    raise overloaded(f"{self._admitted} requests are served or wait already")
         finally:
             self._arriving.pop(until, None)
 

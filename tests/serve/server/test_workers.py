@@ -175,7 +175,7 @@ def test_workers_that_die_count_on_in_the_same_files(supervisor, monkeypatch):
             assert command[-1] == str(slot)
             metrics = Metrics(slot)
             metrics.request("tf_rest", 200, 0.1)
-            metrics.queued(5)
+            metrics.queued(5, 8)
             metrics.flush()
             lines = set(metrics.text().decode().splitlines())
             supervisor._workers[slot].returncode = -9
