@@ -13,7 +13,7 @@ Arguments:
   bundles: folder of the versions, on every machine.
   options: further options of `jaxembed serve`, in one string; those of ports and workers have no use. A replica has one
     thread, for one batch at a time; where it is given more cores (`num_cpus`), name as many with `--threads` and
-    `--batches-at-once`. `--max-queue-ms` is 1000 here.
+    `--batches-at-once`. `--max-queue-ms` is 30000 here.
 
 The admin token is JAXEMBED_ADMIN_TOKEN where the application is made: of `serve run`, or Ray's `runtime_env`.
 """
@@ -50,7 +50,7 @@ def app(arguments: Mapping[str, str]) -> serve.Application:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     # What waits is counted, and more replicas started for it: it is not to be refused before.
-    parser.set_defaults(max_queue_ms=1000.0)
+    parser.set_defaults(max_queue_ms=30_000.0)
     options = parser.parse_args([arguments["bundles"], *shlex.split(arguments.get("options", ""))])
     environment = {name: value for name, value in os.environ.items() if name == "JAXEMBED_ADMIN_TOKEN"}
     config = config_from(options, environment)

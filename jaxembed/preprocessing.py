@@ -116,6 +116,8 @@ def _walk(
 
 
 def _from_lists(path: str, feature: FeatureConfig, rows: Sequence[Any], mask: np.ndarray | None) -> Any:
+    if any(issubclass(kind, jax.Array) for kind in set(map(type, rows))):
+        rows = [np.asarray(row) if isinstance(row, jax.Array) else row for row in rows]
     nested = [isinstance(row, list | tuple | np.ndarray) for row in rows]
     if not any(nested) and rows:
         return _rows(path, feature, list(rows), None, live_rows(mask, len(rows), len(rows)))

@@ -1,6 +1,7 @@
 """The arguments of initializers, optimizers and schedules as JSON, and the objects that a class makes of them again."""
 
 import dataclasses
+import enum
 import json
 from typing import Any
 
@@ -27,7 +28,8 @@ def fields_as_json(instance: Any, what: str) -> dict[str, Any]:
     """The fields of a dataclass, as `check_json` takes them.
 
     Raises:
-      ValueError: if one is another dataclass, a list or a dict, which would come back as something else, or no JSON.
+      ValueError: if one is another dataclass, a list, a dict, a named tuple or an enum's, which would come back as something
+        else, or no JSON.
     """
     fields = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
     for name, value in fields.items():
@@ -41,9 +43,9 @@ def fields_as_json(instance: Any, what: str) -> dict[str, Any]:
 
 def comes_back(value: Any) -> bool:
     """Whether what is read again is no other kind of value, as tuples are of lists."""
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return all(map(comes_back, value))
-    return not isinstance(value, list | dict) and not dataclasses.is_dataclass(value)
+    return not isinstance(value, list | dict | tuple | enum.Enum) and not dataclasses.is_dataclass(value)
 
 
 def object_from_json(cls: Any, kind: str, arguments: dict[str, Any]) -> Any:

@@ -45,6 +45,10 @@ def pad(array: np.ndarray, batch: int) -> np.ndarray:
 
 def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     check_unmasked(f"dense input {name!r}", value)
+    if isinstance(value, list | tuple):
+        for at, row in enumerate(value):
+            if isinstance(row, np.ma.MaskedArray):
+                check_unmasked(f"dense input {name!r}, row {at},", row)
     try:
         array = np.asarray(value)
     except ValueError:  # lists of different lengths

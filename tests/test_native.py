@@ -159,7 +159,7 @@ def test_hostile_numbers_are_refused(case):
 def test_splits_that_do_not_rise_are_refused(splits):
     with pytest.raises(
         INVALID_ARGUMENT,
-        match=r"feature 0 \(from 0, of 1 in the order of their keys\): row_splits must not decrease and lie in \[0, 4\], .*; make them on the host",
+        match=r"feature 0 \(from 0, of 1 that the kernel looks up, in the order of their keys\): row_splits must not decrease and lie in \[0, 4\], .*; make them on the host",
     ):
         jax.block_until_ready(call((TABLE, IDS, jnp.array(splits, jnp.int32))))
 

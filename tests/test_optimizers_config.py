@@ -392,8 +392,19 @@ def test_registering_classes():
         def __call__(self, step):
             return self.scale / (1.0 + step)
 
+    @register_optimizer
+    @dataclasses.dataclass(frozen=True)
+    class Doubled(SGD):
+        name = "tests.doubled"
+        twice: float = dataclasses.field(init=False)
+
+        def __post_init__(self):
+            super().__post_init__()
+            object.__setattr__(self, "twice", 2 * self.learning_rate)
+
     optimizer = SignSGD(Inverse(0.5), clip_weight_max=1.0)
-    assert optimizer_from_dict(optimizer.to_dict()) == optimizer
+    for stored in (optimizer, Doubled(0.5)):
+        assert optimizer_from_dict(stored.to_dict()) == stored
     assert optimizer_class("tests.sign_sgd") is SignSGD
     table, _ = sparse_update(optimizer, jnp.zeros((3, 1)), {}, np.array([2]), jnp.full((1, 1), -7.0), 1)
     assert table[:, 0].tolist() == [0.0, 0.0, 0.25]

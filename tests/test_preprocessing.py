@@ -219,6 +219,9 @@ def test_every_form_of_input(words):
     ids = np.array([[1, -5], [2**40, 7]])
     assert preprocess({"f": ids}, numbers)["f"].tolist() == HashBuckets(10).rows(ids).tolist()
     assert preprocess({"f": [[], []]}, numbers)["f"].to_lists() == [[], []]
+    rows = [HashBuckets(10).rows(row).tolist() for row in ([1, 2], [3])]
+    for leaf in ([jnp.array([1, 2]), [3]], [[1, 2], jnp.array([3])], [jnp.array([1, 2]), np.array([3])]):
+        assert preprocess({"f": leaf}, numbers)["f"].to_lists() == rows
     for array in (np.array(flat), np.array(flat, object)):  # as of a column of a data frame
         assert preprocess({"f": Foreign(array)}, feature)["f"].tolist() == words.rows(flat).tolist()
     # Of another library: as wide as they are, where `as_input` would saturate them.

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import enum
 import json
 import math
 import subprocess
@@ -179,7 +180,13 @@ def test_what_is_not_json_cannot_be_stored():
             feature_config_to_json(FeatureConfig(table(**changes)))
 
 
-@pytest.mark.parametrize("tile", [initializers.Constant(1.0), [0.1], {"a": 1}, ((0.1, [0.2]),)])
+class Mode(enum.StrEnum):
+    IN = "in"
+
+
+@pytest.mark.parametrize(
+    "tile", [initializers.Constant(1.0), [0.1], {"a": 1}, ((0.1, [0.2]),), Pair(0.0, 1.0), (Mode.IN,)]
+)
 def test_fields_that_would_come_back_otherwise_cannot_be_stored(tile):
     with pytest.raises(ValueError, match="initializer Tiled of table 't' cannot be stored: its field 'tile'"):
         feature_config_to_json(FeatureConfig(table(initializer=Tiled(tile))))

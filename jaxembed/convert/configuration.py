@@ -40,8 +40,9 @@ def fit(
     tables = feature_tables(config)
     for name, table in tables.items():
         if name not in source.tables:
+            why = "".join(f" {note}." for note in source.notes if note.startswith("not read:"))
             raise ValueError(
-                f"the feature configuration names table {name!r}; there are {sorted(source.tables)}."
+                f"the feature configuration names table {name!r}; there are {sorted(source.tables)}.{why}"
             )
         shape = source.tables[name].shape
         if shape != (table.vocabulary_size, table.dim):

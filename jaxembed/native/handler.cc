@@ -47,7 +47,7 @@ struct Work {
 // Names are not known here.
 ffi::Error Invalid(int64_t feature, int64_t features, const std::string& what) {
   return ffi::Error::InvalidArgument("jaxembed: embedding_bag of feature " + std::to_string(feature) + " (from 0, of " +
-                                     std::to_string(features) + " in the order of their keys): " + what);
+                                     std::to_string(features) + " that the kernel looks up, in the order of their keys): " + what);
 }
 
 // What is wrong with operands, and what to do where that is not said.

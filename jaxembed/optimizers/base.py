@@ -238,8 +238,8 @@ class Optimizer:
         return optimizer_to_dict(self)
 
     def _check_switches(self) -> None:
-        """All fields that are True or False must be; the truth of "no" would be."""
-        for field in dataclasses.fields(self):
+        """All arguments that are True or False must be; the truth of "no" would be."""
+        for field in filter(lambda field: field.init, dataclasses.fields(self)):
             value, is_optional = getattr(self, field.name), field.type in (bool | None, "bool | None")
             if (field.type not in (bool, "bool") and not is_optional) or (value is None and is_optional):
                 continue

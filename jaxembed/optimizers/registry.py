@@ -26,7 +26,9 @@ def optimizer_to_dict(optimizer: Optimizer) -> dict[str, Any]:
             f"{type(optimizer).__name__} cannot be stored: it has no registered name; register it with "
             "jaxembed.optimizers.register_optimizer."
         )
-    fields = {field.name: getattr(optimizer, field.name) for field in dataclasses.fields(optimizer)}
+    fields = {
+        field.name: getattr(optimizer, field.name) for field in dataclasses.fields(optimizer) if field.init
+    }
     arguments = {name: _to_json(value, f"{optimizer.name}.{name}") for name, value in fields.items()}
     what = f"the optimizer {type(optimizer).__name__}"
     return {"name": optimizer.name, "arguments": check_json(arguments, what)}
@@ -35,7 +37,7 @@ def optimizer_to_dict(optimizer: Optimizer) -> dict[str, Any]:
 def storable_arguments(optimizer: Optimizer) -> dict[str, Any]:
     """Those arguments of `Optimizer.to_dict` that can be stored, where others cannot."""
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(optimizer):
+    for field in filter(lambda field: field.init, dataclasses.fields(optimizer)):
         where = f"{optimizer.name}.{field.name}"
         with contextlib.suppress(ValueError):
             found |= check_json({field.name: _to_json(getattr(optimizer, field.name), where)}, where)
@@ -95,7 +97,7 @@ def register_function(name: str) -> Callable[[T], T]:
 
 
 def _to_json(value: Any, where: str) -> Any:
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return [_to_json(item, where) for item in value]
     for name, cls in _SCHEDULES.items():
         if type(value) is cls:

@@ -24,6 +24,7 @@ _ALONE = 0.1
 # Of batches that run in the event loop, where nobody can come, so many until one on the thread shows who would.
 _LOOKS = 16
 _FORGET = 0.02
+_RECENT = 0.1
 # After a thread could not be started, while there are others.
 _RETRY_SECONDS = 1.0
 
@@ -86,7 +87,9 @@ class Batcher:
         self.done: int = 0
         # Seconds that batches took of late, by the number of bits of their rows.
         self._seconds: dict[int, float] = {}
-        self._at_once = at_once
+        self._model: ServedModel | None = None  # that took them
+        self._rows_each = 1.0  # of requests, on average of late
+        self.at_once: int = at_once
         self._threads: list[threading.Thread] = []
         self._retry_at = 0.0
         #: Batches that run on threads, or are ready to.
@@ -103,9 +106,11 @@ class Batcher:
         return self._queued_rows
 
     @property
-    def least_seconds(self) -> float:
-        """What the quickest batches take; 0 before any ran."""
-        return min(self._seconds.values(), default=0.0)
+    def seconds_alone(self) -> float:
+        """What a batch of one request takes, of as many rows as requests have of late; 0 before any ran."""
+        size = round(self._rows_each).bit_length()
+        known = min((bits for bits in self._seconds if bits >= size), default=max(self._seconds, default=None))
+        return 0.0 if known is None else self._seconds[known]
 
     def start(self) -> None:
         """Starts to run what is submitted; in the event loop."""
@@ -170,7 +175,7 @@ class Batcher:
         if self._gathering is not None:
             return False
         large = 2 * self._waiting_rows >= self._max_rows
-        return self._under_way < self._at_once + large
+        return self._under_way < self.at_once + large
 
     def _schedule(self) -> None:
         """The next batch runs once the event loop has read what is there, or the oldest request has waited."""
@@ -203,7 +208,7 @@ class Batcher:
         for entry in (*batch, *self._queue):
             if entry.timer is None:
                 self._arm(entry)
-        if len(self._threads) < self._at_once and len(self._threads) <= self._under_way:
+        if len(self._threads) < self.at_once and len(self._threads) <= self._under_way:
             self._start_thread()
         if not self._threads:
             self._queued_rows -= sum(len(entry.rows) for entry in batch)
@@ -256,7 +261,7 @@ class Batcher:
     def _next_batch(self) -> list[_Entry]:
         batch: list[_Entry] = []
         rows, now = 0, monotonic()
-        share = -(-self._waiting_rows // max(self._at_once - self._under_way, 1))
+        share = -(-self._waiting_rows // max(self.at_once - self._under_way, 1))
         while self._queue:
             entry = self._queue[0]
             if entry.result.done() or entry.deadline <= now:
@@ -314,6 +319,10 @@ class Batcher:
             self._fail(entries, RequestError(503, message, retry_after=1))
         elif entries:
             rows, seconds = sum(len(entry.rows) for entry in entries), outcome.seconds
+            if entries[0].model is not self._model:
+                self._model = entries[0].model
+                self._seconds.clear()
+            self._rows_each += _RECENT * (rows / len(entries) - self._rows_each)
             known = self._seconds.get(rows.bit_length(), seconds)
             # What it takes, and not what it takes when the machine is busy with something else.
             self._seconds[rows.bit_length()] = min(seconds, known + _FORGET * (seconds - known))

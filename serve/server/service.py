@@ -17,7 +17,7 @@ from .large import Large
 from .metrics import Metrics
 from .request import InferenceRequest
 from .served import ServedModel
-from .shedding import Shedding
+from .shedding import LEAST, Shedding
 from .versions import Versions
 
 _FLUSH_SECONDS = 0.2
@@ -72,7 +72,9 @@ class Service:
             self.metrics,
             config.batches_at_once or cores_of_worker(config.workers),
         )
-        self.shedding: Shedding = Shedding(self._may_take, config.max_queue_requests)
+        self.shedding: Shedding = Shedding(
+            self._may_take, config.max_queue_requests, max(LEAST, 2 * self.batcher.at_once)
+        )
         self.large: Large = Large(config.max_body_bytes, self.metrics, self.shedding.aside)
         #: Readiness says no, and requests are served all the same.
         self.leaving: bool = False
@@ -97,7 +99,7 @@ class Service:
     def _may_take(self) -> float:
         """Seconds that a request may take. Those of a model that is slow need a queue as long."""
         config = self.config
-        queue = max(config.max_queue_ms / 1e3, _BATCHES * self.batcher.least_seconds)
+        queue = max(config.max_queue_ms / 1e3, _BATCHES * self.batcher.seconds_alone)
         return queue + config.batch_wait_ms / 1e3
 
     def refuses(self) -> bool:

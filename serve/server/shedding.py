@@ -5,10 +5,12 @@ import math
 from collections.abc import Callable, Iterator
 from time import monotonic
 
-WINDOW = 0.05  # seconds that are looked at together, or more, until there are _ANSWERS or it is _LONGEST
-LEAST = 8  # requests that are never too many
-_ANSWERS, _LONGEST = 16, 1.0
+WINDOW = 0.05  # seconds that are looked at together, or _SPAN times those that a request may take
+_SPAN = 2
+LEAST = 8  # requests that are never too many; more where more batches run at a time
+_ANSWERS, _LONGEST = 16, 1.0  # or longer, until there are as many, or it is as long
 _PAUSE = 0.1  # share of a window in which there was nothing to do, from which on it is a pause
+_LITTLE = 3  # times as many as there are, are room enough
 _SMOOTHING = 0.3
 
 
@@ -17,8 +19,8 @@ class Shedding:
 
     A queue that stands answers no more requests, and each of them later; one that empties has taken a burst. So there is
     room for `most` until, in a window without a pause, requests took longer than they may. Then there is room for as
-    many as are answered in the time that they may take. Times are measured as Little's law has it: requests under way
-    are answers a second times the seconds that each takes.
+    many as are answered in the time that they may take, until there is a pause, or a third of that room is enough. Times are
+    measured as Little's law has it: requests under way are answers a second times the seconds that each takes.
 
     Source: "Controlling Queue Delay" (Nichols and Jacobson, ACM Queue 10, 2012), and for servers "Fail at Scale"
     (Maurer, ACM Queue 13, 2015); refused at the door here, where it is cheap.
@@ -26,10 +28,11 @@ class Shedding:
     Args:
       seconds: that requests may take at the moment, from their headers to their answers.
       most: requests that there is room for.
+      least: requests that are never too many.
     """
 
-    def __init__(self, seconds: Callable[[], float], most: int):
-        self._seconds, self._most, self._least = seconds, most, min(LEAST, most)
+    def __init__(self, seconds: Callable[[], float], most: int, least: int = LEAST):
+        self._seconds, self._most, self._least = seconds, most, min(least, most)
         #: Requests that may be under way.
         self.limit: int = most
         #: Requests that wait for others or for a batch, or are in one.
@@ -50,7 +53,8 @@ class Shedding:
     def begin(self) -> None:
         """One more is under way."""
         now = self._pass()
-        if not self.under_way and self._pauses > _PAUSE * WINDOW and now - self._begin >= WINDOW:
+        length = now - self._begin
+        if not self.under_way and length >= WINDOW and self._pauses > _PAUSE * length:
             self._look(now)
         self.under_way += 1
 
@@ -60,7 +64,9 @@ class Shedding:
         self.under_way -= 1
         self._answers += answered
         length = now - self._begin
-        if length >= WINDOW and (self._answers >= _ANSWERS or length >= _LONGEST):
+        if length < WINDOW or (self._answers < _ANSWERS and length < _LONGEST):
+            return
+        if length >= _SPAN * self._seconds():  # answers come a batch at a time
             self._look(now)
 
     @contextlib.contextmanager
@@ -93,6 +99,8 @@ class Shedding:
             fitting = min(max(math.ceil(self._rate * seconds), self._least), self._most)
             if self._taken > seconds * self._answers and self._taken > self._least * length:
                 self.limit = fitting
+            elif _LITTLE * self._taken < self.limit * length:
+                self.limit = self._most
             else:
                 self.limit = max(self.limit, fitting)
         self._begin, self._taken, self._pauses, self._answers = now, 0.0, 0.0, 0

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from jaxembed import FeatureConfig, TableConfig
 from jaxembed.checkpoint import read_checkpoint
 from jaxembed.cli import main
 from jaxembed.convert import convert
@@ -122,6 +123,9 @@ def test_stacks_of_sparse_cores_are_refused(tmp_path, group, slots):
     with h5py.File(tmp_path / "m.h5", "a") as file:
         file[alone] = rows
         file[alone].parent.attrs["name"] = "t"
+    config = {"f": FeatureConfig(TableConfig(16, 8, name="stacked"))}
+    with pytest.raises(ValueError, match=rf"names table 'stacked'; there are \['t'\]\. not read: {message}"):
+        convert(tmp_path / "m.h5", tmp_path / "out", feature_config=config)
     report = convert(tmp_path / "m.h5", tmp_path / "steps")
     assert re.search(f"not read: {message}", "\n".join(report.notes))
     np.testing.assert_array_equal(read_checkpoint(tmp_path / "steps").tables["t"], rows)

@@ -327,6 +327,10 @@ def test_bad_weights_of_sparse_ids(serve):
         ({"dense": [[1, "a"], [3, 4]]}, "'dense' must hold numbers, got <U"),
         ({"dense": np.ones((2, 2), bool)}, "'dense' must hold numbers, got bool"),
         ({"dense": np.ma.masked_equal([[1, 2], [3, 3]], 3)}, "'dense' is a masked array with 2 masked entries"),
+        (
+            {"dense": [[1, 2], np.ma.masked_equal([3, 4], 3)]},
+            "'dense', row 1, is a masked array with 1 masked entries",
+        ),
         ({"dense": [[1, 2], [NAN, 4]]}, r"'dense', row 1, position \[0\]: must be a finite float32, got nan"),
         ({"dense": [[1, 2], [3, 1e39]]}, r"row 1, position \[1\]: must be a finite float32, got 1e[+]39"),
     ],

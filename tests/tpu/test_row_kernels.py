@@ -69,14 +69,14 @@ SLOTS = {"sgd": 0, "adagrad": 1, "momentum": 2, "ftrl": 2, "linear": 2, "adam": 
 @pytest.mark.parametrize(
     ("topology", "devices", "temporary"),
     [
-        # Takes minutes; of five features, test_compile.py looks at what a step touches.
-        pytest.param("v5e:4x4", 16, 60e6, marks=pytest.mark.slow),
+        ("v5e:4x4", 16, 60e6),
         # Over 8 devices all_gather exchanges less, and what it brings takes memory.
         ("v5p:2x2x2", 8, 200e6),
-        pytest.param("v5e:8x8", 64, 60e6, marks=pytest.mark.slow),
-        pytest.param("v6e:4x4", 16, 60e6, marks=pytest.mark.slow),
+        ("v5e:8x8", 64, 60e6),
+        ("v6e:4x4", 16, 60e6),
     ],
 )
+@pytest.mark.slow  # minutes each; of five features, test_compile.py looks at what a step touches
 def test_a_whole_step_touches_rows_and_not_tiles(topology, devices, temporary):
     """26 features, D 128, 256 examples of 10 ids a device, by all defaults of the `xla` engine."""
     cost = answer(start(STEP, topology, "1000000"))

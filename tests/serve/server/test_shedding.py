@@ -29,12 +29,15 @@ class Simulation:
       may_take: of the model.
       wait: for others, before a batch begins.
       at_once: batches that may run at a time.
+      most_in_one: requests of a batch.
+      least: of the model.
     """
 
-    def __init__(self, monkeypatch, batch, may_take=0.01, wait=0.0, at_once=1):
+    def __init__(self, monkeypatch, batch, may_take=0.01, wait=0.0, at_once=1, most_in_one=256, least=LEAST):
+        self._most_in_one = most_in_one
         self.now, self._batch, self._wait, self._at_once = 0.0, batch, wait, at_once
         monkeypatch.setattr(module, "monotonic", lambda: self.now)
-        self.shedding = Shedding(lambda: may_take, MOST)
+        self.shedding = Shedding(lambda: may_take, MOST, least)
         self._events, self._number, self._waiting, self._running = [], 0, [], 0
         self.refused, self.taken = [], []
 
@@ -69,7 +72,7 @@ class Simulation:
 
     def _start(self):
         if self._running < self._at_once and self._waiting:
-            batch, self._waiting = self._waiting, []
+            batch, self._waiting = self._waiting[: self._most_in_one], self._waiting[self._most_in_one :]
             self._running += 1
             self.at(self.now + self._batch(len(batch)), self._end, batch)
 
@@ -115,7 +118,7 @@ def test_twice_the_load(monkeypatch, batch, may_take, at_once, best):
     assert not server.refused
 
 
-@pytest.mark.parametrize("batch", [by_loop, by_batch])
+@pytest.mark.parametrize("batch", [by_loop, by_batch, lambda n: 2.0])
 @pytest.mark.parametrize("clients", [1, 4, 8, 24])
 def test_clients_that_wait_for_answers_are_not_refused(monkeypatch, batch, clients):
     """Neither from the beginning, nor as others come to a server that hardly pauses."""
@@ -123,7 +126,7 @@ def test_clients_that_wait_for_answers_are_not_refused(monkeypatch, batch, clien
     server.client()
     for i in range(1, clients):
         server.at(2 + i * 1e-4, server.client)
-    server.run(5)
+    server.run(20)
     assert not server.refused
     assert server.longest(0) > 0
 
@@ -157,6 +160,30 @@ def test_a_long_request_beside_quick_ones_is_no_overload(monkeypatch):
     server.run(5)
     long.end(answered=True)
     assert not server.refused
+
+
+def test_batches_that_run_side_by_side_are_no_overload(monkeypatch):
+    """Each of one request that takes longer than it may, of which as many run as there are cores."""
+    server = Simulation(monkeypatch, lambda n: 0.012, may_take=0.005, at_once=16, most_in_one=1, least=2 * 16)
+    server.open(900, 0, 5)
+    server.run(6)
+    assert not server.refused
+
+
+def test_bursts_are_taken_again_though_there_is_no_pause(monkeypatch):
+    """Of a server that has one long request after the other."""
+    server = Simulation(monkeypatch, by_loop)
+    server.shedding.begin()
+    server.open(300, 0, 10)
+    for _ in range(400):
+        server.at(1, server.arrive)
+    server.run(1.1)
+    assert server.shedding.limit < 50
+    for second in range(2, 10):
+        for _ in range(60):
+            server.at(second, server.arrive)
+    server.run(10)
+    assert not [at for at in server.refused if at > 1.5]
 
 
 def test_bursts_are_taken(monkeypatch):
@@ -261,9 +288,34 @@ def test_the_server_refuses_what_is_over_the_limit(shared_folder):
 def test_slow_models_and_waits_need_longer_queues(shared_folder, wait_ms, monkeypatch):
     async def check():
         async with serving_bundles(shared_folder, max_queue_ms=5.0, batch_wait_ms=wait_ms) as (_, service):
-            for least, queue in ((0.001, 0.005), (0.1, 0.3)):
+            for least, rows, queue in ((0.001, 1, 0.005), (0.1, 1, 0.3), (0.1, 7, 0.6), (0.1, 200, 0.6)):
                 monkeypatch.setattr(service.batcher, "_seconds", {1: least, 4: 2 * least})
+                monkeypatch.setattr(service.batcher, "_rows_each", rows)
                 assert service._may_take() == pytest.approx(queue + wait_ms / 1e3)
+            monkeypatch.setattr(service.batcher, "_seconds", {})
+            assert service._may_take() == pytest.approx(0.005 + wait_ms / 1e3)
+
+    run(check())
+
+
+def test_more_batches_at_a_time_need_more_requests(shared_folder):
+    async def check():
+        for at_once, least in ((2, LEAST), (40, 80)):
+            async with serving_bundles(shared_folder, batches_at_once=at_once) as (_, service):
+                assert service.shedding._least == least
+
+    run(check())
+
+
+def test_what_batches_took_is_forgotten_with_their_version(shared_folder):
+    async def check():
+        async with serving_bundles(shared_folder) as (port, service):
+            service.batcher._seconds[1] = 100.0
+            reader, writer = await connect_and_send(port, PREDICT)
+            assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 200
+            writer.close()
+            assert 0 < service.batcher.seconds_alone < 100
+            assert service.batcher._rows_each == 1
 
     run(check())
 
