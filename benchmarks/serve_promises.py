@@ -31,6 +31,7 @@ import uvloop
 from load import Connection, Load, http_request, run_load
 from promises import Promise, judge
 
+from jaxembed.serve.server.config import ServerConfig
 from serve import INFER, prepare, server
 
 UNDER_WAY = 4
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--new-models",
         action="store_true",
-        help="of swaps: each version is of another model, and compiled beside requests; in a --folder of its own",
+        help="of swaps: each version is of another model, and compiled beside requests",
     )
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=5, help="of overload, between which peaks are measured")
@@ -56,9 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cores-apart", action="store_true", help="half of the cores for the server, half for clients"
     )
     parser.add_argument(
-        "--max-queue-requests", type=int, default=512, help="of the server in overload; the default is its own"
+        "--max-queue-requests",
+        type=int,
+        default=ServerConfig.max_queue_requests,
+        help="of the server in overload; the default is its own",
     )
-    parser.add_argument("--max-queue-ms", type=float, default=5.0, help="the same")
+    parser.add_argument("--max-queue-ms", type=float, default=ServerConfig.max_queue_ms, help="the same")
     parser.add_argument(
         "--at-peak",
         type=int,
@@ -74,12 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.count = options.count or (10 if options.new_models else 1000)
     with contextlib.ExitStack() as stack:
         folder = options.folder or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder /= "promises"  # two versions, of which serve.py would serve the second
+        # Several versions, of which serve.py would serve the last.
+        folder /= "models" if options.new_models else "promises"
         prepare(folder, tensorflow=False)
         flags = ["--tables", options.tables]
         for version in range(1, options.count + 1 if options.new_models else 2):
             if not (folder / "bundles" / str(version)).exists():
-                dlrm.write_bundle(folder, version, dlrm.HIDDEN + 8 * version * options.new_models)
+                hidden = dlrm.HIDDEN + (8 * version if options.new_models else 0)
+                dlrm.write_bundle(folder, version, hidden)
         if options.new_models:
             flags += ["--compile-cache", str(stack.enter_context(tempfile.TemporaryDirectory()))]
         if options.promise == "overload":

@@ -70,10 +70,10 @@ def use_backend(name: str) -> Iterator[None]:
     """Chooses the path of the lookups that are traced within: "auto", "native" or "xla".
 
     Under "native", lookups in tables of a type that the kernel does not have are refused; under "auto" these, and not
-    those of the other features, are plain JAX. A function that `jax.jit` has traced keeps the path it was traced with. Programs of `jax.export` are plain
-    JAX under "auto"; under "native" they call the kernel, which the process that runs them must have, and
-    `jax.export.export` must be told so with `DisabledSafetyCheck.custom_call("jaxembed_embedding_bags")`; their
-    batches are of fixed sizes. Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) takes "xla".
+    those of the other features, are plain JAX. A function that `jax.jit` has traced keeps the path it was traced with.
+    Programs of `jax.export` are plain JAX under "auto"; under "native" they call the kernel, which the process that runs
+    them must have, and `jax.export.export` must be told so with
+    `DisabledSafetyCheck.custom_call("jaxembed_embedding_bags")`; their batches are of fixed sizes. Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) takes "xla".
 
     Raises:
       ValueError: if `name` is none of these.

@@ -255,9 +255,8 @@ class Checkpointer:
             vocabulary files without out-of-vocabulary buckets that have grown at their end, where tables may grow.
           fresh_slots: start slots that the checkpoint lacks at their initial values, as of tables that were converted
             without them or, with `partial`, trained by another optimizer; otherwise they are an error. Slots of another
-            optimizer start anew, with a warning where both have one of that name, and so do those of a CustomOptimizer, unless its
-            function has the registered name that they were saved with. "accumulators" of Adagrad and FTRL are kept for
-            each other, and for AdagradMomentum where `beta2` is 1: sums of squared gradients. Those of AdagradMomentum are
+            optimizer start anew, with a warning where both have one of that name, and so do those of a CustomOptimizer,
+            unless its function has the registered name that they were saved with. "accumulators" of Adagrad and FTRL are kept for each other, and for AdagradMomentum where `beta2` is 1: sums of squared gradients. Those of AdagradMomentum are
             kept for none. "linears" of FTRL, of which it makes the rows, start as those that make the rows that are restored.
 
         Raises:

@@ -40,8 +40,8 @@ class ServerConfig:
       batch_wait_ms: how long a request may wait for others to run with, at most.
       batches_at_once: batches that run at a time in a worker, each on a thread; None takes the worker's share of the
         cores.
-      max_queue_ms: how long requests may take in a worker that has had no pause for 50 ms: it admits as many as it answers in
-        that time, or in that of three batches. After a pause it admits `max_queue_requests`, as a burst is soon over.
+      max_queue_ms: how long requests may take in a worker that is overloaded: it admits as many as it answers in that time, or
+        in three times what one takes alone, and `batch_wait_ms` besides. One that is not takes up to `max_queue_requests`.
       max_queue_requests: of a worker, requests that wait or run; more are refused. Over HTTP, as many bodies may be under way
         besides.
       max_queue_rows: rows that wait or run; more are refused, as are requests that have more themselves.

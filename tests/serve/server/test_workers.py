@@ -182,6 +182,7 @@ def test_workers_that_die_count_on_in_the_same_files(supervisor, monkeypatch):
         assert f'jaxembed_requests_total{{protocol="tf_rest",status="200"}} {2.0 * deaths}' in lines
         assert f'jaxembed_request_seconds_count{{protocol="tf_rest"}} {2.0 * deaths}' in lines
         assert "jaxembed_queued_rows 10.0" in lines
+        assert "jaxembed_room_requests 16.0" in lines
         assert len(list(supervisor._metrics.iterdir())) == 8
         supervisor._due = {0: 0.0, 1: 0.0}
         supervisor._restart_dead()
