@@ -57,7 +57,7 @@ sanitize: $(VENV)/.test $(SANITIZED)/.built
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(PYTEST) $(SPREAD) tests/test_native.py tests/test_optimizers_native.py tests/serve/test_native_packing.py \
-	  tests/serve/server/test_native_reader.py
+	  tests/serve/test_native_merging.py tests/serve/server/test_native_reader.py
 
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user, and neither XLA nor Python.
 AARCH64 := build/aarch64

@@ -36,13 +36,6 @@ class DenseInputs:
         return [_read(name, dense[name], (rows, *shape)) for name, shape in self.shapes.items()]
 
 
-def pad(array: np.ndarray, batch: int) -> np.ndarray:
-    """The rows of `array`, and zeros up to `batch` rows."""
-    padded = np.zeros((batch, *array.shape[1:]), array.dtype)
-    padded[: len(array)] = array
-    return padded
-
-
 def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     check_unmasked(f"dense input {name!r}", value)
     if isinstance(value, list | tuple):

@@ -12,16 +12,16 @@ from jaxembed.shapes import HostIds, HostLengths, Inputs, Weights
 from .buffers import Buffers, Pool
 from .compiling import Compiler
 from .computation import make_computation
-from .dense import DenseInputs, pad
+from .dense import DenseInputs
 from .embedding import EmbeddingForServing
 from .features import DEFAULT_MAX_IDS, ServedFeature, served_features
 from .ladder import Rung, make_ladder
 from .layout import pack_alone
-from .native_packing import NativePacker
+from .native_packing import NativePacker, merge
 from .packing import Packer, Request
 from .program import Program
 from .progress import Progress, reporter
-from .rows import Rows
+from .rows import Rows, concatenate
 from .structures import Reader
 
 
@@ -105,7 +105,7 @@ class ServingFunction:
         )
         self._layout.check(self._ladder)
         self._programs: dict[Rung, Program] = {}
-        self._pool = Pool(self._layout, self._ladder)
+        self._pool = Pool(self._layout, self._ladder, self._dense.shapes.values())
         self._lock = threading.Lock()
         self._compile_count = 0
         self._jit_function = jax.jit(self._computation.structured)
@@ -162,11 +162,10 @@ class ServingFunction:
                 report(done, len(self._ladder))
             if rung in self._programs:
                 continue
-            program, buffers = self._program(rung), self._pool.take(rung)
-            buffers.splits[...] = 0
-            dense = [np.zeros((rung.batch, *shape), np.float32) for shape in self._dense.shapes.values()]
-            program(rung.batch, self._constants, *buffers.operands, dense)
-            self._pool.give(rung, buffers)
+            buffers = self._pool.take(rung)
+            for array in (buffers.splits, *buffers.dense):
+                array[...] = 0
+            self._run(rung, rung.batch, buffers)
         if report:
             report(len(self._ladder), len(self._ladder))
         return self
@@ -196,7 +195,8 @@ class ServingFunction:
                 rung = self._ladder.rung(rows, (), ())
                 buffers = self._pool.take(rung)
                 if self._native.write(leaves, rows, buffers):
-                    return self._run(rung, rows, buffers, self._dense.read(dense, rows))
+                    buffers.write_dense(self._dense.read(dense, rows), rows)
+                    return self._run(rung, rows, buffers)
                 self._pool.give(rung, buffers)
         request, arrays = self._measure(leaves, weights, dense)
         rows = request.rows
@@ -205,10 +205,11 @@ class ServingFunction:
         rung = self._rung(rows, request)
         buffers = self._pool.take(rung)
         self._layout.write(self._packer, request, rung, buffers)
-        return self._run(rung, rows, buffers, arrays)
+        buffers.write_dense(arrays, rows)
+        return self._run(rung, rows, buffers)
 
     def pack(self, inputs: Any, weights: Any = None, dense: Mapping[str, Any] | None = None) -> Rows:
-        """Reads and checks one request, to be `run` alone or (see `rows.concatenate`) with others.
+        """Reads and checks one request, to be `run` alone or with others.
 
         Args and Raises are those of a call.
         """
@@ -234,18 +235,27 @@ class ServingFunction:
         packed = self._packer.pack_flat(ids, lengths)
         return Rows(packed, self._dense.read(dense, packed.rows))
 
-    def run(self, rows: Rows) -> Any:
-        """Serves rows that were packed by this function; what a call returns for them."""
-        packed, largest = rows.packed, self._ladder.batch_sizes[-1]
-        parts = []
-        for first in range(0, max(len(rows), 1), largest):
-            last = min(first + largest, len(rows))
+    def run(self, first_part: Rows, *further: Rows) -> Any:
+        """Serves rows that were packed by this function, one part after the other; what a call returns for them."""
+        parts = (first_part, *further)
+        total, largest = sum([part.packed.rows for part in parts]), self._ladder.batch_sizes[-1]
+        if self._layout.shared and total <= largest:
+            rung = self._ladder.rung(total, (), ())
+            buffers = self._pool.take(rung)
+            if merge(parts, buffers):
+                return self._run(rung, total, buffers)
+            self._pool.give(rung, buffers)
+        rows = concatenate(parts)
+        packed, results = rows.packed, []
+        for first in range(0, max(total, 1), largest):
+            last = min(first + largest, total)
             counts = packed.splits[:, last] - packed.splits[:, first]
             rung = self._ladder.rung(last - first, counts.tolist(), self._limits)
             buffers = self._pool.take(rung)
             self._layout.copy(packed, first, last, rung, buffers)
-            parts.append(self._run(rung, last - first, buffers, [array[first:last] for array in rows.dense]))
-        return parts[0] if len(parts) == 1 else jax.tree.map(_concatenated, *parts)
+            buffers.write_dense([array[first:last] for array in rows.dense], last - first)
+            results.append(self._run(rung, last - first, buffers))
+        return results[0] if len(results) == 1 else jax.tree.map(_concatenated, *results)
 
     def padded_size(self, rows: int) -> int:
         """The rows that are computed for a batch of `rows`: those of its rungs."""
@@ -279,10 +289,9 @@ class ServingFunction:
         counts[request.order] = request.lengths.sum(axis=1)
         return self._ladder.rung(rows, counts.tolist(), self._limits)
 
-    def _run(self, rung: Rung, rows: int, buffers: Buffers, dense: list[np.ndarray]) -> Any:
-        padded = [array if rows == rung.batch else pad(array, rung.batch) for array in dense]
+    def _run(self, rung: Rung, rows: int, buffers: Buffers) -> Any:
         program = self._programs.get(rung) or self._program(rung)
-        result = program(rows, self._constants, *buffers.operands, padded)
+        result = program(rows, self._constants, *buffers.operands)
         # Nothing reads the buffers any more, now that the outputs are there.
         self._pool.give(rung, buffers)
         return result

@@ -1,4 +1,4 @@
-"""NativePacker: the usual requests, checked and packed in one native call whatever the number of features."""
+"""Native code that packs requests: one call whatever the number of features, or of requests to be put together."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,8 +9,23 @@ from jaxembed.inputs import RaggedTensor
 
 from .buffers import Buffers
 from .features import ServedFeature
+from .rows import Rows
 
-_PACK: Any = getattr(extension.load("jaxembed_packing"), "pack", None)
+_NATIVE = extension.load("jaxembed_packing")
+_PACK: Any = getattr(_NATIVE, "pack", None)
+_MERGE: Any = getattr(_NATIVE, "merge", None)
+
+
+def merge(parts: tuple[Rows, ...], buffers: Buffers) -> bool:
+    """Writes the rows of all parts, one part after the other, to buffers that features share.
+
+    Returns:
+      False where the native code was not built, there is no room, or an array is of an unusual kind; the buffers
+      are undefined then.
+    """
+    if _MERGE is None:
+        return False
+    return _MERGE(parts, buffers.ids, buffers.splits, buffers.weights, buffers.dense) >= 0
 
 
 class NativePacker:

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../jaxembed/native/python_abi.h"
+#include "packing.h"
 
 namespace {
 
@@ -127,6 +127,10 @@ PyMethodDef methods[] = {
      "written to `ids` [capacity] and `splits` [len(leaves), batch + 1] int32, or -1 if it is none of the usual ones or "
      "something is wrong with it. leaves: a list, of which all must be of type `ragged` with `rows` rows of contiguous "
      "int32 or int64. max_ids, vocabularies [len(leaves)] uint32, ids and splits: addresses."},
+    {"merge", jaxembed::MergeRows, kFastCall,
+     "merge(parts, ids, splits, weights, dense): the number of ids of all parts, a tuple of Rows, written one part after the "
+     "other to `ids` [N] int32, `splits` [F, B + 1] int32, `weights` [N] float32 or None, and the list `dense` of [B, ...] "
+     "float32; -1 if they do not fit in there or are arrays of another kind."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = jaxembed::ModuleOf("jaxembed_packing", methods);
@@ -137,5 +141,5 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit_jaxembed_pack
   ndarray = jaxembed::NdarrayType();
   values_name = PyUnicode_InternFromString("values");
   row_splits_name = PyUnicode_InternFromString("row_splits");
-  return ndarray && values_name && row_splits_name ? PyModule_Create2(&module, kAbiVersion) : nullptr;
+  return ndarray && values_name && row_splits_name && jaxembed::InitMerge() ? PyModule_Create2(&module, kAbiVersion) : nullptr;
 }

@@ -169,13 +169,22 @@ bool Reader::WriteDense(size_t input, float* out) const {
   return finite;
 }
 
-bool Reader::Write(int32_t* ids, int32_t* splits, float* const* dense) {
+int64_t Reader::words() const {
+  int64_t dense = 0;
+  for (size_t d = 0; d < schema_.dense_shapes.size(); ++d) dense += sent_[2 * schema_.features.size() + d].num_values();
+  return total_ + static_cast<int64_t>(schema_.features.size()) * (rows_ + 1) + dense;
+}
+
+bool Reader::Write(int32_t* out) {
+  int32_t* splits = out + total_;
   int64_t at = 0;
-  for (size_t f = 0; f < schema_.features.size(); ++f) {
-    if (!WriteFeature(f, ids, splits + static_cast<int64_t>(f) * (rows_ + 1), &at)) return false;
+  for (size_t f = 0; f < schema_.features.size(); ++f, splits += rows_ + 1) {
+    if (!WriteFeature(f, out, splits, &at)) return false;
   }
+  auto* dense = reinterpret_cast<float*>(splits);
   for (size_t d = 0; d < schema_.dense_shapes.size(); ++d) {
-    if (!WriteDense(d, dense[d])) return false;
+    if (!WriteDense(d, dense)) return false;
+    dense += sent_[2 * schema_.features.size() + d].num_values();
   }
   return true;
 }

@@ -1,4 +1,4 @@
-// Reads v2 inference requests straight into the buffers of a lookup.
+// Reads v2 inference requests, and packs them.
 //
 // Two steps: Read() finds the tensors and says how much room they need, Write() checks and copies them. Whatever is
 // unusual or wrong makes them return false: Python then reads the request again, slowly, and says what is wrong.
@@ -54,11 +54,13 @@ class Reader {
   bool ReadJson(const uint8_t* body, int64_t json_size, int64_t size);
   // inference.ModelInferRequest of gRPC.
   bool ReadMessage(const uint8_t* body, int64_t size);
-  // ids [total()], splits [F, rows() + 1], dense: one array of float32 for each input.
-  bool Write(int32_t* ids, int32_t* splits, float* const* dense);
+  // Writes int32 ids [total()], int32 splits [F, rows() + 1] and the float32 dense inputs, one after the other.
+  bool Write(int32_t* out);
 
   int64_t rows() const { return rows_; }
   int64_t total() const { return total_; }
+  // Numbers that Write() writes.
+  int64_t words() const;
   // Where the members or fields other than the tensors lie.
   const std::vector<Span>& rest() const { return rest_; }
   // Gives back what an unusually large request took.

@@ -2,38 +2,31 @@
 
 import asyncio
 import contextlib
-import dataclasses
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from time import monotonic, perf_counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from . import tf_predict, v2_binary, v2_json
+from . import tf_predict, v2_json
+from .answer import error_answer
 from .authorization import authorize
-from .body import read_body
-from .errors import RequestError, out_of_memory
+from .errors import RequestError
+from .inference import Inference
 from .openapi import openapi
-from .request import LARGE, InferenceRequest, timeout_from
-from .scope import ROOM, TASK
 from .service import Service
 from .status import page, status
+from .whole import Whole
 
-TIMEOUT_HEADER = "x-request-timeout-ms"
-_JSON = "application/json"
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "frame-ancestors 'none'"
 }
 _EXTENSIONS = ["binary_tensor_data"]
 _VERSION = "0.1.0"
-LARGE_ANSWER = 1 << 18  # bytes of outputs from which on writing them would keep the event loop for long
 
 
 def make_app(
@@ -42,7 +35,7 @@ def make_app(
     predict_route: str | None = None,
     health_route: str | None = None,
     lifespan: bool = False,
-) -> Starlette:
+) -> "App":
     """The application.
 
     Args:
@@ -84,23 +77,33 @@ def make_app(
     if health_route:
         table.insert(0, Route(health_route, routes.ready))
         routes.further[health_route] = "/v2/health/ready"
-    app = _App(
+    app = App(
         routes=table,
         exception_handlers={404: _not_found, 405: _not_found},
         lifespan=(lambda _: _running(service)) if lifespan else None,
     )
     app.direct = {f"{v2}/infer": routes.infer, f"{v1}:predict": routes.predict}
+    app.whole = {
+        f"{v2}/infer".encode(): routes.inference.whole("v2_rest"),
+        f"{v1}:predict".encode(): routes.inference.whole("tf_rest"),
+    }
     if predict_route:
         app.direct[predict_route] = routes.predict
     return app
 
 
-class _App(Starlette):
-    """Takes the paths that most requests are for past Starlette's routing."""
+class App(Starlette):
+    """Takes the paths that most requests are for past Starlette's routing.
+
+    Attributes:
+      direct: handlers, by path.
+      whole: what answers whole requests past ASGI, by path.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.direct: dict[str, Callable[[Request], Awaitable[Response]]] = {}
+        self.whole: dict[bytes, Whole] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         handler = self.direct.get(scope["path"]) if scope["type"] == "http" else None
@@ -126,99 +129,16 @@ class Routes:
 
     def __init__(self, service: Service):
         self._service, self._config = service, service.config
+        self.inference: Inference = Inference(service)
         self.further: dict[str, str] = {}  # paths, and those that they are others of
 
     async def infer(self, request: Request) -> Response:
         """v2, in JSON or with binary tensors."""
-
-        async def answer(body: bytes, begin: float) -> Response:
-            service, started = self._service, perf_counter()
-            model = service.versions.model(request.path_params.get("version"))
-            header, timeout = request.headers.get(v2_binary.HEADER), _timeout(request)
-            if len(body) < LARGE:
-                read, wanted = v2_binary.read(model, body, header)
-            else:
-                read, wanted = await service.large.v2(model, body, header, self._until(begin, timeout))
-            service.metrics.stage("parse", perf_counter() - started)
-            read = _with_timeout(read, timeout)
-            outputs = await service.infer(model, read, begin)
-            written = perf_counter()
-            head, parts = await self._write(
-                outputs, v2_json.write, model, self._config.name, read, outputs, wanted
-            )
-            service.metrics.stage("write", perf_counter() - written)
-            if not parts:
-                return Response(head, media_type=_JSON)
-            headers = {"Inference-Header-Content-Length": str(len(head))}
-            return Response(b"".join([head, *parts]), headers=headers, media_type="application/octet-stream")
-
-        return await self._answer(request, "v2_rest", answer)
+        return await self.inference.respond(request, "v2_rest")
 
     async def predict(self, request: Request) -> Response:
         """TensorFlow Serving's predict."""
-
-        async def answer(body: bytes, begin: float) -> Response:
-            service, started = self._service, perf_counter()
-            model = service.versions.model(request.path_params.get("version"))
-            timeout = _timeout(request)
-            if len(body) < LARGE:
-                read, by_row = tf_predict.read(model.signature, body)
-            else:
-                until = self._until(begin, timeout)
-                read, by_row = await service.large.apart(until, "predict", model.signature, body)
-            service.metrics.stage("parse", perf_counter() - started)
-            outputs = await service.infer(model, _with_timeout(read, timeout), begin)
-            written = perf_counter()
-            content = await self._write(outputs, tf_predict.write, by_row, outputs)
-            service.metrics.stage("write", perf_counter() - written)
-            return Response(content, media_type=_JSON)
-
-        return await self._answer(request, "tf_rest", answer)
-
-    async def _answer(
-        self, request: Request, protocol: str, answer: Callable[[bytes, float], Awaitable[Response]]
-    ) -> Response:
-        service, begin = self._service, perf_counter()
-        arrived, status = monotonic(), 500
-        task = request.scope[TASK] = asyncio.current_task()
-        try:
-            with service.admission(request.scope.pop(ROOM, None)), service.large.hold() as hold:
-                body = await read_body(request, service, hold)
-                service.metrics.stage("read", perf_counter() - begin)
-                response = await answer(body, arrived)
-            status = response.status_code
-            return response
-        except RequestError as e:
-            status = e.status
-            return _error(e)
-        except MemoryError:
-            status = 503
-            return _error(out_of_memory())
-        except (ClientDisconnect, asyncio.CancelledError) as e:
-            status = 499
-            if isinstance(e, asyncio.CancelledError):
-                if TASK in request.scope:  # cancelled by another server than ours, or as the server ends
-                    raise
-                assert task is not None
-                task.uncancel()
-            return Response(status_code=status)
-        finally:
-            request.scope.pop(TASK, None)
-            service.metrics.request(protocol, status, perf_counter() - begin)
-
-    async def _write(
-        self, outputs: Sequence[tuple[str, np.ndarray]], write: Callable[..., Any], *arguments: Any
-    ) -> Any:
-        """What `write` gives, on a thread if it is of large outputs."""
-        if sum(array.nbytes for _, array in outputs) < LARGE_ANSWER:
-            return write(*arguments)
-        until = monotonic() + self._config.default_timeout
-        return await self._service.large.run(until, write, *arguments, begun=True)
-
-    def _until(self, begin: float, timeout: float | None) -> float:
-        """The deadline of a request of which only a header was read."""
-        default = self._config.default_timeout
-        return begin + (default if timeout is None else min(timeout, default))
+        return await self.inference.respond(request, "tf_rest")
 
     async def live(self, request: Request) -> Response:
         """The process answers."""
@@ -233,7 +153,7 @@ class Routes:
         try:
             self._service.versions.model(request.path_params.get("version"))
         except RequestError as e:
-            return _error(e)
+            return error_answer(e).response()
         return self._ready({"name": self._config.name})
 
     def _ready(self, named: dict[str, str]) -> Response:
@@ -250,7 +170,7 @@ class Routes:
         try:
             model = self._service.versions.model(request.path_params.get("version"))
         except RequestError as e:
-            return _error(e)
+            return error_answer(e).response()
         return JSONResponse(v2_json.metadata(model, self._config.name, [model.version]))
 
     async def tf_metadata(self, request: Request) -> Response:
@@ -258,7 +178,7 @@ class Routes:
         try:
             model = self._service.versions.model(request.path_params.get("version"))
         except RequestError as e:
-            return _error(e)
+            return error_answer(e).response()
         return JSONResponse(tf_predict.metadata(model, self._config.name))
 
     async def tf_status(self, request: Request) -> Response:
@@ -266,7 +186,7 @@ class Routes:
         try:
             model = self._service.versions.model(request.path_params.get("version"))
         except RequestError as e:
-            return _error(e)
+            return error_answer(e).response()
         state = {"version": str(model.version), "state": "AVAILABLE"}
         state["status"] = {"error_code": "OK", "error_message": ""}  # type: ignore[assignment]
         return JSONResponse({"model_version_status": [state]})
@@ -293,7 +213,9 @@ class Routes:
         """Pins a version."""
         version = request.path_params["version"]
         if not (version.isascii() and version.isdecimal() and len(version) < 19):
-            return _error(RequestError(400, f"version must be a number, got {version[:40]!r}."))
+            return error_answer(
+                RequestError(400, f"version must be a number, got {version[:40]!r}.")
+            ).response()
         return await self._pin(request, int(version))
 
     async def follow(self, request: Request) -> Response:
@@ -305,32 +227,9 @@ class Routes:
             authorize(request, self._config.admin_token)
             await self._service.versions.pin(version)
         except RequestError as e:
-            return _error(e)
+            return error_answer(e).response()
         current = self._service.versions.current
         return JSONResponse({"version": None if current is None else current.version, "pinned": version})
-
-
-def _timeout(request: Request) -> float | None:
-    """Seconds, as the header says."""
-    header = request.headers.get(TIMEOUT_HEADER)
-    if header is None:
-        return None
-    try:
-        milliseconds: Any = float(header)
-    except ValueError:
-        milliseconds = header
-    return timeout_from(milliseconds, 1e3)
-
-
-def _with_timeout(read: InferenceRequest, timeout: float | None) -> InferenceRequest:
-    if timeout is None:
-        return read
-    return dataclasses.replace(read, timeout=timeout if read.timeout is None else min(read.timeout, timeout))
-
-
-def _error(error: RequestError) -> Response:
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return Response(json.dumps({"error": error.message}), error.status, headers, _JSON)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

@@ -19,6 +19,9 @@ from .served import ServedModel
 
 # A batch that takes less runs in the event loop: handing it to a thread and back would take about as long.
 _INLINE_SECONDS = 0.001
+# So does one that takes less than reading and answering its requests, at so much each: a thread would wait for the
+# interpreter, which these keep, and the event loop for the batch. But it must not be known to keep the loop for longer.
+_EACH_SECONDS, _LONGEST_INLINE = 0.0002, 0.003
 # Fewer requests than this came during a batch, on average: they come one by one.
 _ALONE = 0.1
 # Of batches that run in the event loop, where nobody can come, so many until one on the thread shows who would.
@@ -200,7 +203,7 @@ class Batcher:
         batch = self._next_batch() if self._has_room else []
         if not batch:
             return
-        quick = self._is_quick(sum(len(entry.rows) for entry in batch))
+        quick = self._is_quick(batch[0], len(batch), sum(len(entry.rows) for entry in batch))
         if quick and self._runs_inline(batch):
             self._finish(batch, self._run(batch))
             return
@@ -248,8 +251,12 @@ class Batcher:
                 loop.call_soon_threadsafe(self._ran, batch, outcome)
             del batch, outcome  # not until the next batch comes
 
-    def _is_quick(self, rows: int) -> bool:
-        return self._seconds.get(rows.bit_length(), 1.0) < _INLINE_SECONDS
+    def _is_quick(self, entry: _Entry, requests: int, rows: int) -> bool:
+        """Of a batch of so many requests, of which `entry` is one."""
+        limit = _INLINE_SECONDS
+        if not entry.accepted_slowly:
+            limit = max(limit, min(requests * _EACH_SECONDS, _LONGEST_INLINE))
+        return self._seconds.get(rows.bit_length(), 1.0) < limit
 
     def _runs_inline(self, batch: list[_Entry]) -> bool:
         if not batch[0].accepted_slowly:
@@ -262,6 +269,8 @@ class Batcher:
         batch: list[_Entry] = []
         rows, now = 0, monotonic()
         share = -(-self._waiting_rows // max(self.at_once - self._under_way, 1))
+        if self._queue and self._is_quick(self._queue[0], len(self._queue), self._waiting_rows):
+            share = self._waiting_rows
         while self._queue:
             entry = self._queue[0]
             if entry.result.done() or entry.deadline <= now:
@@ -276,7 +285,7 @@ class Batcher:
                 entry.model is not batch[0].model
                 or rows + len(entry.rows) > self._max_rows
                 or 2 * max(len(entry.rows), len(batch[0].rows)) >= self._max_rows
-                or (rows >= share and not self._is_quick(rows))
+                or (rows >= share and not self._is_quick(batch[0], len(batch), rows))
             ):
                 break
             batch.append(self._queue.popleft())

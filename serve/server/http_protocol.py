@@ -5,24 +5,30 @@ import contextlib
 import fcntl
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from .errors import overloaded
+from .inference import FIELDS
 from .metrics import Refusals
-from .pipelining import PipeliningProtocol, made_beforehand
-from .refusals import USUAL_BYTES, Turn, usual_request
+from .pipelining import made_beforehand
+from .refusals import USUAL_BYTES, Turn
+from .request import LARGE
 from .scope import COMPLETE, ROOM, TASK
 from .service import Room, Service
+from .whole import Head, Whole, WholeProtocol
 
-# Heads of usual requests that are remembered.
-_REMEMBERED = 512
 # Bytes of a body until which its reader is not woken up, nor the client held back, before all of it is there.
 _GATHERED, _MOST_PARTS = 1 << 19, 64
 
 
-def make_protocol(service: Service) -> type["DeadlineProtocol"]:
-    """The protocol of a server: what has no room in `service` is refused at its headers."""
+def make_protocol(service: Service, whole: Mapping[bytes, Whole]) -> type["DeadlineProtocol"]:
+    """The protocol of a server: what has no room in `service` is refused at its headers.
+
+    Args:
+      service: behind it.
+      whole: what answers whole requests, by path.
+    """
     name = service.config.name.encode()
     served = {b"/v2/models/%b/infer" % name: "v2_rest", b"/v1/models/%b:predict" % name: "tf_rest"}
 
@@ -33,7 +39,10 @@ def make_protocol(service: Service) -> type["DeadlineProtocol"]:
         )
         # What is not refused at its headers for want of room, such as the last of its connection, is by the application.
         room = staticmethod(lambda path: service.room() if path in served and not service.full else None)
-        heads: ClassVar[dict[bytes, tuple[int, Refusals]]] = {}
+        answers = staticmethod(whole.get)
+        most_body = min(service.config.max_body_bytes, LARGE - 1)
+        fields_read = FIELDS
+        heads: ClassVar[dict[bytes, Head]] = {}
         turn = Turn()
         leaves = staticmethod(lambda: service.leaving or service.versions.current is None)
 
@@ -64,7 +73,7 @@ def _releasing(app: Any, room: Room) -> Any:
     return call
 
 
-class DeadlineProtocol(PipeliningProtocol):
+class DeadlineProtocol(WholeProtocol):
     """Closes a connection that does not send the headers of its next request, or read its answers, in time.
 
     Uvicorn's own deadline, which is not used, is between requests alone: a connection that sends nothing at first, or its
@@ -74,13 +83,8 @@ class DeadlineProtocol(PipeliningProtocol):
     and nothing else: what refusing costs is lost to the requests that are served.
     """
 
-    #: Whether requests are refused, and of a path where these are counted; None for others.
+    #: Whether requests are refused.
     full: Callable[[], bool] = staticmethod(lambda: False)
-    refusals: Callable[[bytes], Refusals | None] = staticmethod(lambda path: None)
-    #: Of a path, the room that is kept for a request until its handling has begun; None if it needs none, or there is none.
-    room: Callable[[bytes], Room | None] = staticmethod(lambda path: None)
-    #: Of heads that were read before, the bytes of the whole request, and where its refusal is counted.
-    heads: ClassVar[dict[bytes, tuple[int, Refusals]]] = {}
     #: When refusals are sent.
     turn: Turn = Turn()
     #: Whether clients should go elsewhere with what they send next.
@@ -110,8 +114,7 @@ class DeadlineProtocol(PipeliningProtocol):
         turn = self.turn
         if turn.loop is not self.loop:
             turn.begin(self.loop)
-        # Once one is refused, so are others of the turn.
-        if self._between and (turn.refused or self.full()) and self._refuse_whole(data, turn):
+        if self._between and self._take_whole(data, turn):
             return
         if self._refusal_due is not None:
             self.send_refusal()
@@ -122,34 +125,38 @@ class DeadlineProtocol(PipeliningProtocol):
             if self.cycle.response_complete:
                 self._arm()
 
-    def _refuse_whole(self, data: bytes, turn: Turn) -> bool:
-        """Refuses a request like most, if it is all of `data`, without the parser.
+    def _take_whole(self, data: bytes, turn: Turn) -> bool:
+        """Refuses a request like most, or begins to answer it, if it is all of `data`, without the parser.
 
         Clients send the same head again and again, so that it is hardly ever read at all. This code runs with cold
         caches: what it does not touch is saved twice.
         """
+        refuses = turn.refused or self.full()  # once one is refused, so are others of the turn
         head = data[: data.find(b"\r\n\r\n", 0, USUAL_BYTES) + 4]
         found = self.heads.get(head) or self._remember(head)
-        if found is None or found[0] != len(data):
+        if found is None or found.size != len(data):
             return False
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             return False
+        self._outside = 0
+        if not refuses:
+            return self._answers_whole(found, data, len(head))
         if self._refusal_due is not None:  # of the request before, should it be that quick
             self.send_refusal()
-        self._refusal_due = found[1]
+        self._refusal_due = found.refusals
         turn.refused.append(self)
         return True
 
-    def _remember(self, head: bytes) -> tuple[int, Refusals] | None:
-        usual = usual_request(head)
-        refusals = None if usual is None else self.refusals(usual[0])
-        if usual is None or refusals is None:
-            return None
-        if len(self.heads) == _REMEMBERED:
-            self.heads.clear()
-        self.heads[head] = known = (usual[1], refusals)
-        return known
+    def _answers_whole(self, found: Head, data: bytes, head: int) -> bool:
+        if found.answers is None or self._last is not None or self.transport.is_closing():
+            return False
+        self.send_refusal()
+        self._disarm()
+        self._begin_whole(found.answers, found, data[head:])
+        if self.leaves():
+            self.leave()
+        return True
 
     def send_refusal(self) -> None:
         """Sends one, if it is due, and counts it."""

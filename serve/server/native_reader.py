@@ -1,6 +1,7 @@
-"""NativeReader: the usual requests, read by native code straight into the buffers of a lookup."""
+"""NativeReader: the usual requests, read and packed by native code."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +17,18 @@ from .signature import Signature
 
 _SIZES = 3 + 2 * 64  # rows, ids, number of spans, spans
 _SMALL = 1 << 18  # bytes
+_SHORT = 1 << 14  # bytes that are read without letting another thread run meanwhile: some tens of microseconds
+_ROOM = 1 << 13  # numbers of a request that is read and written in one call
+_WRITTEN = 2
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
 
 def make_reader(signature: Signature) -> "NativeReader | None":
     """The reader of a model's requests; None where they are read in Python."""
-    native = library()
-    if native is None or not signature.takes_flat or not signature.features:
+    native, holding = library(), library(holding=True)
+    if native is None or holding is None or not signature.takes_flat or not signature.features:
         return None
-    return NativeReader(native, signature)
+    return NativeReader(native, holding, signature)
 
 
 class NativeReader:
@@ -34,14 +39,18 @@ class NativeReader:
 
     Args:
       native: the library.
+      holding: the same, whose functions hold the interpreter.
       signature: of the model, with `takes_flat` and at least one feature.
     """
 
-    def __init__(self, native: ctypes.CDLL, signature: Signature):
+    def __init__(self, native: ctypes.CDLL, holding: ctypes.CDLL, signature: Signature):
         self._native, self._signature = native, signature
         self._weighted = any(feature.weighted for feature in signature.features.values())
-        self._read, self._write = native.JaxembedReaderRead, native.JaxembedReaderWrite
-        self._shapes = list(signature.dense.values())
+        self._take, self._fill = native.JaxembedReaderTake, native.JaxembedReaderFill
+        self._take_short = holding.JaxembedReaderTake
+        self._num_features = len(signature.features)
+        self._dense = [(shape, math.prod(shape)) for shape in signature.dense.values()]
+        self._row_words = self._num_features + sum(size for _, size in self._dense)  # beside the ids
         self._spare: list[_Handle] = []
 
     def json(self, body: bytes, json_size: int) -> tuple[Rows, bytes] | None:
@@ -57,8 +66,7 @@ class NativeReader:
         found = self._rows(body, json_size)
         if found is None:
             return None
-        rows, spans = found
-        return rows, b"{%b}" % b",".join([body[start:end] for start, end in spans]) if spans else b"{}"
+        return found[0], b"{%b}" % b",".join(found[1])
 
     def message(self, body: bytes) -> tuple[Rows, bytes] | None:
         """Rows of a ModelInferRequest, and the message that its other fields make up; None leaves it alone.
@@ -69,48 +77,63 @@ class NativeReader:
         found = self._rows(body, -1)
         if found is None:
             return None
-        rows, spans = found
-        return rows, b"".join([body[start:end] for start, end in spans])
+        return found[0], b"".join(found[1])
 
-    def _rows(self, body: bytes, json_size: int) -> tuple[Rows, list[tuple[int, int]]] | None:
+    def _rows(self, body: bytes, json_size: int) -> tuple[Rows, list[bytes]] | None:
+        """Rows, and the pieces of the body that are no tensor."""
         try:
             handle = self._spare.pop()
         except IndexError:
             handle = _Handle(self._native, self._signature)
-        written = False
+        size, written = len(body), False
+        take = self._take_short if size < _SHORT else self._take
         try:
-            if not self._read(handle.pointer, body, json_size, len(body), handle.sizes_address):
+            state = take(handle.pointer, body, json_size, size)
+            if not state:
                 return None
-            num_rows, total, num_spans = handle.sizes[:3].tolist()
-            if num_rows > self._signature.max_rows:
+            num_rows, total, num_spans = handle.sizes[:3]
+            words = total + num_rows * self._row_words + self._num_features
+            if state == _WRITTEN:
+                out = handle.out[:words].copy()
+            elif num_rows > self._signature.max_rows:
                 raise too_many_rows(num_rows, self._signature.max_rows)
-            ids = np.empty(total, np.int32)
-            splits = np.empty((len(self._signature.features), num_rows + 1), np.int32)
-            dense = [np.empty((num_rows, *shape), np.float32) for shape in self._shapes]
-            for i, array in enumerate(dense):
-                handle.dense[i] = array.ctypes.data
-            if not self._write(handle.pointer, ids.ctypes.data, splits.ctypes.data, handle.dense):
-                return None
-            ends = handle.sizes[3 : 3 + 2 * num_spans].tolist()
+            else:
+                out = np.empty(words, _INT32)
+                if not self._fill(handle.pointer, out.ctypes.data):
+                    return None
+            ends = iter(handle.sizes[3 : 3 + 2 * num_spans])
             written = True
         finally:
             # One that was left early holds what it parsed.
-            if written or len(body) < _SMALL:
+            if written or size < _SMALL:
                 self._spare.append(handle)
-        weights = np.ones(total, np.float32) if self._weighted else None
-        return Rows(Packed(num_rows, ids, splits, weights), dense), list(
-            zip(ends[::2], ends[1::2], strict=True)
-        )
+        weights = np.ones(total, _FLOAT32) if self._weighted else None
+        splits = np.ndarray((self._num_features, num_rows + 1), _INT32, out, 4 * total)
+        at = 4 * (total + splits.size)
+        dense = []
+        for shape, row_size in self._dense:
+            dense.append(np.ndarray((num_rows, *shape), _FLOAT32, out, at))
+            at += 4 * num_rows * row_size
+        rows = Rows(Packed(num_rows, out[:total], splits, weights), dense)
+        return rows, [body[start:end] for start, end in zip(ends, ends, strict=True)]
 
 
 class _Handle:
-    """What one request at a time is read with."""
+    """What one request at a time is read with.
+
+    Attributes:
+      pointer: of the native reader.
+      sizes: rows, ids, number of spans and spans of the request that was read last.
+      out: its ids, splits and dense inputs, where it is small.
+    """
 
     def __init__(self, native: ctypes.CDLL, signature: Signature):
         features, shapes = signature.features, list(signature.dense.values())
         names = [name.encode() for path in features for name in (path, path + ROW_SPLITS)]
         names += [name.encode() for name in signature.dense]
-        pointer = native.JaxembedReaderNew(
+        self.sizes = (ctypes.c_int64 * _SIZES)()
+        self.out = np.empty(_ROOM, _INT32)
+        pointer = native.JaxembedReaderMake(
             ctypes.c_int64(len(features)),
             ctypes.c_int64(len(shapes)),
             (ctypes.c_char_p * len(names))(*names),
@@ -118,14 +141,15 @@ class _Handle:
             _array(ctypes.c_int32, [f.max_ids for f in features.values()]),
             _array(ctypes.c_int64, [len(shape) for shape in shapes]),
             _array(ctypes.c_int64, [size for shape in shapes for size in shape]),
+            ctypes.c_int64(signature.max_rows),
+            self.sizes,
+            ctypes.c_void_p(self.out.ctypes.data),
+            ctypes.c_int64(_ROOM),
         )
         if not pointer:
             raise MemoryError("there is no memory for a reader of requests.")
         self._native = native
         self.pointer = pointer
-        self.sizes = np.zeros(_SIZES, np.int64)
-        self.sizes_address = self.sizes.ctypes.data
-        self.dense = (ctypes.c_void_p * max(len(shapes), 1))()
 
     def __del__(self):
         if hasattr(self, "pointer"):

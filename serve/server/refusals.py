@@ -7,6 +7,7 @@ from typing import Protocol
 # Path and fields of what most requests are.
 _USUAL = re.compile(rb"POST ([!-~]+) HTTP/1\.1((?:\r\n[0-9A-Za-z_-]+: [ -~]*)+)\r\n\r\n")
 _UNUSUAL = (b"transfer-encoding", b"connection", b"expect", b"upgrade")
+_USUAL_CONNECTION = b"\r\nconnection: keep-alive\r\n"
 #: Bytes of a head of that kind.
 USUAL_BYTES = 2048
 
@@ -20,7 +21,9 @@ def usual_request(head: bytes) -> tuple[bytes, int] | None:
     usual = _USUAL.fullmatch(head)
     if usual is None:
         return None
-    fields = usual[2].lower()
+    fields = usual[2].lower() + b"\r\n"
+    if _USUAL_CONNECTION in fields:  # it says nothing new
+        fields = fields.replace(_USUAL_CONNECTION, b"\r\n", 1)
     _, found, length = fields.partition(b"\r\ncontent-length: ")
     length = length.partition(b"\r")[0]
     if (
@@ -32,6 +35,15 @@ def usual_request(head: bytes) -> tuple[bytes, int] | None:
     ):
         return None
     return usual[1], len(head) + int(length)
+
+
+def fields_of(head: bytes) -> dict[str, str]:
+    """The header fields of a usual request by lower-case name; of several of one name, the first."""
+    fields: dict[str, str] = {}
+    for line in head.decode("latin-1").split("\r\n")[1:-2]:
+        name, _, value = line.partition(": ")
+        fields.setdefault(name.lower(), value.lstrip(" "))
+    return fields
 
 
 class Refused(Protocol):

@@ -19,7 +19,7 @@ from jaxembed.serve.exported import ExportedModel
 from jaxembed.serve.features import DEFAULT_MAX_IDS, served_features
 from jaxembed.serve.function import ServingFunction
 from jaxembed.serve.model import ServingModel
-from jaxembed.serve.rows import Rows, concatenate
+from jaxembed.serve.rows import Rows
 from jaxembed.serve.table_memory import copy_arrays, in_memory
 
 from .config import ServerConfig
@@ -130,8 +130,8 @@ class BundleModel:
         Returns:
           The outputs, in the order of the signature, and the number of rows computed, padding included.
         """
-        rows = concatenate(parts)
-        return jax.tree.leaves(self._function.run(rows)), self._function.padded_size(len(rows))
+        rows = sum([part.packed.rows for part in parts])
+        return jax.tree.leaves(self._function.run(*parts)), self._function.padded_size(rows)
 
     def _outputs(self, dense: Mapping[str, tuple[int, ...]]) -> tuple[Output, ...]:
         nothing = structure.pack(self._feature_config, iter([[[]]] * len(self._function.features)))

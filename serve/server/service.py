@@ -53,6 +53,31 @@ class Room:
             self._shedding.end(answered=False)
 
 
+class Admission:
+    """A request is admitted while this is entered; as `Service.admission`."""
+
+    __slots__ = ("_room", "_service")
+
+    def __init__(self, service: "Service", room: Room | None):
+        self._service, self._room = service, room
+
+    def __enter__(self) -> None:
+        """Takes room."""
+        service, room = self._service, self._room
+        if service.draining:
+            raise unavailable("it is stopping")
+        if room is None or not room.take():
+            if service.full:
+                raise overloaded(f"{service.admitted} requests are served or wait already")
+            service.shedding.begin()
+        service.admitted += 1
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Gives it back; what raised nothing was answered."""
+        self._service.admitted -= 1
+        self._service.shedding.end(kind is None)
+
+
 class Service:
     """A server without its protocols.
 
@@ -79,7 +104,9 @@ class Service:
         #: Readiness says no, and requests are served all the same.
         self.leaving: bool = False
         self.draining: bool = False
-        self._admitted, self._max_requests = 0, config.max_queue_requests
+        #: Requests that are read, wait or run.
+        self.admitted: int = 0
+        self._max_requests = config.max_queue_requests
         self._rooms: list[None] = []
         self._arriving: dict[asyncio.Timeout, float] = {}  # since when, the first one first
         self._flushing: asyncio.Task[None] | None = None
@@ -93,7 +120,7 @@ class Service:
     def full(self) -> bool:
         """Whether there is no room for another request; those that only need to be answered take none."""
         ready = self.batcher.done
-        taken = self._admitted - len(self._arriving) + len(self._rooms) - ready
+        taken = self.admitted - len(self._arriving) + len(self._rooms) - ready
         return self.shedding.full(ready) or taken >= self._max_requests
 
     def _may_take(self) -> float:
@@ -105,11 +132,6 @@ class Service:
     def refuses(self) -> bool:
         """Whether requests are refused at their headers; asked for each that comes."""
         return self.full and not self.leaving
-
-    @property
-    def admitted(self) -> int:
-        """Requests that are read, wait or run."""
-        return self._admitted
 
     async def start(self) -> None:
         """Loads a version and starts to run batches."""
@@ -126,7 +148,7 @@ class Service:
         self.draining = True
         if until is None:
             until = monotonic() + self.config.drain_timeout
-        while self._admitted and monotonic() < until:
+        while self.admitted and monotonic() < until:
             await asyncio.sleep(0.01)
         await self.versions.stop()
         await self.batcher.stop()
@@ -149,30 +171,16 @@ class Service:
         """Room for one request, to be released unless it is admitted to it."""
         return Room(self._rooms, self.shedding)
 
-    @contextlib.contextmanager
-    def admission(self, room: Room | None = None) -> Iterator[None]:
+    def admission(self, room: Room | None = None) -> "Admission":
         """Room for one request, held until it is answered.
 
         Args:
           room: that was kept for it.
 
         Raises:
-          RequestError: if there is none, or the server stops; at once, before anything of it is read.
+          RequestError: as it is entered, if there is none, or the server stops; before anything of the request is read.
         """
-        if self.draining:
-            raise unavailable("it is stopping")
-        if room is None or not room.take():
-            if self.full:
-                raise overloaded(f"{self._admitted} requests are served or wait already")
-            self.shedding.begin()
-        self._admitted += 1
-        answered = False
-        try:
-            yield
-            answered = True
-        finally:
-            self._admitted -= 1
-            self.shedding.end(answered)
+        return Admission(self, room)
 
     @contextlib.contextmanager
     def arriving(self, until: asyncio.Timeout) -> Iterator[None]:
@@ -200,7 +208,7 @@ class Service:
             with self.shedding.aside():
                 yield
                 if self.full:
-                    raise overloaded(f"{self._admitted} requests are served or wait already")
+                    raise overloaded(f"{self.admitted} requests are served or wait already")
         finally:
             self._arriving.pop(until, None)
 

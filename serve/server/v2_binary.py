@@ -4,6 +4,8 @@ References:
   https://github.com/triton-inference-server/server, "Binary Tensor Data Extension".
 """
 
+import functools
+
 from . import v2_json
 from .errors import bad_request
 from .native_reader import NativeReader
@@ -38,8 +40,19 @@ def read_natively(
     found = reader.json(body, _json_size(body, header))
     if found is None or len(found[1]) >= LARGE:
         return None
-    data = v2_json.read_small(found[1]) if len(found[1]) < _SMALL else read_object(found[1])
-    return v2_json.request(data, found[0], {}, {}), v2_json.binary_outputs(data)
+    rows, rest = found
+    # What is small is often the same, but for requests with an id.
+    read, wanted = _small_rest(rest) if len(rest) < _SMALL else _rest(rest)
+    return InferenceRequest(rows, {}, {}, read.outputs, read.id, read.timeout), wanted
+
+
+def _rest(rest: bytes) -> tuple[InferenceRequest, set[str] | bool]:
+    """`read` of a request's members beside its tensors. Not to be changed."""
+    data = read_object(rest)
+    return v2_json.request(data, {}, {}, {}), v2_json.binary_outputs(data)
+
+
+_small_rest = functools.lru_cache(1024)(_rest)
 
 
 def read_in_python(

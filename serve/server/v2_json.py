@@ -4,7 +4,6 @@ References:
   https://github.com/kserve/open-inference-protocol, "Inference Request JSON Object".
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,16 +37,6 @@ def read_object(body: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise bad_request(f"the body must be a JSON object, got {type(data).__name__}.")
     return data
-
-
-@functools.lru_cache(1024)
-def read_small(body: bytes) -> dict[str, Any]:
-    """`read_object` of what is often the same: the members of a request beside its tensors. Not to be changed.
-
-    Raises:
-      RequestError: if it is none.
-    """
-    return read_object(body)
 
 
 def read(signature: Signature, data: dict[str, Any], binary: memoryview) -> InferenceRequest:

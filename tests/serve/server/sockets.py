@@ -48,13 +48,12 @@ async def serving(app=echo, protocol=DeadlineProtocol, idle_timeout=20.0):
 
 
 @contextlib.asynccontextmanager
-async def serving_bundles(folder, **options):
+async def serving_bundles(folder, idle_timeout=20.0, **options):
     """(port, service) of a server of versions."""
-    async with (
-        client_of(folder, **options) as (_, service),
-        serving(make_app(service), make_protocol(service)) as (port, _),
-    ):
-        yield port, service
+    async with client_of(folder, **options) as (_, service):
+        app = make_app(service)
+        async with serving(app, make_protocol(service, app.whole), idle_timeout) as (port, _):
+            yield port, service
 
 
 async def answer_of(reader):

@@ -348,3 +348,28 @@ def test_quick_batches_run_in_the_loop_unless_others_would_come_meanwhile():
         await batcher.stop()
 
     run(check())
+
+
+@pytest.mark.parametrize(
+    ("requests", "seconds", "inline"),
+    [
+        (1, 0.0009, True),
+        (1, 0.0011, False),  # there is nothing else that the loop would do meanwhile
+        (12, 0.002, True),
+        (12, 0.0027, False),
+        (40, 0.0027, True),
+        (40, 0.0035, False),  # too long for whoever else waits for the loop
+    ],
+)
+def test_batches_that_take_less_than_their_requests_run_in_the_loop_and_whole(requests, seconds, inline):
+    async def check():
+        model, batcher = Model(), await started(max_rows=100, at_once=2)
+        batcher._model, batcher._seconds = model, dict.fromkeys(range(8), seconds)
+        tasks = [asyncio.create_task(batcher.submit(model, rows(i), soon())) for i in range(requests)]
+        await asyncio.gather(*tasks)
+        assert model.threads == [True] if inline else True not in model.threads
+        if inline:
+            assert model.batches == [list(range(requests))]
+        await batcher.stop()
+
+    run(check())

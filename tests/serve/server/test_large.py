@@ -20,7 +20,7 @@ from jaxembed import FeatureConfig, TableConfig, VocabularyFile
 from jaxembed.combiners import CustomCombiner
 from jaxembed.serve.features import ServedFeature
 from jaxembed.serve.native_library import library
-from jaxembed.serve.server import app, large, tensors, tf_predict, v2_binary, v2_grpc, v2_json
+from jaxembed.serve.server import inference, large, tensors, tf_predict, v2_binary, v2_grpc, v2_json
 from jaxembed.serve.server.apart import Apart
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.grpc_server import Methods
@@ -465,7 +465,7 @@ def test_large_answers_are_written_on_a_thread(shared_folder, monkeypatch):
     async def check():
         async with client_of(shared_folder) as (client, _):
             for limit, inline in ((LARGE, True), (1, False)):
-                monkeypatch.setattr(app, "LARGE_ANSWER", limit)
+                monkeypatch.setattr(inference, "LARGE_ANSWER", limit)
                 for path, body in ((INFER, fuzz.GOOD_V2), (PREDICT, fuzz.GOOD_ROWS)):
                     threads.clear()
                     assert (await client.post(path, json=body)).status_code == 200
@@ -475,7 +475,7 @@ def test_large_answers_are_written_on_a_thread(shared_folder, monkeypatch):
 
 
 def test_an_answer_that_is_not_written_in_time_was_run(shared_folder, monkeypatch):
-    monkeypatch.setattr(app, "LARGE_ANSWER", 1)
+    monkeypatch.setattr(inference, "LARGE_ANSWER", 1)
     written = threading.Event()
     monkeypatch.setattr(v2_json, "write", lambda *_: written.wait(30))
 

@@ -12,7 +12,7 @@ from jaxembed import FeatureConfig, TableConfig
 from jaxembed.serve.features import ServedFeature
 from jaxembed.serve.native_library import library
 from jaxembed.serve.packing import Packer
-from jaxembed.serve.server import v2_grpc, v2_json
+from jaxembed.serve.server import native_reader, v2_binary, v2_grpc, v2_json
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.messages import METHODS
 from jaxembed.serve.server.native_reader import make_reader
@@ -32,6 +32,15 @@ PACKER = Packer(list(FEATURES.values()))
 READER = make_reader(SIGNATURE)
 READER_WITHOUT_DENSE = make_reader(dataclasses.replace(SIGNATURE, dense={}))
 MESSAGE = METHODS["ModelInfer"][0]
+
+
+@pytest.fixture(params=["small", "large"])
+def room(request, monkeypatch):
+    """Requests are read and written in one call, or in two as they find no room."""
+    if request.param == "large":
+        monkeypatch.setattr(native_reader, "_ROOM", 0)
+        monkeypatch.setattr(native_reader, "_SHORT", 0)
+        monkeypatch.setitem(globals(), "READER", make_reader(SIGNATURE))
 
 
 def tensors(rng, rows):
@@ -119,6 +128,7 @@ def check(body, size):
     return True
 
 
+@pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("seed", range(20))
 def test_same_as_python(seed):
     rng = np.random.default_rng(seed)
@@ -213,6 +223,7 @@ def test_numbers_of_json():
         assert native(body, len(body)) is None, text
 
 
+@pytest.mark.usefixtures("room")
 @pytest.mark.parametrize(
     "change",
     [
@@ -290,6 +301,60 @@ def test_rest_of_a_request():
     assert READER.json(twice, len(twice)) is None
 
 
+def test_requests_with_just_the_room_that_there_is(monkeypatch):
+    arrays = tensors(np.random.default_rng(0), 3)
+    needed = len(arrays["a"]) + len(arrays["b/c"]) + 2 * 4 + 3 * 2 + 3
+    for room in (needed - 1, needed, needed + 1):
+        monkeypatch.setattr(native_reader, "_ROOM", room)
+        reader = make_reader(SIGNATURE)
+        monkeypatch.setitem(globals(), "READER", reader)
+        monkeypatch.setattr(reader, "_fill", None if room >= needed else reader._fill)
+        assert check(*binary_body(arrays))
+        assert check(*binary_body(arrays))
+
+
+def test_rows_are_writable_and_kept_apart():
+    arrays = tensors(np.random.default_rng(0), 2)
+    first, second = (READER.message(message_body(arrays))[0] for _ in range(2))
+    for array in (first.packed.ids, first.packed.splits, *first.dense):
+        array[...] = 7
+    assert READER.message(message_body(tensors(np.random.default_rng(1), 2))) is not None
+    np.testing.assert_array_equal(second.packed.ids, np.concatenate([arrays["a"], arrays["b/c"]]))
+    np.testing.assert_array_equal(second.dense[0], arrays["d"])
+
+
+def test_dense_inputs_of_no_numbers_and_weights_of_one():
+    features = {name: dataclasses.replace(feature, weighted=True) for name, feature in FEATURES.items()}
+    reader = make_reader(dataclasses.replace(SIGNATURE, features=features, dense={"none": (0,), "e": ()}))
+    arrays = tensors(np.random.default_rng(0), 2)
+    arrays["none"] = np.zeros((2, 0), np.float32)
+    rows, rest = reader.message(message_body({n: a for n, a in arrays.items() if n != "d"}))
+    assert [array.tolist() for array in rows.dense] == [[[], []], arrays["e"].tolist()]
+    assert rows.packed.weights.tolist() == [1] * len(rows.packed.ids)
+    assert MESSAGE.FromString(rest).model_name == "model"
+
+
+def test_what_a_request_says_beside_its_tensors_comes_again():
+    """It is remembered, and the rows are not; what is wrong is said each time."""
+
+    def read(rows, **further):
+        body, size = binary_body(tensors(np.random.default_rng(rows), rows), **further)
+        return v2_binary.read_natively(READER, body, str(size))
+
+    said = {"outputs": [{"name": "o", "parameters": {"binary_data": True}}, {"name": "p"}], "id": "7"}
+    for rows in (1, 2):
+        found, binary = read(rows, parameters={"timeout": 2e6}, **said)
+        assert (len(found.inputs), found.outputs, found.id, found.timeout) == (rows, ("o", "p"), "7", 2)
+        assert (found.weights, found.dense, binary) == ({}, {}, {"o"})
+        found, binary = read(rows, parameters={"binary_data_output": True, "long": "x" * 300})
+        assert (len(found.inputs), found.outputs, found.id, found.timeout) == (rows, None, None, None)
+        assert binary is True
+        for wrong in ({"timeout": 0}, 3):
+            with pytest.raises(RequestError):
+                read(rows, parameters=wrong)
+
+
+@pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("seed", range(8))
 def test_mutations(seed):
     rng, py = np.random.default_rng(seed), random.Random(seed)

@@ -308,6 +308,11 @@ def test_an_idle_connection_keeps_nothing_of_what_was_answered():
     [
         (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\n\r\n", (b"/x", 3)),
         (b"POST /x HTTP/1.1\r\ncontent-length: 12\r\nA: b\r\n\r\n", (b"/x", 12)),
+        (b"POST /x HTTP/1.1\r\nConnection: Keep-Alive\r\nContent-Length: 3\r\n\r\n", (b"/x", 3)),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\nconnection: keep-alive\r\n\r\n", (b"/x", 3)),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\nConnection: keep-alive, x\r\n\r\n", None),
+        (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\nConnection: close\r\n\r\n", None),
+        (b"POST /x HTTP/1.1\r\nConnection: keep-alive\r\nContent-Length: 3\r\nConnection: x\r\n\r\n", None),
         (b"POST /x HTTP/1.1\r\nA: b\r\n\r\n", None),
         (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\n", None),
         (b"POST /x HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", None),

@@ -1,0 +1,133 @@
+"""Whole requests: those that came at once, with a head like most, are answered without a parser and messages of ASGI."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from .answer import Answer
+from .metrics import Refusals
+from .pipelining import PipeliningProtocol
+from .refusals import fields_of, usual_request
+from .service import Room
+
+#: Answers a request: of its header fields, all of its body or None if the client left, a scope, and the room that is
+#: kept for it.
+Whole = Callable[[Mapping[str, str], bytes | None, dict[str, Any], Room | None], Awaitable[Answer]]
+# Heads of usual requests that are remembered.
+_REMEMBERED = 512
+_FAILED = Answer(500, b"Internal Server Error", "text/plain; charset=utf-8")
+
+
+class Head(NamedTuple):
+    """A usual head.
+
+    Attributes:
+      size: bytes of the whole request, of which the head is the first part.
+      path: of it.
+      refusals: where its refusal is counted.
+      answers: what answers it; None leaves that to the parser and ASGI.
+      fields: of its header, by lower-case name, those that are asked for.
+    """
+
+    size: int
+    path: bytes
+    refusals: Refusals
+    answers: Whole | None
+    fields: Mapping[str, str]
+
+
+class _Nobody:
+    """What uvicorn tells of parts of a body, of which there are none to come."""
+
+    def set(self) -> None:
+        """Nobody waits."""
+
+
+class _Cycle:
+    """Of a whole request, what uvicorn's cycle is of others."""
+
+    __slots__ = (
+        "default_headers",
+        "disconnected",
+        "keep_alive",
+        "response_complete",
+        "response_started",
+        "scope",
+    )
+    more_body = False
+    message_event = _Nobody()
+
+    def __init__(self, default_headers: list[tuple[bytes, bytes]]):
+        self.default_headers = default_headers
+        self.scope: dict[str, Any] = {"http_version": "1.1"}
+        self.disconnected = self.response_started = self.response_complete = False
+        self.keep_alive = True
+
+
+class WholeProtocol(PipeliningProtocol):
+    """Remembers usual heads, and answers whole requests of theirs.
+
+    What it does not know is left to the parser, and to the application: other heads, requests that come in pieces, and
+    those that come before the last one was answered.
+    """
+
+    cycle: Any
+    #: Of a path, where its refusals are counted; None of others, which are not answered here.
+    refusals: Callable[[bytes], Refusals | None] = staticmethod(lambda path: None)
+    #: Of a path, what answers its whole requests; None leaves them to the application.
+    answers: Callable[[bytes], Whole | None] = staticmethod(lambda path: None)
+    #: Bytes of a body that are answered here.
+    most_body: int = 0
+    #: Header fields that `answers` asks for.
+    fields_read: Sequence[str] = ()
+    #: Of a path, the room that is kept for a request until its handling has begun; None if it needs none, or there is none.
+    room: Callable[[bytes], Room | None] = staticmethod(lambda path: None)
+    heads: ClassVar[dict[bytes, Head]] = {}
+
+    def _remember(self, head: bytes) -> Head | None:
+        usual = usual_request(head)
+        refusals = None if usual is None else self.refusals(usual[0])
+        if usual is None or refusals is None:
+            return None
+        path, size = usual
+        answers, fields = self.answers(path), fields_of(head)
+        if size - len(head) > self.most_body or "content-encoding" in fields:
+            answers = None
+        read = {name: fields[name] for name in self.fields_read if name in fields}
+        if len(self.heads) == _REMEMBERED:
+            self.heads.clear()
+        self.heads[head] = known = Head(size, path, refusals, answers, read)
+        return known
+
+    def _begin_whole(self, answers: Whole, head: Head, body: bytes) -> None:
+        """Begins to answer a request, as uvicorn does with `on_headers_complete`."""
+        cycle = _Cycle(self.server_state.default_headers)
+        self.cycle = self._started = cycle
+        room = self.room(head.path)
+        task = self.loop.create_task(self._answer_whole(cycle, answers, head, body, room))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+
+    async def _answer_whole(
+        self, cycle: _Cycle, answers: Whole, head: Head, body: bytes, room: Room | None
+    ) -> None:
+        try:
+            left = cycle.disconnected
+            answer = await answers(head.fields, None if left else body, cycle.scope, room)
+        except BaseException as e:  # as uvicorn has it
+            self.logger.error("Exception in ASGI application\n", exc_info=e)
+            answer, cycle.keep_alive = _FAILED, False
+        finally:
+            if room is not None:
+                room.release()
+        if self.flow.write_paused and not cycle.disconnected:
+            await self.flow.drain()
+        if cycle.disconnected:
+            return
+        closes = not cycle.keep_alive or (b"connection", b"close") in cycle.default_headers
+        cycle.response_started = cycle.response_complete = True
+        cycle.keep_alive = not closes
+        if not self.transport.is_closing():
+            self.transport.write(answer.message(cycle.default_headers, closes))
+            if closes:
+                self.transport.close()
+        self.on_response_complete()
