@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-queue-ms",
         type=float,
         default=5.0,
-        help="how long requests may take in an overloaded worker, which refuses more than it answers in that time; default: 5",
+        help="how long requests may take in an overloaded worker, which refuses more than it answers in that time; default: 3",
     )
     parser.add_argument(
         "--max-queue-requests",

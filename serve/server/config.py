@@ -81,7 +81,7 @@ class ServerConfig:
     max_batch_rows: int = 256
     batch_wait_ms: float = 0.0
     batches_at_once: int | None = None
-    max_queue_ms: float = 5.0
+    max_queue_ms: float = 3.0
     max_queue_requests: int = 512
     max_queue_rows: int = 8192
     max_body_bytes: int = 64 * MEGABYTE
