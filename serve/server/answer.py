@@ -8,8 +8,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from .errors import RequestError
 
-JSON = "application/json"
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
@@ -24,7 +22,7 @@ class Answer:
 
     status: int
     body: bytes
-    media_type: str = JSON
+    media_type: str = "application/json"
     fields: tuple[tuple[str, str], ...] = ()
 
     def response(self) -> Response:

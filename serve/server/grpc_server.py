@@ -207,7 +207,6 @@ class Methods:
             raise
         except RequestError as e:
             status = e.status
-            e.__traceback__ = None  # as in `Inference`
             if e.retry_after is not None:
                 context.set_trailing_metadata((("retry-after", str(e.retry_after)),))
             await context.abort(_CODES.get(e.status, grpc.StatusCode.UNKNOWN), _cut(e.message))

@@ -8,10 +8,10 @@ import termios
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from .answer import error_answer
 from .errors import overloaded
 from .inference import FIELDS
 from .metrics import Refusals
-from .pipelining import made_beforehand
 from .refusals import USUAL_BYTES, Turn
 from .request import LARGE
 from .scope import COMPLETE, ROOM, TASK
@@ -49,7 +49,7 @@ def make_protocol(service: Service, whole: Mapping[bytes, Whole]) -> type["Deadl
     return Protocol
 
 
-_FULL = overloaded("as many requests as may are served or wait already")
+_FULL = error_answer(overloaded("as many requests as may are served or wait already"))
 
 
 def _unsent(transport: Any) -> int:
@@ -90,7 +90,7 @@ class DeadlineProtocol(WholeProtocol):
     #: Whether clients should go elsewhere with what they send next.
     leaves: Callable[[], bool] = staticmethod(lambda: False)
 
-    _REFUSAL = made_beforehand(_FULL, f"retry-after: {_FULL.retry_after}")
+    _REFUSAL = _FULL.message([], closes=False)
     _deadline: float | None = None
     #: Looks at the deadline when it may be over: to set one costs nothing that way, and it is set several times a request.
     _timer: asyncio.TimerHandle | None = None

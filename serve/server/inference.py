@@ -142,10 +142,7 @@ class Inference:
         self, outputs: Sequence[tuple[str, np.ndarray]], write: Callable[..., Any], *arguments: Any
     ) -> Any:
         """What `write` gives, on a thread if it is of large outputs."""
-        size = 0
-        for _, array in outputs:
-            size += array.nbytes
-        if size < LARGE_ANSWER:
+        if sum(array.nbytes for _, array in outputs) < LARGE_ANSWER:
             return write(*arguments)
         until = monotonic() + self._config.default_timeout
         return await self._service.large.run(until, write, *arguments, begun=True)

@@ -1,8 +1,6 @@
 """Uvicorn's HTTP protocol for clients that send requests without waiting for answers, and little memory for them."""
 
 import contextlib
-import http
-import json
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +9,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .answer import error_answer
 from .body import length_of
 from .errors import RequestError
 
@@ -22,22 +21,10 @@ _CONTINUE = b"HTTP/1.1 100 "
 _ASK_SECONDS = 0.02
 
 
-def made_beforehand(error: RequestError, *lines: str) -> bytes:
-    """All of an answer, of further header lines."""
-    body = json.dumps({"error": error.message}).encode()
-    lines = (
-        f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}",
-        *lines,
-        f"content-length: {len(body)}",
-        "content-type: application/json",
-    )
-    return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-_TOO_LARGE = made_beforehand(
-    RequestError(431, f"the URL and headers must be at most {MAX_HEAD_BYTES} bytes."), "connection: close"
-)
-_INVALID = made_beforehand(RequestError(400, "the request is not HTTP/1.1."), "connection: close")
+_TOO_LARGE = error_answer(
+    RequestError(431, f"the URL and headers must be at most {MAX_HEAD_BYTES} bytes.")
+).message([], closes=True)
+_INVALID = error_answer(RequestError(400, "the request is not HTTP/1.1.")).message([], closes=True)
 
 
 class _OneWrite:

@@ -114,7 +114,7 @@ class WholeProtocol(PipeliningProtocol):
             left = cycle.disconnected
             answer = await answers(head.fields, None if left else body, cycle.scope, room)
         except BaseException as e:  # as uvicorn has it
-            self.logger.error("Exception in ASGI application\n", exc_info=e)
+            self.logger.error("a request failed", exc_info=e)
             answer, cycle.keep_alive = _FAILED, False
         finally:
             if room is not None:

@@ -25,8 +25,6 @@ from .served import find_model
 from .service import Service
 from .versions import LOADER, Versions
 
-_GARBAGE = 20_000  # objects that are looked through for cycles at a time
-
 
 async def serve(
     config: ServerConfig, metrics: Metrics, listener: socket.socket, grpc_port: int | None, supervisor: int
@@ -131,8 +129,6 @@ def main() -> None:
     # The modules stay for good: without them a full collection, which stops all threads, is over in a moment.
     gc.collect()
     gc.freeze()
-    # A few hundred requests at a time are no garbage: to look through them took a sixth of the time at 512.
-    gc.set_threshold(_GARBAGE, 10, 10)
     listener = socket.socket(fileno=int(sys.argv[1]))
     serving = serve(config, metrics, listener, port if port >= 0 else None, supervisor)
     try:

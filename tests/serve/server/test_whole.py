@@ -1,6 +1,7 @@
 """Whole requests are answered past the parser and ASGI, as those that come in pieces are answered by these."""
 
 import asyncio
+import contextlib
 import gc
 import gzip
 import json
@@ -37,6 +38,19 @@ def begun(monkeypatch):
 
     monkeypatch.setattr(WholeProtocol, "_begin_whole", begin_whole)
     return paths
+
+
+@contextlib.asynccontextmanager
+async def one_that_runs(folder, monkeypatch, **options):
+    """(port, service, gate, reader, writer) of a server that runs the request that the writer sent, until the gate is open."""
+    async with serving_bundles(folder, **options) as (port, service):
+        gate = Gate(service.versions.current, monkeypatch)
+        service.batcher._seconds.clear()  # so that it runs on a thread
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post(INFER, V2))
+        assert await until(gate.running.is_set)
+        yield port, service, gate, reader, writer
+        writer.close()
 
 
 async def whole_answer(reader):
@@ -78,11 +92,8 @@ def test_answers_are_those_to_requests_in_pieces(shared_folder, begun, sent):
         async with serving_bundles(shared_folder) as (port, service):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             answers, counted = [], []
-            for size in (
-                len(sent),
-                40,
-                len(sent),
-            ):  # the second goes through the parser, on the same connection
+            # The second goes through the parser, on the same connection.
+            for size in (len(sent), 40, len(sent)):
                 for part in (sent[:size], sent[size:]):
                     writer.write(part)
                     await asyncio.sleep(0.02)
@@ -139,12 +150,7 @@ def test_requests_without_waiting_for_answers_are_answered_in_order(shared_folde
 
 def test_a_second_request_waits_for_the_answer_to_the_first(shared_folder, begun, monkeypatch):
     async def check():
-        async with serving_bundles(shared_folder) as (port, service):
-            gate = Gate(service.versions.current, monkeypatch)
-            service.batcher._seconds.clear()  # so that it runs on a thread
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(post(INFER, V2))
-            assert await until(gate.running.is_set)
+        async with one_that_runs(shared_folder, monkeypatch) as (_, service, gate, reader, writer):
             writer.write(post(PREDICT, ROWS))
             await asyncio.sleep(0.05)
             assert begun == [INFER]
@@ -157,7 +163,6 @@ def test_a_second_request_waits_for_the_answer_to_the_first(shared_folder, begun
             writer.write(post(PREDICT, ROWS))
             assert (await asyncio.wait_for(answer_of(reader), 20)) == second
             assert begun == [INFER, PREDICT]
-            writer.close()
 
     run(check())
 
@@ -166,13 +171,8 @@ def test_a_client_that_leaves_gives_its_room_back(shared_folder, begun, monkeypa
     """Before it is begun, and while it runs; what it asked for counts as 499."""
 
     async def check():
-        async with serving_bundles(shared_folder) as (port, service):
-            gate = Gate(service.versions.current, monkeypatch)
-            service.batcher._seconds.clear()
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(post(INFER, V2))
-            assert await until(gate.running.is_set)
-            writer.transport.abort()
+        async with one_that_runs(shared_folder, monkeypatch) as (port, service, gate, _, gone):
+            gone.transport.abort()
             assert await until(lambda: not service.admitted)
             gate.open()
             assert await until(lambda: any('status="499"' in line for line in counts(service)))
@@ -322,11 +322,17 @@ def test_blank_lines_between_requests_never_add_up(shared_folder, begun, monkeyp
     run(check())
 
 
-@pytest.mark.parametrize("field", [b"X-Request-Timeout-Ms: 0.001", b"X: y"])
-def test_bodies_of_refused_requests_are_let_go(shared_folder, begun, field):
+@pytest.mark.parametrize(
+    ("size", "fields", "status"),
+    [
+        (300_000, [b"X-Request-Timeout-Ms: 0.001"], 504),  # it was refused by who waited for a batch
+        (600_000, [], 400),  # by who waited for the process that reads large ones
+    ],
+)
+def test_bodies_of_refused_requests_are_let_go(shared_folder, size, fields, status):
     """At once, and not when cycles are looked for."""
-    body = json.dumps({**fuzz.GOOD_V2, "id": "x" * 900, "parameters": {"x": "y" * 300_000}}).encode()
-    sent = post(INFER, body if b"Timeout" in field else body.replace(b"[", b"[-5, ", 1), field)
+    body = json.dumps({**fuzz.GOOD_V2, "parameters": {"x": "y" * size}}).encode()
+    sent = post(INFER, body if status == 504 else body.replace(b"[", b"[-5, ", 1), *fields)
 
     async def check():
         async with serving_bundles(shared_folder) as (port, _):
@@ -334,7 +340,7 @@ def test_bodies_of_refused_requests_are_let_go(shared_folder, begun, field):
             held = []
             for _ in range(40):
                 writer.write(sent)
-                assert (await asyncio.wait_for(answer_of(reader), 20))[0] in (400, 504)
+                assert (await asyncio.wait_for(answer_of(reader), 20))[0] == status
                 held.append(tracemalloc.get_traced_memory()[0])
             assert max(held) - held[3] < 10 * len(sent)
             writer.close()
