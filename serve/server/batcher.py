@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter
 
 import numpy as np
@@ -79,7 +80,7 @@ class Batcher:
     def __init__(self, max_rows: int, wait: float, max_queued_rows: int, metrics: Metrics, at_once: int = 1):
         self._max_rows, self._wait, self._max_queued = max_rows, wait, max_queued_rows
         self._metrics = metrics
-        self._queue: collections.deque[_Entry] = collections.deque()
+        self._queue: collections.OrderedDict[_Entry, None] = collections.OrderedDict()
         #: Batches for the threads; None ends one.
         self._ready: queue.SimpleQueue[list[_Entry] | None] = queue.SimpleQueue()
         self._queued_rows = self._waiting_rows = 0
@@ -90,7 +91,8 @@ class Batcher:
         self.done: int = 0
         # Seconds that batches took of late, by the number of bits of their rows.
         self._seconds: dict[int, float] = {}
-        self._model: ServedModel | None = None  # that took them
+        # That took them. It may be gone by the next batch, with its tables.
+        self._model: Callable[[], ServedModel | None] = _no_model
         self._rows_each = 1.0  # of requests, on average of late
         self.at_once: int = at_once
         self._threads: list[threading.Thread] = []
@@ -160,7 +162,7 @@ class Batcher:
         entry = _Entry(
             model, rows, monotonic(), perf_counter(), deadline, accepted_slowly, loop.create_future()
         )
-        self._queue.append(entry)
+        self._queue[entry] = None
         self._queued_rows += len(rows)
         self._waiting_rows += len(rows)
         self._beside += self._under_way > 0
@@ -172,6 +174,20 @@ class Batcher:
             return await entry.result
         finally:
             self.done -= entry.done
+            if entry in self._queue:  # nobody waits for it any more
+                self._drop(entry)
+
+    @property
+    def _first(self) -> _Entry:
+        """The oldest that waits."""
+        return next(iter(self._queue))
+
+    def _drop(self, entry: _Entry) -> None:
+        """Takes it off the queue, and gives its room back."""
+        del self._queue[entry]
+        self._queued_rows -= len(entry.rows)
+        self._waiting_rows -= len(entry.rows)
+        self._disarm(entry)
 
     @property
     def _has_room(self) -> bool:
@@ -184,13 +200,13 @@ class Batcher:
         """The next batch runs once the event loop has read what is there, or the oldest request has waited."""
         assert self._loop is not None
         if not self._wait or self._waiting_rows >= self._max_rows:
-            if self._due is None or isinstance(self._due, asyncio.TimerHandle):
+            if self._due is None or hasattr(self._due, "when"):  # a timer of any loop's
                 if self._due is not None:
                     self._due.cancel()
                 self._due = self._loop.call_soon(self._wait_a_turn)
         elif self._due is None:
             self._due = self._loop.call_later(
-                max(self._queue[0].arrived + self._wait - monotonic(), 0), self._next
+                max(self._first.arrived + self._wait - monotonic(), 0), self._next
             )
 
     def _wait_a_turn(self) -> None:
@@ -269,17 +285,14 @@ class Batcher:
         batch: list[_Entry] = []
         rows, now = 0, monotonic()
         share = -(-self._waiting_rows // max(self.at_once - self._under_way, 1))
-        if self._queue and self._is_quick(self._queue[0], len(self._queue), self._waiting_rows):
+        if self._queue and self._is_quick(self._first, len(self._queue), self._waiting_rows):
             share = self._waiting_rows
         while self._queue:
-            entry = self._queue[0]
+            entry = self._first
             if entry.result.done() or entry.deadline <= now:
-                self._queue.popleft()
-                self._queued_rows -= len(entry.rows)
-                self._waiting_rows -= len(entry.rows)
                 if not entry.result.done():
                     entry.result.set_exception(expired(begun=False))
-                self._disarm(entry)
+                self._drop(entry)
                 continue
             if batch and (
                 entry.model is not batch[0].model
@@ -288,7 +301,8 @@ class Batcher:
                 or (rows >= share and not self._is_quick(batch[0], len(batch), rows))
             ):
                 break
-            batch.append(self._queue.popleft())
+            del self._queue[entry]
+            batch.append(entry)
             rows += len(entry.rows)
             self._waiting_rows -= len(entry.rows)
         return batch
@@ -328,8 +342,8 @@ class Batcher:
             self._fail(entries, RequestError(503, message, retry_after=1))
         elif entries:
             rows, seconds = sum(len(entry.rows) for entry in entries), outcome.seconds
-            if entries[0].model is not self._model:
-                self._model = entries[0].model
+            if entries[0].model is not self._model():
+                self._model = weakref.ref(entries[0].model)
                 self._seconds.clear()
             self._rows_each += _RECENT * (rows / len(entries) - self._rows_each)
             known = self._seconds.get(rows.bit_length(), seconds)
@@ -362,6 +376,10 @@ class Batcher:
         if entry.timer is not None:
             entry.timer.cancel()
             entry.timer = None
+
+
+def _no_model() -> None:
+    """There was none."""
 
 
 def _expire(entry: _Entry) -> None:

@@ -18,7 +18,7 @@ from jaxembed.cli.importing import add_import
 from jaxembed.serve.table_memory import TABLES
 
 from . import logs
-from .config import MEGABYTE, ServerConfig
+from .config import ServerConfig
 from .workers import Supervisor
 
 # Only workers import these; they would die of one that is missing, and be started again for ever.
@@ -39,7 +39,7 @@ for _package in (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds those of `jaxembed serve`."""
     parser.add_argument("bundles", nargs="?", help="folder of the versions; default: AIP_STORAGE_URI")
-    parser.add_argument("--name", default="model", help="of the model, in URLs")
+    parser.add_argument("--name", default=ServerConfig.name, help="of the model, in URLs")
     parser.add_argument(
         "--model", metavar="MODULE:NAME", help="model(params, activations, dense); default: the exported one"
     )
@@ -62,46 +62,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tables",
         choices=TABLES,
-        default="mapped",
+        default=ServerConfig.tables,
         help="memory: copied once for all workers, on huge pages; slower to load, faster where files are cached on small pages",
     )
-    parser.add_argument("--max-batch-rows", type=int, default=256)
-    parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="how long a request waits for others")
+    parser.add_argument("--max-batch-rows", type=int, default=ServerConfig.max_batch_rows)
+    parser.add_argument(
+        "--batch-wait-ms",
+        type=float,
+        default=ServerConfig.batch_wait_ms,
+        help="how long a request waits for others",
+    )
     parser.add_argument("--batches-at-once", type=int, help="of a worker; default: its share of the cores")
     parser.add_argument(
         "--max-queue-ms",
         type=float,
-        default=5.0,
-        help="how long requests may take in an overloaded worker, which refuses more than it answers in that time; default: 3",
+        default=ServerConfig.max_queue_ms,
+        help="how long requests may take in an overloaded worker, which refuses more than it answers in that time; default: %(default)g",
     )
     parser.add_argument(
         "--max-queue-requests",
         type=int,
-        default=512,
-        help="requests of a worker that wait or run, over which they are refused, also while it is not; default: 512",
+        default=ServerConfig.max_queue_requests,
+        help="requests of a worker that wait or run, over which they are refused, also while it is not; default: %(default)s",
     )
     parser.add_argument(
-        "--max-queue-rows", type=int, default=8192, help="rows that wait or run, and most of one request"
+        "--max-queue-rows",
+        type=int,
+        default=ServerConfig.max_queue_rows,
+        help="rows that wait or run, and most of one request",
     )
     parser.add_argument(
-        "--timeout", type=float, default=30.0, help="seconds that a request may take; it may name fewer"
+        "--timeout",
+        type=float,
+        default=ServerConfig.default_timeout,
+        help="seconds that a request may take; it may name fewer",
     )
     parser.add_argument(
         "--max-body-bytes",
         type=int,
-        default=64 * MEGABYTE,
+        default=ServerConfig.max_body_bytes,
         help="of a request, also after it is decompressed; over gRPC 2 GiB - 1 at most",
     )
-    parser.add_argument("--body-timeout", type=float, default=10.0)
-    parser.add_argument("--idle-timeout", type=float, default=30.0)
-    parser.add_argument("--drain-grace", type=float, default=0.0, help="seconds of service after SIGTERM")
-    parser.add_argument("--drain-timeout", type=float, default=30.0)
-    parser.add_argument("--poll-seconds", type=float, default=1.0)
+    parser.add_argument("--body-timeout", type=float, default=ServerConfig.body_timeout)
+    parser.add_argument("--idle-timeout", type=float, default=ServerConfig.idle_timeout)
+    parser.add_argument(
+        "--drain-grace", type=float, default=ServerConfig.drain_grace, help="seconds of service after SIGTERM"
+    )
+    parser.add_argument("--drain-timeout", type=float, default=ServerConfig.drain_timeout)
+    parser.add_argument("--poll-seconds", type=float, default=ServerConfig.poll_seconds)
     parser.add_argument("--no-verify", action="store_true", help="do not compare versions with their digests")
-    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--host", default=ServerConfig.host)
     parser.add_argument("--http-port", type=int, help="default: AIP_HTTP_PORT, or 8000")
-    parser.add_argument("--grpc-port", type=int, default=8001, help="-1 for none")
-    parser.add_argument("--workers", type=int, default=1, help="processes; one for each core that is to serve")
+    parser.add_argument("--grpc-port", type=int, default=ServerConfig.grpc_port, help="-1 for none")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=ServerConfig.workers,
+        help="processes; one for each core that is to serve",
+    )
     parser.add_argument(
         "--threads", type=int, help="of a worker, for one batch; default: its share of the cores"
     )

@@ -27,6 +27,7 @@ _CODES = {
 # Of the text of an error: clients take 8 KiB of metadata, and each byte that is not ASCII is sent as three.
 _TEXT_BYTES = 2400
 _MOST_BYTES = (1 << 31) - 1  # of a message, as gRPC counts them
+_LONGEST = 1e6  # seconds, of those that it is told
 
 
 async def start_grpc(service: Service, host: str, port: int) -> grpc.aio.Server:
@@ -35,14 +36,14 @@ async def start_grpc(service: Service, host: str, port: int) -> grpc.aio.Server:
     Raises:
       RuntimeError: if the port cannot be bound.
     """
-    limit = min(service.config.max_body_bytes, _MOST_BYTES)
+    limit, timeout = min(service.config.max_body_bytes, _MOST_BYTES), service.config.default_timeout
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 1),
             # gRPC itself would cancel calls that the event loop did not accept in 30 s, as if the client had.
-            ("grpc.server_max_unrequested_time_in_server", math.ceil(service.config.default_timeout) + 60),
+            ("grpc.server_max_unrequested_time_in_server", math.ceil(min(timeout, _LONGEST)) + 60),
         ]
     )
     methods = Methods(service)
@@ -198,7 +199,8 @@ class Methods:
                 raise RequestError(400, "the message cannot be read.")
             try:
                 response = await answer()
-            except MemoryError:
+            except MemoryError as e:
+                e.__traceback__ = None
                 raise out_of_memory() from None
             status = 200
             return response
@@ -209,7 +211,14 @@ class Methods:
             status = e.status
             if e.retry_after is not None:
                 context.set_trailing_metadata((("retry-after", str(e.retry_after)),))
-            await context.abort(_CODES.get(e.status, grpc.StatusCode.UNKNOWN), _cut(e.message))
+            # A status that comes alone, and not after an empty message: of others, clients send no call again.
+            try:
+                await context.abort(_CODES.get(e.status, grpc.StatusCode.UNKNOWN), _cut(e.message))
+            except grpc.aio.AbortError as aborted:  # gRPC keeps it with the call, and raises it once more
+                aborted.__traceback__ = aborted.__context__ = None
+            # It holds the request, and what waited for it may hold this: only looking for cycles would let go of them.
+            e.__traceback__ = None
+            return None
         finally:
             if begin is not None:
                 self._service.metrics.request("v2_grpc", status, perf_counter() - begin)

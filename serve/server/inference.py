@@ -86,8 +86,9 @@ class Inference:
             # It holds the body, and what waited for it may hold this: only looking for cycles would let go of them.
             e.__traceback__ = None
             return error_answer(e)
-        except MemoryError:
+        except MemoryError as e:
             status = 503
+            e.__traceback__ = None
             return error_answer(out_of_memory())
         except (ClientDisconnect, asyncio.CancelledError) as e:
             status = 499

@@ -102,6 +102,11 @@ class SharedTables:
             yield
 
 
+def forget_tables(folder: pathlib.Path) -> None:
+    """Forgets who holds which: after the machine was started anew, others hold other tables by the same numbers."""
+    (folder / _LEDGER).unlink(missing_ok=True)
+
+
 @functools.cache
 def shared_tables(folder: pathlib.Path) -> SharedTables | None:
     """The tables that workers with this folder share; None where they cannot."""

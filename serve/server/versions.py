@@ -129,7 +129,8 @@ class Versions:
         This worker serves it on return; the others from their next look at the folder on, once they have loaded it.
 
         Raises:
-          RequestError: if it is not there, cannot be served or not be written down; then nothing changes.
+          RequestError: if it is not there, cannot be served or not be written down; then nothing changes. Or if it
+            is not served all the same, as another worker was told otherwise meanwhile.
         """
         async with self._pinning:
             before = self.pinned
@@ -141,9 +142,18 @@ class Versions:
                 self._failures.forget(version)
             await self._write_pin(version)
             await self.look()
-            if version is not None and version in self.failed:
-                await self._write_pin(before)
+            if version is None:
+                return
+            if version in self.failed:
+                if self.pinned == version:  # no other worker was told otherwise meanwhile
+                    await self._write_pin(before)
                 raise RequestError(409, f"version {version} cannot be served: {self.failed[version]}")
+            if self._current is None or self._current.version != version:
+                raise RequestError(
+                    409,
+                    f"version {version} is not served: it went, or another worker was told otherwise meanwhile. "
+                    f"{self._pinned_now()}",
+                )
 
     async def _write_pin(self, version: int | None) -> None:
         try:

@@ -23,6 +23,7 @@ from .config import CONFIG_VARIABLE, ENDING_SECONDS, MISTAKE, MISTAKE_STATUS, Se
 from .cores import cores_of_worker
 from .metric_files import METRIC_BYTES
 from .peers import Peers
+from .shared_tables import forget_tables
 from .state_folder import StateFolder, check_writable
 
 _BACKLOG = 1024
@@ -72,6 +73,7 @@ class Supervisor:
         self._metrics = self._state.path / "metrics"
         shutil.rmtree(self._metrics, ignore_errors=True)
         self._metrics.mkdir(parents=True)
+        forget_tables(self._state.path)
         self._peers = Peers(self._state.path)
         self._peers.clear()
         self._workers: dict[int, subprocess.Popen[bytes]] = {}

@@ -1,8 +1,10 @@
 """Batching: who runs with whom, when, and who does not run at all."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +15,13 @@ from jaxembed.serve.server.batcher import Batcher
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.metrics import Metrics
 from tests.serve.server.servers import run, until
+
+LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, pytest.importorskip("uvloop").new_event_loop])
+
+
+def on(loop, coroutine):
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(asyncio.wait_for(coroutine, 60))
 
 
 class Model:
@@ -175,7 +184,8 @@ def test_stopping_refuses_what_waits_and_answers_what_is_under_way():
     run(check())
 
 
-def test_wait_gathers_within_its_bound():
+@LOOPS
+def test_wait_gathers_within_its_bound(loop):
     async def check():
         model, batcher = Model(), await started(max_rows=3, wait=3600)
         # Full before its time, which no test has.
@@ -187,6 +197,52 @@ def test_wait_gathers_within_its_bound():
         await batcher.submit(model, rows(3), soon())
         assert time.monotonic() - begin > 0.15
         assert model.batches[1:] == [[3]]
+        await batcher.stop()
+
+    on(loop, check())
+
+
+def test_who_nobody_waits_for_leaves_room():
+    """While a long batch runs, requests that gave up keep no other from waiting."""
+
+    async def check():
+        model, batcher = Model(), await started(max_rows=100, max_queued=5)
+        model.gate.clear()
+        first = asyncio.create_task(batcher.submit(model, rows(0), soon()))
+        await settle()
+        late = [asyncio.create_task(batcher.submit(model, rows(1), soon(0.02))) for _ in range(2)]
+        gone = [asyncio.create_task(batcher.submit(model, rows(2), soon())) for _ in range(2)]
+        await settle()
+        for task in gone:
+            task.cancel()
+        done = await asyncio.gather(*late, *gone, return_exceptions=True)
+        assert [type(outcome) for outcome in done] == 2 * [RequestError] + 2 * [asyncio.CancelledError]
+        assert batcher.queued_rows == 1
+        last = [asyncio.create_task(batcher.submit(model, rows(3), soon())) for _ in range(4)]
+        await settle()
+        assert batcher.queued_rows == 5
+        model.gate.set()
+        await asyncio.gather(first, *last)
+        assert model.batches == [[0], [3, 3, 3, 3]]
+        assert batcher.queued_rows == 0
+        await batcher.stop()
+
+    run(check())
+
+
+def test_a_model_that_serves_no_more_is_let_go():
+    """With its tables, whether others ran meanwhile or not."""
+
+    async def check():
+        model, batcher = Model(), await started()
+        await batcher.submit(model, rows(0), soon())
+        kept = weakref.ref(model)
+        del model
+        await settle()
+        gc.collect()
+        assert kept() is None
+        assert batcher.seconds_alone > 0
+        await batcher.submit(Model(), rows(0), soon())
         await batcher.stop()
 
     run(check())
@@ -364,7 +420,7 @@ def test_quick_batches_run_in_the_loop_unless_others_would_come_meanwhile():
 def test_batches_that_take_less_than_their_requests_run_in_the_loop_and_whole(requests, seconds, inline):
     async def check():
         model, batcher = Model(), await started(max_rows=100, at_once=2)
-        batcher._model, batcher._seconds = model, dict.fromkeys(range(8), seconds)
+        batcher._model, batcher._seconds = lambda: model, dict.fromkeys(range(8), seconds)
         tasks = [asyncio.create_task(batcher.submit(model, rows(i), soon())) for i in range(requests)]
         await asyncio.gather(*tasks)
         assert model.threads == [True] if inline else True not in model.threads

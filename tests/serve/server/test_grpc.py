@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
+import json
 import socket
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from tests.serve.server.servers import Gate, client_of, counts, run, until
 
 
 @contextlib.asynccontextmanager
-async def calling(folder, **options):
+async def calling(folder, channel_options=(), **options):
     """(ModelInfer, service)"""
     # Held as the supervisor holds it, so that nobody takes it meanwhile.
     with socket.socket() as holder:
@@ -28,7 +31,7 @@ async def calling(folder, **options):
         async with client_of(folder, **options) as (_, service):
             server = await start_grpc(service, "127.0.0.1", port)
             try:
-                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=channel_options) as channel:
                     yield channel.unary_unary("/inference.GRPCInferenceService/ModelInfer"), service
             finally:
                 await server.stop(0)
@@ -113,6 +116,79 @@ def test_errors_of_long_texts_are_cut(shared_folder, monkeypatch, character):
             assert caught.value.details() == character * (2400 // len(character.encode())) + "..."
 
     run(check())
+
+
+@pytest.mark.parametrize("lacks", [{}, {"max_queue_rows": 1}])
+def test_clients_may_send_calls_again(shared_folder, monkeypatch, lacks):
+    """As gRPC does by itself, of a status that comes alone: after the head of an answer the call would be settled."""
+    policy = {
+        "name": [{"service": "inference.GRPCInferenceService"}],
+        "retryPolicy": {
+            **{"maxAttempts": 4, "initialBackoff": "0.01s", "maxBackoff": "0.01s", "backoffMultiplier": 1},
+            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+        },
+    }
+    options = [("grpc.service_config", json.dumps({"methodConfig": [policy]}))]
+
+    async def check():
+        async with calling(shared_folder, channel_options=options, **lacks) as (infer, service):
+            gate = Gate(service.versions.current, monkeypatch)
+            if lacks:
+                first = infer(request())
+                assert await until(gate.running.is_set)
+            else:
+                service.draining = True
+            with pytest.raises(grpc.RpcError) as caught:
+                await infer(request())
+            service.draining = False
+            gate.open()
+            if lacks:
+                await first
+            assert dict(caught.value.trailing_metadata())["retry-after"] == "1"
+            status = 429 if lacks else 503
+            assert f'jaxembed_requests_total{{protocol="v2_grpc",status="{status}"}} 4.0' in counts(service)
+
+    run(check())
+
+
+def test_a_timeout_that_never_comes(shared_folder):
+    async def check():
+        async with calling(shared_folder, default_timeout=1e300) as (infer, _):
+            await infer(request())
+
+    run(check())
+
+
+@pytest.mark.parametrize(("size", "said"), [(20_000, "-5"), (600_000, "-5"), (600_000, "no memory")])
+def test_messages_of_calls_that_end_in_an_error_are_let_go(shared_folder, monkeypatch, size, said):
+    """At once, and not when cycles are looked for."""
+
+    def lacks(reader, body):
+        raise MemoryError
+
+    if said == "no memory":
+        monkeypatch.setattr("jaxembed.serve.server.v2_grpc.read_natively", lacks)
+    message = METHODS["ModelInfer"][0].FromString(request())
+    message.parameters["x"].string_param = "y" * size
+    message.raw_input_contents[0] = np.array([-5]).tobytes()
+    sent = message.SerializeToString()
+
+    async def check():
+        async with calling(shared_folder) as (infer, _):
+            held = []
+            for _ in range(40):
+                with pytest.raises(grpc.RpcError, match=said):
+                    await infer(sent)
+                held.append(tracemalloc.get_traced_memory()[0])
+            assert max(held) - held[3] < 10 * len(sent)
+
+    gc.disable()
+    tracemalloc.start()
+    try:
+        run(check())
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_a_limit_of_bodies_beyond_what_grpc_counts(shared_folder):

@@ -5,16 +5,18 @@ import errno
 import json
 import logging
 import os
+import threading
 
 import pytest
 
 from jaxembed.serve.server.config import ServerConfig
+from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.logs import logger
 from jaxembed.serve.server.metrics import Metrics
 from jaxembed.serve.server.pin import Pin
 from jaxembed.serve.server.versions import Versions
 from tests.serve.server import bundles
-from tests.serve.server.servers import client_of, run
+from tests.serve.server.servers import client_of, run, until
 from tests.serve.server.switching import version_of
 
 
@@ -113,5 +115,49 @@ def test_a_pin_that_cannot_be_written_changes_nothing(folder, checkpoint, tmp_pa
             assert answer.json()["error"].endswith("Version 1 stays pinned.")
             assert await version_of(client) == 1
             assert [file.name for file in state.iterdir() if "pin" in file.name] == ["pin.json"]
+
+    run(check())
+
+
+def test_what_another_worker_was_told_meanwhile_stays(tmp_path):
+    """An activation that fails undoes its own pin alone; one that is overtaken does not say that it succeeded."""
+    gate = threading.Event()
+
+    class Model:
+        def __init__(self, config, version, previous):
+            self.version = version
+            if version == 5:
+                assert gate.wait(20)
+                raise ValueError("damaged")
+
+    for version in ("4", "5", "6", "7"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "manifest.json").write_text("{}")
+
+    async def check():
+        (tmp_path / "state").mkdir()
+        config = ServerConfig(str(tmp_path), state=str(tmp_path / "state"))
+        one, other = (Versions(config, Metrics(), Model) for _ in range(2))
+        await asyncio.gather(one.look(), other.look())
+
+        async def overtaken(version):
+            """`one` is told to serve it, and meanwhile `other` to serve version 4."""
+            task = asyncio.create_task(one.pin(version))
+            assert await until(lambda: one.pinned == version)
+            await other.pin(4)
+            return task
+
+        task = await overtaken(5)
+        gate.set()
+        with pytest.raises(RequestError, match="cannot be served: ValueError: damaged") as failed:
+            await task
+        async with one._turn:  # it looks at the folder once this look is over
+            task = await overtaken(6)
+        with pytest.raises(RequestError, match=r"6 is not served: .* Version 4 stays pinned\.$") as late:
+            await task
+        assert failed.value.status == late.value.status == 409
+        assert (one.pinned, other.pinned) == (4, 4)
+        assert (one.current.version, other.current.version) == (4, 4)
+        await asyncio.gather(one.stop(), other.stop())
 
     run(check())

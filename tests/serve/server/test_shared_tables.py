@@ -11,8 +11,12 @@ import sys
 import numpy as np
 import pytest
 
+pytest.importorskip("uvicorn")
+
+from jaxembed.serve.server.config import ServerConfig
 from jaxembed.serve.server.shared_memory import HUGE_PAGE, SharedMemory, is_available
 from jaxembed.serve.server.shared_tables import SharedTables
+from jaxembed.serve.server.workers import Supervisor
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="needs Linux's memfd_create")
 
@@ -48,6 +52,21 @@ def test_contents_of_several_arrays(tmp_path):
         assert copies[part].ctypes.data % 64 == 0
         assert not copies[part].flags.writeable
         np.testing.assert_array_equal(copies[part], array)
+
+
+def test_what_was_held_before_the_machine_was_started_anew_is_forgotten(tmp_path):
+    """Then another process may hold another table by the same numbers."""
+    (tmp_path / "bundles").mkdir()
+    held = SharedTables(tmp_path).copy("new", table(1))
+    found = ledger(tmp_path)
+    (tmp_path / "tables.json").write_text(json.dumps({"old": found["new"]}))
+    config = ServerConfig(str(tmp_path / "bundles"), http_port=0, grpc_port=None, state=str(tmp_path))
+    supervisor = Supervisor(config)
+    copies = SharedTables(tmp_path).copy("old", table(2))
+    np.testing.assert_array_equal(copies["rows"], table(2)["rows"])
+    np.testing.assert_array_equal(held["rows"], table(1)["rows"])
+    supervisor._end()
+    supervisor._state.close()
 
 
 def test_small_tables_are_not_shared(tmp_path):

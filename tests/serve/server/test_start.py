@@ -101,6 +101,12 @@ def test_a_model_that_its_module_has_not(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_defaults_of_the_command_line_are_those_of_the_configuration():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.config_from(parser.parse_args(["bundles"]), {}) == ServerConfig("bundles")
+
+
 def test_workers_import_the_modules_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

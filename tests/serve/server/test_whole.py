@@ -327,10 +327,17 @@ def test_blank_lines_between_requests_never_add_up(shared_folder, begun, monkeyp
     [
         (300_000, [b"X-Request-Timeout-Ms: 0.001"], 504),  # it was refused by who waited for a batch
         (600_000, [], 400),  # by who waited for the process that reads large ones
+        (600_000, [], 503),  # there was no memory for it
     ],
 )
-def test_bodies_of_refused_requests_are_let_go(shared_folder, size, fields, status):
+def test_bodies_of_refused_requests_are_let_go(shared_folder, monkeypatch, size, fields, status):
     """At once, and not when cycles are looked for."""
+
+    def lacks(reader, body, header):
+        raise MemoryError
+
+    if status == 503:
+        monkeypatch.setattr("jaxembed.serve.server.v2_binary.read_natively", lacks)
     body = json.dumps({**fuzz.GOOD_V2, "parameters": {"x": "y" * size}}).encode()
     sent = post(INFER, body if status == 504 else body.replace(b"[", b"[-5, ", 1), *fields)
 
