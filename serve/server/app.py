@@ -82,13 +82,13 @@ def make_app(
         exception_handlers={404: _not_found, 405: _not_found},
         lifespan=(lambda _: _running(service)) if lifespan else None,
     )
-    app.direct = {f"{v2}/infer": routes.infer, f"{v1}:predict": routes.predict}
-    app.whole = {
-        f"{v2}/infer".encode(): routes.inference.whole("v2_rest"),
-        f"{v1}:predict".encode(): routes.inference.whole("tf_rest"),
-    }
+    served = {f"{v2}/infer": "v2_rest", f"{v1}:predict": "tf_rest"}
     if predict_route:
-        app.direct[predict_route] = routes.predict
+        served[predict_route] = "tf_rest"
+    handlers = {"v2_rest": routes.infer, "tf_rest": routes.predict}
+    app.direct = {path: handlers[protocol] for path, protocol in served.items()}
+    app.served = {path.encode(): protocol for path, protocol in served.items()}
+    app.whole = {path: routes.inference.whole(protocol) for path, protocol in app.served.items()}
     return app
 
 
@@ -97,12 +97,14 @@ class App(Starlette):
 
     Attributes:
       direct: handlers, by path.
+      served: their protocols, by path.
       whole: what answers whole requests past ASGI, by path.
     """
 
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.direct: dict[str, Callable[[Request], Awaitable[Response]]] = {}
+        self.served: dict[bytes, str] = {}
         self.whole: dict[bytes, Whole] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -46,7 +46,7 @@ class Doors:
         self._service, self._peers = service, peers
         self._listener, self._grpc_port = listener, grpc_port
         app = make_app(service, **routes)  # type: ignore[arg-type]
-        self._protocol = make_protocol(service, app.whole)
+        self._protocol = make_protocol(service, app)
         self._config = uvicorn.Config(
             app,
             http=self._protocol,

@@ -5,10 +5,11 @@ import contextlib
 import fcntl
 import sys
 import termios
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from .answer import error_answer
+from .app import App
 from .errors import overloaded
 from .inference import FIELDS
 from .metrics import Refusals
@@ -16,21 +17,20 @@ from .refusals import USUAL_BYTES, Turn
 from .request import LARGE
 from .scope import COMPLETE, ROOM, TASK
 from .service import Room, Service
-from .whole import Head, Whole, WholeProtocol
+from .whole import Head, WholeProtocol
 
 # Bytes of a body until which its reader is not woken up, nor the client held back, before all of it is there.
 _GATHERED, _MOST_PARTS = 1 << 19, 64
 
 
-def make_protocol(service: Service, whole: Mapping[bytes, Whole]) -> type["DeadlineProtocol"]:
+def make_protocol(service: Service, app: App) -> type["DeadlineProtocol"]:
     """The protocol of a server: what has no room in `service` is refused at its headers.
 
     Args:
       service: behind it.
-      whole: what answers whole requests, by path.
+      app: that answers requests.
     """
-    name = service.config.name.encode()
-    served = {b"/v2/models/%b/infer" % name: "v2_rest", b"/v1/models/%b:predict" % name: "tf_rest"}
+    served = app.served
 
     class Protocol(DeadlineProtocol):
         full = staticmethod(service.refuses)
@@ -39,7 +39,7 @@ def make_protocol(service: Service, whole: Mapping[bytes, Whole]) -> type["Deadl
         )
         # What is not refused at its headers for want of room, such as the last of its connection, is by the application.
         room = staticmethod(lambda path: service.room() if path in served and not service.full else None)
-        answers = staticmethod(whole.get)
+        answers = staticmethod(app.whole.get)
         most_body = min(service.config.max_body_bytes, LARGE - 1)
         fields_read = FIELDS
         heads: ClassVar[dict[bytes, Head]] = {}
@@ -107,6 +107,7 @@ class DeadlineProtocol(WholeProtocol):
     def connection_made(self, transport: Any) -> None:
         """The deadline begins."""
         super().connection_made(transport)
+        self._parts = []
         self._arm()
 
     def data_received(self, data: bytes) -> None:
@@ -232,17 +233,24 @@ class DeadlineProtocol(WholeProtocol):
         self._between = True
         if self.parser.should_upgrade():
             return
+        cycle, parts = self.cycle, self._parts
+        self._parts, self._held = [], 0
         if self._skips:
             self._skips = False
             self._arm()
         else:
-            cycle = self.cycle
             if cycle is not None and not cycle.response_complete:
                 cycle.scope[COMPLETE] = True
-                parts = [cycle.body, *self._parts] if cycle.body else self._parts
+                parts = [cycle.body, *parts] if cycle.body else parts
                 cycle.body = parts[0] if len(parts) == 1 else b"".join(parts)
-                self._parts = []
             super().on_message_complete()
+        if cycle is None or cycle.response_complete:
+            self._seen = None
+            self._forget()
+        if not self.transport.is_closing():
+            # Of a body that is there nobody asks for more, which is what uvicorn waits for; and who reads nothing does not see
+            # that the client leaves.
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """The next deadline begins, unless the next request is here already."""

@@ -127,6 +127,11 @@ class PipeliningProtocol(HttpToolsProtocol):
             self._unparsed = rest
             self._stop_reading()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """What comes after the body is no field of the header, which may have been read by then (RFC 9110, 6.5.1)."""
+        if self._body_read < 0:
+            super().on_header(name, value)
+
     def _body_left(self) -> int:
         """Bytes that are still to come of the body that is being read, if it said so."""
         if self._body_read < 0:

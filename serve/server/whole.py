@@ -119,6 +119,13 @@ class WholeProtocol(PipeliningProtocol):
         finally:
             if room is not None:
                 room.release()
+        try:
+            await self._send(cycle, answer)
+        except BaseException as e:  # there is no memory for all of it, say
+            self.logger.error("an answer could not be sent", exc_info=e)
+            self.transport.abort()
+
+    async def _send(self, cycle: _Cycle, answer: Answer) -> None:
         if self.flow.write_paused and not cycle.disconnected:
             await self.flow.drain()
         if cycle.disconnected:

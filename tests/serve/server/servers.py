@@ -12,6 +12,8 @@ import threading
 import time
 
 import httpx
+import pytest
+import uvloop
 
 from jaxembed.serve.server.app import make_app
 from jaxembed.serve.server.config import ServerConfig
@@ -41,8 +43,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
+LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+
+
+def on(loop, coroutine):
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(asyncio.wait_for(coroutine, 60))
+
+
 def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
+    return on(asyncio.new_event_loop, coroutine)
 
 
 async def until(condition, seconds=10.0):

@@ -48,11 +48,11 @@ async def serving(app=echo, protocol=DeadlineProtocol, idle_timeout=20.0):
 
 
 @contextlib.asynccontextmanager
-async def serving_bundles(folder, idle_timeout=20.0, **options):
+async def serving_bundles(folder, idle_timeout=20.0, predict_route=None, **options):
     """(port, service) of a server of versions."""
     async with client_of(folder, **options) as (_, service):
-        app = make_app(service)
-        async with serving(app, make_protocol(service, app.whole), idle_timeout) as (port, _):
+        app = make_app(service, predict_route=predict_route)
+        async with serving(app, make_protocol(service, app), idle_timeout) as (port, _):
             yield port, service
 
 

@@ -14,14 +14,7 @@ from jaxembed.serve.rows import Rows
 from jaxembed.serve.server.batcher import Batcher
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.metrics import Metrics
-from tests.serve.server.servers import run, until
-
-LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, pytest.importorskip("uvloop").new_event_loop])
-
-
-def on(loop, coroutine):
-    with asyncio.Runner(loop_factory=loop) as runner:
-        return runner.run(asyncio.wait_for(coroutine, 60))
+from tests.serve.server.servers import LOOPS, on, run, until
 
 
 class Model:

@@ -1,6 +1,7 @@
 """Deadlines of connections, and requests that are refused, or whose client left."""
 
 import asyncio
+import gc
 import json
 from typing import ClassVar
 
@@ -12,7 +13,8 @@ pytest.importorskip("uvicorn")
 from jaxembed.serve.server import errors
 from jaxembed.serve.server.http_protocol import DeadlineProtocol
 from jaxembed.serve.server.metrics import Refusals
-from tests.serve.server.servers import Gate, client_of, counts, run, until
+from tests.serve.server import fuzz
+from tests.serve.server.servers import LOOPS, Gate, client_of, counts, on, run, until
 from tests.serve.server.sockets import H2C, answer_of, connect_slowly, post, serving, serving_bundles
 
 
@@ -202,6 +204,93 @@ def test_what_clients_that_left_wait_for_is_not_run(shared_folder, monkeypatch):
                 'jaxembed_requests_total{protocol="tf_rest",status="200"} 2.0',
                 'jaxembed_requests_total{protocol="tf_rest",status="499"} 4.0',
             }
+
+    run(check())
+
+
+@LOOPS
+@pytest.mark.parametrize("size", [540_000, 1_200_000])
+def test_clients_that_leave_after_a_large_body_are_noticed(shared_folder, monkeypatch, loop, size):
+    """Uvicorn stops reading until its reader asks for more, and of a whole body nobody does."""
+    body = json.dumps({**fuzz.GOOD_V2, "parameters": {"x": "y" * size}}).encode()
+
+    async def check():
+        async with serving_bundles(shared_folder) as (port, service):
+            gate = Gate(service.versions.current, monkeypatch)
+            service.batcher._seconds.clear()
+            try:
+                first = await asyncio.open_connection("127.0.0.1", port)
+                first[1].write(PREDICT)
+                assert await until(gate.running.is_set)
+                for head in (100, 200):
+                    sent = post(b"/v2/models/model/infer", body)
+                    _, writer = await asyncio.open_connection("127.0.0.1", port)
+                    writer.write(sent[:head])
+                    await asyncio.sleep(0.02)
+                    writer.write(sent[head:])
+                    await writer.drain()
+                    assert await until(lambda: service.batcher.queued_rows == 3)
+                    writer.transport.abort()
+                    assert await until(lambda: service.admitted == 1)
+                    assert service.large.held == 0
+            finally:
+                gate.open()
+            assert (await asyncio.wait_for(answer_of(first[0]), 20))[0] == 200
+            assert gate.rows == 1
+            first[1].close()
+
+    on(loop, check())
+
+
+@LOOPS
+def test_what_came_after_an_answer_is_not_kept(shared_folder, loop):
+    """Of a body that was too slow, of one of another kind, or of a request that was refused."""
+    seen = []
+
+    async def check():
+        async with serving_bundles(shared_folder, body_timeout=0.2) as (port, service):
+            body = bytes(500_000)
+            late, unread = post(b"/v1/models/model:predict", body), b"Content-Encoding: br"
+            for sent, status in ((late, 408), (post(b"/v1/models/model:predict", body, unread), 415)):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(sent[:-1])
+                assert (await asyncio.wait_for(answer_of(reader), 20))[0] == status
+                writer.write(sent[-1:] + PREDICT)
+                assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 200
+                writer.write(PREDICT)
+                assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 200
+                seen.append(writer)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            service.shedding.limit = 0
+            writer.write(post(b"/v1/models/model:predict", b"abc", b"X: " + b"y" * 60_000))
+            assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
+            seen.append(writer)
+            found = [each for each in gc.get_objects() if isinstance(each, DeadlineProtocol)]
+            for writer in seen:
+                (connection,) = (each for each in found if each.client == writer.get_extra_info("sockname")[:2])
+                assert not connection._parts
+                assert connection.cycle is connection.headers is connection.scope is None
+                writer.close()
+
+    on(loop, check())
+
+
+@pytest.mark.parametrize("pause", [0, 0.05])
+def test_trailers_are_no_fields_of_the_header(shared_folder, pause):
+    """Whether they came with it or not."""
+    body = json.dumps({"instances": [ROW]}).encode()
+    head = b"POST /v1/models/model:predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    rest = b"%x\r\n%b\r\n0\r\nX-Request-Timeout-Ms: soon\r\nContent-Encoding: br\r\n\r\n" % (len(body), body)
+
+    async def check():
+        async with serving_bundles(shared_folder) as (port, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(2):
+                writer.write(head if pause else head + rest)
+                await asyncio.sleep(pause)
+                writer.write(rest if pause else b"")
+                assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 200
+            writer.close()
 
     run(check())
 

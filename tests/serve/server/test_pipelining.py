@@ -12,11 +12,10 @@ import pytest
 pytest.importorskip("httptools")
 pytest.importorskip("uvicorn")
 
-import uvloop
 
 from jaxembed.serve.server.http_protocol import DeadlineProtocol
 from jaxembed.serve.server.pipelining import MAX_HEAD_BYTES
-from tests.serve.server.servers import run, until
+from tests.serve.server.servers import LOOPS, on, run, until
 from tests.serve.server.sockets import H2C, answer_of, connect_slowly, echo, post, serving
 
 
@@ -185,14 +184,6 @@ def test_an_answer_leaves_in_one_piece_and_continue_before_it():
             writer.close()
 
     run(check())
-
-
-def on(loop, coroutine):
-    with asyncio.Runner(loop_factory=loop) as runner:
-        return runner.run(asyncio.wait_for(coroutine, 60))
-
-
-LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 
 
 class Waiting:

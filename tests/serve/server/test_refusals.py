@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn")
 from jaxembed.serve.server.http_protocol import DeadlineProtocol
 from jaxembed.serve.server.metrics import Refusals
 from jaxembed.serve.server.refusals import Turn, usual_request
-from tests.serve.server.servers import counts, run
+from tests.serve.server.servers import LOOPS, counts, on, run
 from tests.serve.server.sockets import answer_of, connect_slowly, echo, post, serving, serving_bundles
 from tests.serve.server.test_http_protocol import PREDICT
 
@@ -46,14 +46,6 @@ class Logged(DeadlineProtocol):
                 write(data)
 
         super().connection_made(Transport())
-
-
-LOOPS = pytest.mark.parametrize("make", [asyncio.new_event_loop, pytest.importorskip("uvloop").new_event_loop])
-
-
-def run_on(make, coroutine):
-    with asyncio.Runner(loop_factory=make) as runner:
-        return runner.run(asyncio.wait_for(coroutine, 60))
 
 
 async def logging(scope, receive, send):
@@ -115,7 +107,7 @@ def test_clients_that_end_what_they_send_after_a_request_that_is_refused(reset):
 
 
 @LOOPS
-def test_a_deadline_that_passes_while_a_refusal_is_due_does_not_come_before_it(make):
+def test_a_deadline_that_passes_while_a_refusal_is_due_does_not_come_before_it(loop):
     async def check():
         idle = 0.5
         async with serving(protocol=Logged, idle_timeout=idle) as (port, _):
@@ -132,11 +124,11 @@ def test_a_deadline_that_passes_while_a_refusal_is_due_does_not_come_before_it(m
             assert time.monotonic() - began > 2 * idle - 0.05  # it has all of its time again
             writer.close()
 
-    run_on(make, check())
+    on(loop, check())
 
 
 @LOOPS
-def test_refusals_that_cannot_be_sent_are_not_counted(make):
+def test_refusals_that_cannot_be_sent_are_not_counted(loop):
     """A client that sends requests and reads no answers is closed."""
 
     async def check():
@@ -155,7 +147,7 @@ def test_refusals_that_cannot_be_sent_are_not_counted(make):
             assert Logged.counted.count == 0
             client.close()
 
-    run_on(make, check())
+    on(loop, check())
 
 
 LAST = PREDICT.replace(b"Host: x", b"Host: x\r\nConnection: close")
@@ -223,7 +215,7 @@ def test_a_refusal_that_ends_the_connection_reaches_who_still_sends(shared_folde
 
 @LOOPS
 @pytest.mark.parametrize("rest", [b"abc", b"abc" + HEALTH, b""])
-def test_the_body_of_the_last_request_ends_the_connection(make, rest):
+def test_the_body_of_the_last_request_ends_the_connection(loop, rest):
     """It was answered before; what follows is not, and it has so much time to come."""
     begun = []
 
@@ -243,7 +235,7 @@ def test_the_body_of_the_last_request_ends_the_connection(make, rest):
             writer.close()
             assert begun == ["/x"]
 
-    run_on(make, check())
+    on(loop, check())
 
 
 class Connection:
@@ -257,10 +249,10 @@ class Connection:
 
 
 @LOOPS
-def test_a_loop_that_ended_within_a_turn_does_not_keep_the_next_one_from_ending_it(make):
+def test_a_loop_that_ended_within_a_turn_does_not_keep_the_next_one_from_ending_it(loop):
     turn, connection = Turn(), Connection()
     for _ in range(2):
-        ended = make()
+        ended = loop()
         turn.begin(ended)
         turn.refused.append(connection)
         ended.close()
@@ -274,7 +266,7 @@ def test_a_loop_that_ended_within_a_turn_does_not_keep_the_next_one_from_ending_
         assert turn.loop is None
         assert not turn.refused
 
-    run_on(make, one_turn())
+    on(loop, one_turn())
 
 
 def test_an_idle_connection_keeps_nothing_of_what_was_answered():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import gzip
 import json
@@ -15,15 +16,18 @@ import pytest
 pytest.importorskip("httptools")
 pytest.importorskip("uvicorn")
 
+import uvloop
+
 from jaxembed.serve.server.inference import Inference
 from jaxembed.serve.server.refusals import fields_of
 from jaxembed.serve.server.whole import WholeProtocol
 from tests.serve.server import fuzz
-from tests.serve.server.servers import Gate, counts, run, until
+from tests.serve.server.servers import Gate, counts, on, until
 from tests.serve.server.sockets import answer_of, connect_slowly, post, serving_bundles
 
 INFER, PREDICT = b"/v2/models/model/infer", b"/v1/models/model:predict"
 V2, ROWS = json.dumps(fuzz.GOOD_V2).encode(), json.dumps(fuzz.GOOD_ROWS).encode()
+run = functools.partial(on, uvloop.new_event_loop)
 BAD_ID = V2.replace(b"[", b"[-5, ", 1)
 
 
@@ -129,20 +133,71 @@ def test_what_is_unusual_goes_through_the_parser(shared_folder, begun, sent, sta
     run(check())
 
 
-def test_requests_without_waiting_for_answers_are_answered_in_order(shared_folder, begun):
-    """Whatever path they take: whole ones, then some that come while they run, and what is no HTTP at last."""
+@pytest.mark.parametrize("torn", [0, 1, 200])
+def test_requests_without_waiting_for_answers_are_answered_in_order(shared_folder, begun, monkeypatch, torn):
+    """Whatever path they take: a whole one, then some that come while it runs, and what is no HTTP at last."""
     other = post(b"/nowhere", b"abc")
+    rest = other + post(PREDICT, ROWS) + other + post(PREDICT, ROWS) + b"nothing\r\n\r\n"
 
     async def check():
-        async with serving_bundles(shared_folder) as (port, _):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(post(INFER, V2))
-            await asyncio.sleep(0)
-            writer.write(other + post(PREDICT, ROWS) + other)
-            writer.write(post(PREDICT, ROWS) + b"nothing\r\n\r\n")
+        async with one_that_runs(shared_folder, monkeypatch) as (_, _, gate, reader, writer):
+            assert begun == [INFER]
+            for part in (rest[:torn], rest[torn:]):
+                writer.write(part)
+                await asyncio.sleep(0.05)
+            gate.open()
             statuses = [(await asyncio.wait_for(answer_of(reader), 20))[0] for _ in range(6)]
             assert statuses == [200, 404, 200, 404, 200, 400]
             assert await asyncio.wait_for(reader.read(), 20) == b""
+            assert begun == [INFER]
+
+    run(check())
+
+
+def test_an_answer_that_cannot_be_put_together_ends_the_connection(shared_folder, begun, monkeypatch):
+    def lacks(answer, fields, closes):
+        raise MemoryError
+
+    async def check():
+        async with serving_bundles(shared_folder) as (port, service):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with monkeypatch.context() as lacking:
+                lacking.setattr("jaxembed.serve.server.answer.Answer.message", lacks)
+                writer.write(post(INFER, V2))
+                with contextlib.suppress(ConnectionResetError):
+                    assert await asyncio.wait_for(reader.read(), 20) == b""
+            assert begun == [INFER]
+            writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(post(INFER, V2))
+            assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 200
+            assert not service.admitted
+            writer.close()
+
+    run(check())
+
+
+@pytest.mark.parametrize("route", [INFER, PREDICT, b"/predict"])
+def test_the_route_of_predict_takes_it_however_it_comes(shared_folder, begun, route):
+    sent = post(route, ROWS)
+
+    async def check():
+        async with serving_bundles(shared_folder, predict_route=route.decode()) as (port, service):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for parts in ([sent], [sent[:40], sent[40:]]):
+                for part in parts:
+                    writer.write(part)
+                    await asyncio.sleep(0.05)
+                status, body = await asyncio.wait_for(answer_of(reader), 20)
+                assert (status, list(json.loads(body))) == (200, ["predictions"])
+            assert begun == [route]
+            service.shedding.limit = 0
+            writer.write(sent)
+            assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
+            assert counts(service) == {
+                'jaxembed_requests_total{protocol="tf_rest",status="200"} 2.0',
+                'jaxembed_requests_total{protocol="tf_rest",status="429"} 1.0',
+            }
             writer.close()
 
     run(check())
