@@ -1,5 +1,6 @@
 """Reads the ids and weights of one feature that came as arrays: ragged, sparse or one id a row."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,6 +95,19 @@ def as_weights(
     return flat
 
 
+def own(array: np.ndarray) -> np.ndarray:
+    """The array, or a copy of one that somebody may write to: itself, or what it is a view of."""
+    base: Any = array
+    while isinstance(base, np.ndarray | memoryview):
+        if isinstance(base, memoryview):
+            base = base.obj
+        elif base.flags.writeable:
+            return array.copy()
+        else:
+            base = base.base
+    return array.copy() if isinstance(base, bytearray) else array
+
+
 def _converted(feature: ServedFeature, value: Any) -> Any:
     """Arrays of pyarrow, scipy, TensorFlow and the like as ours; others are left to be refused."""
     if value is None or isinstance(value, RaggedTensor | SparseTensor | np.ndarray | jax.Array | list | tuple):
@@ -176,8 +190,8 @@ def _weights(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray
     if isinstance(weight, list | tuple) and all(isinstance(row, list | tuple | _ARRAYS) for row in weight):
         try:
             with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
-                weight = RaggedTensor.from_lists(weight, np.float32)
-        except ValueError as e:
+                weight = _listed_weights(weight)
+        except (ValueError, OverflowError) as e:
             wrong = None
             if all(isinstance(row, list | tuple) or row.ndim for row in weight):
                 splits = np.cumsum([0, *map(len, weight)])[None]
@@ -187,6 +201,17 @@ def _weights(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray
         raise checks.weight_kind(feature, weight, "a RaggedTensor or a list of lists")
     values, splits = _ragged(f"Weight for {feature.path!r}", weight)
     return _floats(feature, values), splits
+
+
+def _listed_weights(rows: Sequence[Any]) -> RaggedTensor:
+    if all(isinstance(row, list | tuple) for row in rows):
+        flat = list(itertools.chain.from_iterable(rows))
+        kinds = set(map(type, flat))
+        if kinds <= {int, float}:  # ints of any size, as JSON has them
+            return RaggedTensor.from_row_lengths(np.array(flat, np.float32), list(map(len, rows)))
+        if bool in kinds:  # numpy takes it for a number beside others
+            raise ValueError("they must be numbers, got True or False.")
+    return RaggedTensor.from_lists(rows, np.float32)
 
 
 def _floats(feature: ServedFeature, weights: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ import numpy as np
 from jaxembed.dense_shapes import dense_shapes
 from jaxembed.inputs.ids import check_unmasked
 
+from .arrays import own
+
 
 class DenseInputs:
     """Reads and checks dense inputs.
@@ -22,8 +24,13 @@ class DenseInputs:
     def __init__(self, shapes: Mapping[str, Any]):
         self.shapes: dict[str, tuple[int, ...]] = dense_shapes(shapes, "dense_inputs")
 
-    def read(self, dense: Any, rows: int) -> list[np.ndarray]:
+    def read(self, dense: Any, rows: int, *, keep: bool = False) -> list[np.ndarray]:
         """One [B, ...] array for every input, in the order of `shapes`.
+
+        Args:
+          dense: arrays or lists, by name.
+          rows: B.
+          keep: whether the arrays are used later, when whoever passed them may have written to them.
 
         Raises:
           ValueError: naming the input, if it is missing, unknown, of another shape, or not finite numbers.
@@ -33,12 +40,13 @@ class DenseInputs:
         if not isinstance(dense, Mapping) or dense.keys() != self.shapes.keys():
             received = sorted(map(str, dense)) if isinstance(dense, Mapping) else type(dense).__name__
             raise ValueError(f"dense must be a dict with {list(self.shapes)}, got {received}.")
-        return [_read(name, dense[name], (rows, *shape)) for name, shape in self.shapes.items()]
+        return [_read(name, dense[name], (rows, *shape), keep) for name, shape in self.shapes.items()]
 
 
-def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _read(name: str, value: Any, shape: tuple[int, ...], keep: bool) -> np.ndarray:
     check_unmasked(f"dense input {name!r}", value)
-    if isinstance(value, list | tuple):
+    listed = isinstance(value, list | tuple)
+    if listed:
         for at, row in enumerate(value):
             if isinstance(row, np.ma.MaskedArray):
                 check_unmasked(f"dense input {name!r}, row {at},", row)
@@ -46,6 +54,8 @@ def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
         array = np.asarray(value)
     except ValueError:  # lists of different lengths
         raise ValueError(f"dense input {name!r} must be of shape {list(shape)}, got uneven rows.") from None
+    if listed and array.dtype.kind in "Ob":  # ints beyond 64 bits, or what is no number
+        array = _numbers(name, array)
     if array.size == 0 and array.ndim == 1 and shape[0] == 0:
         array = array.reshape(shape)
     if array.dtype.kind not in "fiu" and array.dtype.name not in ("bfloat16", "float16"):
@@ -55,7 +65,9 @@ def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
             f"dense input {name!r} must be of shape {list(shape)} (rows as in the features), got "
             f"{list(array.shape)}."
         )
-    if array.dtype != np.float32:
+    if array.dtype == np.float32:
+        array = own(array) if keep and not listed else array
+    else:
         with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
             array = array.astype(np.float32)
     finite = np.isfinite(array)
@@ -63,6 +75,22 @@ def _read(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
         row, *position = (int(i) for i in np.argwhere(~finite)[0])
         raise ValueError(
             f"dense input {name!r}, row {row}, position {position}: must be a finite float32, got "
-            f"{np.asarray(value)[(row, *position)]}."
+            f"{np.asarray(value)[(row, *position)]!s:.80}."
         )
     return array
+
+
+def _numbers(name: str, array: np.ndarray) -> np.ndarray:
+    """The numbers of a list as float64; what is beyond it is infinite."""
+    numbers = np.empty(array.size)
+    for at, value in enumerate(array.ravel().tolist()):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+            row, *position = (int(i) for i in np.unravel_index(at, array.shape))
+            raise ValueError(
+                f"dense input {name!r}, row {row}, position {position}: must hold numbers, got {value!r:.80}."
+            )
+        try:
+            numbers[at] = value
+        except OverflowError:
+            numbers[at] = np.inf
+    return numbers.reshape(array.shape)

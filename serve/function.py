@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxembed.shapes import HostIds, HostLengths, Inputs, Weights
 
+from .arrays import own
 from .buffers import Buffers, Pool
 from .compiling import Compiler
 from .computation import make_computation
@@ -209,11 +210,11 @@ class ServingFunction:
         return self._run(rung, rows, buffers)
 
     def pack(self, inputs: Any, weights: Any = None, dense: Mapping[str, Any] | None = None) -> Rows:
-        """Reads and checks one request, to be `run` alone or with others.
+        """Reads and checks one request, to be `run` alone or with others; arrays that it came in may change by then.
 
         Args and Raises are those of a call.
         """
-        request, arrays = self._measure(self._reader.inputs(inputs), weights, dense)
+        request, arrays = self._measure(self._reader.inputs(inputs), weights, dense, keep=True)
         return Rows(pack_alone(self._packer, request), arrays)
 
     @property
@@ -230,10 +231,11 @@ class ServingFunction:
           dense: as in a call.
 
         Raises:
-          ValueError: if a row is too long, an id not in [0, V), or a number not finite.
+          ValueError: if ids and lengths do not fit each other or the features, a row is too long, an id not in [0, V),
+            or a number not finite.
         """
-        packed = self._packer.pack_flat(ids, lengths)
-        return Rows(packed, self._dense.read(dense, packed.rows))
+        packed = self._packer.pack_flat(own(ids), lengths)
+        return Rows(packed, self._dense.read(dense, packed.rows, keep=True))
 
     def run(self, first_part: Rows, *further: Rows) -> Any:
         """Serves rows that were packed by this function, one part after the other; what a call returns for them."""
@@ -278,9 +280,11 @@ class ServingFunction:
             self._compiler, self._programs = other._compiler, {**other._programs, **self._programs}
         return True
 
-    def _measure(self, leaves: Any, weights: Any, dense: Any) -> tuple[Request, list[np.ndarray]]:
+    def _measure(
+        self, leaves: Any, weights: Any, dense: Any, keep: bool = False
+    ) -> tuple[Request, list[np.ndarray]]:
         request = self._packer.measure(leaves, None if weights is None else self._reader.weights(weights))
-        return request, self._dense.read(dense, request.rows)
+        return request, self._dense.read(dense, request.rows, keep=keep)
 
     def _rung(self, rows: int, request: Request) -> Rung:
         if len(self._ladder.row_lengths) == 1:

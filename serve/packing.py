@@ -17,6 +17,14 @@ from . import checks
 from .arrays import as_bags, as_weights
 from .features import ServedFeature
 
+_FLAT = frozenset((np.dtype(np.int32), np.dtype(np.int64)))
+_UNSIGNED = {
+    np.dtype(f"{order}{kind}{size}"): np.dtype(f"{order}u{size}")
+    for order in "<>"
+    for kind in "iu"
+    for size in (1, 2, 4, 8)
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -73,6 +81,8 @@ class Packer:
         self._cut = sequences if any(sequences) else None
         self._custom = {i for i, f in enumerate(self.features) if not isinstance(f.config.table.combiner, str)}
         self._limits = np.array([[f.max_ids] for f in self.features], np.int32)
+        self._limits_unsigned = self._limits.astype(np.uint32)
+        self._longest = max((f.max_ids for f in self.features), default=0)
         self._sizes = np.array([f.config.table.vocabulary_size for f in self.features], np.uint32)
         self._identity = list(range(len(self.features)))
         self.weighted: bool = any(f.weighted for f in self.features)
@@ -159,14 +169,31 @@ class Packer:
           lengths: [F, B] of every bag, in the order of the feature configuration; they add up to N.
 
         Raises:
-          ValueError: if a row is too long, or an id not in [0, V).
+          ValueError: if ids and lengths do not fit each other or the features, a row is too long, or an id not in
+            [0, V).
         """
-        if np.count_nonzero(lengths > self._limits):
+        unsigned = _UNSIGNED.get(lengths.dtype)
+        if (
+            ids.ndim != 1
+            or ids.dtype not in _FLAT
+            or lengths.ndim != 2
+            or (unsigned is None and lengths.size)
+            or len(lengths) != len(self.features)
+        ):
+            raise self._wrong_lengths(ids, lengths)
+        # A negative length is a long one.
+        if np.count_nonzero((lengths.view(unsigned) if unsigned else lengths) > self._limits_unsigned):
+            if lengths.min() < 0:
+                raise self._wrong_lengths(ids, lengths)
             raise checks.too_long(self.features, lengths)
         splits = np.zeros((len(self.features), lengths.shape[1] + 1), np.int32)
         splits[:, 1:] = lengths
         flat = splits.reshape(-1)
         np.add.accumulate(flat, out=flat)
+        # Where their sum may be beyond 32 bits, it is taken again.
+        total = flat[-1] if lengths.size * self._longest < 2**31 else lengths.sum(dtype=np.int64)
+        if total != len(ids):
+            raise self._wrong_lengths(ids, lengths)
         starts = splits[:, 0]
         filled = splits[:, -1] > starts
         if filled.any():
@@ -175,6 +202,13 @@ class Packer:
                 raise checks.bad_id(self.features, ids, splits)
         weights = np.ones(len(ids), np.float32) if self.weighted else None
         return Packed(lengths.shape[1], ids.astype(np.int32, copy=False), splits, weights)
+
+    def _wrong_lengths(self, ids: np.ndarray, lengths: np.ndarray) -> ValueError:
+        return ValueError(
+            f"ids must be [N] int32 or int64 and lengths [{len(self.features)}, B] ints of at least 0 that add up to N, "
+            f"got ids {list(ids.shape)} {ids.dtype} and lengths {list(lengths.shape)} {lengths.dtype} of at least "
+            f"{lengths.min(initial=0)} that add up to {lengths.sum()}; pass the length of every bag, feature by feature."
+        )
 
     def write(self, request: Request, ids: np.ndarray, weights: np.ndarray | None, batch: int) -> Packed:
         """Writes a request to the front of `ids` and `weights`, with bags for `batch` rows.

@@ -36,20 +36,24 @@ class Apart:
         self._stream: BufferedRWPair | None = None
         self._known: Signature | None = None
         self._pickled: tuple[Signature, bytes] | None = None
+        self._unreadable: Signature | None = None
         self._ended = False
 
     def read(self, reader: str, signature: Signature, *arguments: Any) -> Any:
         """What the reader of that name, of READERS, makes of the arguments; ids are checked and packed, too.
 
-        Signatures that cannot be sent, as of combiners without a name to import them by, are read for here.
+        Signatures that cannot be sent, as of combiners without a name to import them by, are read for here, and so are
+        those whose vocabularies are held here, but gone from the disk.
 
         Raises:
           RequestError: if it refuses the request, or the process dies.
         """
+        if signature is self._unreadable:
+            return _read_here(reader, signature, *arguments)
         try:
             content = self._content(signature)
         except (pickle.PicklingError, AttributeError, TypeError):
-            return READERS[reader](RequestPacker(signature), signature, *arguments)
+            return _read_here(reader, signature, *arguments)
         try:
             if self._process is None or self._process.poll() is not None:
                 self.stop()
@@ -70,6 +74,9 @@ class Apart:
             raise RequestError(
                 503, "the process that reads large requests died, perhaps as memory was short.", retry_after=1
             ) from None
+        if outcome == "unreadable":
+            self._unreadable = signature
+            return _read_here(reader, signature, *arguments)
         if outcome == "refused":
             raise RequestError(**value)
         if outcome == "failed":
@@ -95,7 +102,7 @@ class Apart:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._process = self._stream = self._known = None
+        self._process = self._stream = self._known = self._unreadable = None
 
     def _content(self, signature: Signature) -> bytes:
         if self._pickled is None or self._pickled[0] is not signature:
@@ -111,8 +118,14 @@ class Apart:
         pickle.dump(sys.path, stream, _PROTOCOL)
 
 
+def _read_here(reader: str, signature: Signature, *arguments: Any) -> Any:
+    return READERS[reader](RequestPacker(signature), signature, *arguments)
+
+
 def _answer(packer: RequestPacker, signature: Signature, reader: str, arguments: Any) -> tuple[str, Any]:
     try:
+        if not _vocabularies_are_read(signature):
+            return "unreadable", None
         return "read", READERS[reader](packer, signature, *arguments)
     except RequestError as e:
         return "refused", vars(e)
@@ -120,6 +133,17 @@ def _answer(packer: RequestPacker, signature: Signature, reader: str, arguments:
         return "refused", vars(out_of_memory())
     except Exception:
         return "failed", traceback.format_exc()
+
+
+def _vocabularies_are_read(signature: Signature) -> bool:
+    """Whether every vocabulary is in memory, now at the latest: they were sent as their files, which may be gone."""
+    try:
+        for feature in signature.features.values():
+            if feature.config.preprocessing is not None:
+                feature.config.preprocessing.load()
+    except ValueError:
+        return False
+    return True
 
 
 def main() -> None:

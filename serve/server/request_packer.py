@@ -39,7 +39,7 @@ class RequestPacker:
           dense: by name, [B, ...].
 
         Raises:
-          RequestError: if it is not what a ServingFunction takes.
+          RequestError: if it is not what a ServingFunction takes, or a vocabulary cannot be read.
         """
         try:
             if isinstance(inputs, Flat):
@@ -72,6 +72,11 @@ class RequestPacker:
 
 
 def _rows_of(path: str, feature: ServedFeature, ids: Any) -> Any:
+    if feature.config.preprocessing is not None:
+        try:
+            feature.config.preprocessing.load()
+        except ValueError as e:  # no fault of the request's
+            raise RequestError(503, f"the ids of feature {path!r} have no rows: {e}", retry_after=1) from None
     try:
         return preprocess_leaf(path, feature.config, ids)
     except ValueError as e:

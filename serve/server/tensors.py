@@ -173,7 +173,9 @@ def from_list(name: str, datatype: Any, shape: Any, data: Any) -> Tensor:
         raise bad_request(f"input {name!r}, position {odd}: {datatype} expected, got {str(data[odd])[:40]!r}.")
     try:
         with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
-            return Tensor(name, np.array(data, dtype).reshape(sizes))
+            # ml_dtypes takes no ints beyond 64 bits.
+            array = np.array(data, np.float64 if dtype.kind == "V" else dtype)
+            return Tensor(name, array.astype(dtype, copy=False).reshape(sizes))
     except (OverflowError, ValueError):
         raise bad_request(f"input {name!r}: {datatype} cannot hold some value of data.") from None
 

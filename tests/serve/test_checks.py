@@ -293,6 +293,8 @@ def test_bad_weights_of_lists(serve, weights, match):
             "it must be a RaggedTensor or a list of lists",
         ),
         (np.ones(2), "it must be a RaggedTensor or a list of lists, got ndarray"),
+        ([[1.0, True], []], "row 0, position 1 must be a finite float32, got True"),
+        ([[10**400, 1], []], "row 0, position 0 must be a finite float32, got 1000"),
         ([[[1], [2, 3]], []], r"row 0, position 0 must be a finite float32, got \[1\]"),
     ],
 )
@@ -326,6 +328,14 @@ def test_bad_weights_of_sparse_ids(serve):
         ({"dense": [[1, 2], [3]]}, r"'dense' must be of shape \[2, 2\], got uneven rows"),
         ({"dense": [[1, "a"], [3, 4]]}, "'dense' must hold numbers, got <U"),
         ({"dense": np.ones((2, 2), bool)}, "'dense' must hold numbers, got bool"),
+        ({"dense": np.ones((2, 2), object)}, "'dense' must hold numbers, got object"),
+        (
+            {"dense": [[True, False]] * 2},
+            r"'dense', row 0, position \[0\]: must hold numbers, got True",
+        ),
+        ({"dense": [[1, 2], [0.5, None]]}, r"'dense', row 1, position \[1\]: must hold numbers, got None"),
+        ({"dense": [[10**20, 2], [True, 1]]}, r"'dense', row 1, position \[0\]: must hold numbers, got True"),
+        ({"dense": [[1, 2], [3, -(10**400)]]}, r"row 1, position \[1\]: must be a finite float32, got -1000"),
         ({"dense": np.ma.masked_equal([[1, 2], [3, 3]], 3)}, "'dense' is a masked array with 2 masked entries"),
         (
             {"dense": [[1, 2], np.ma.masked_equal([3, 4], 3)]},
@@ -337,6 +347,17 @@ def test_bad_weights_of_sparse_ids(serve):
 )
 def test_bad_dense_inputs(serve, dense, match):
     refused(serve, match, dense=dense)
+
+
+def test_ints_of_any_size_are_numbers(serve):
+    def answer(number, history):
+        inputs = requests.nest({**GOOD, "items/history": history})
+        weights = requests.nest({"items/history": [[number, 1], []]})
+        return serve(inputs, weights, {"dense": [[number, 1], [-number, 0.5]]})
+
+    for history in (GOOD["items/history"], RaggedTensor([3, 4], [0, 2, 2])):
+        for number in (2**63, 10**20, 10**30):
+            np.testing.assert_array_equal(answer(number, history), answer(float(number), history))
 
 
 SCALARS = st.one_of(

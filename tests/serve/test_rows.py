@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxembed import RaggedTensor
 from jaxembed.serve import EmbeddingForServing, ServingFunction
 from jaxembed.serve.checks import BadIdError
 from jaxembed.serve.rows import concatenate
@@ -121,3 +122,114 @@ def test_flat_requests_pack_as_nested_ones(seed, rows, dtype):
 
     assert function.takes_flat
     assert outcome(lambda: function.pack_flat(ids, lengths)) == outcome(lambda: function.pack(bags))
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths"),
+    [
+        ([5], [[3, 0]]),
+        ([1, 2, 3], [[1, 1]]),
+        ([1, 2], [[5, 0]]),
+        ([], [[1, 1]]),
+        ([1, 2], [[2, -1]]),
+        ([1, 2], [[3, -1]]),
+        ([1, 2], [2]),
+        ([1, 2], [[1], [1]]),
+        ([[1, 2]], [[1, 1]]),
+        (np.array([1, 2], np.uint64), [[1, 1]]),
+        (np.array([1, 2], np.int16), [[1, 1]]),
+    ],
+)
+def test_lengths_that_do_not_fit_the_ids(ids, lengths):
+    config = {"a": requests.FEATURE_CONFIG["text"][0]}
+    function = ServingFunction(EmbeddingForServing(config, requests.make_tables()), batch_sizes=(4,))
+    ids = ids if isinstance(ids, np.ndarray) else np.array(ids, np.int32)
+    for dtype in (np.int32, np.int64):
+        with pytest.raises(
+            ValueError, match=r"lengths \[1, B\] ints of at least 0 that add up to N, got ids \["
+        ):
+            function.pack_flat(ids, np.array(lengths, dtype))
+
+
+@pytest.mark.parametrize("kind", ["i1", "<i4", ">i4", ">i8", "u4", "u8"])
+def test_lengths_of_any_type_of_integers(kind):
+    config = {"a": requests.FEATURE_CONFIG["text"][0]}
+    function = ServingFunction(
+        EmbeddingForServing(config, requests.make_tables()), batch_sizes=(4,), max_ids_per_row=2
+    )
+    ids = np.array([1, 2, 3], np.int32)
+    assert function.pack_flat(ids, np.array([[1, 2]], kind)).packed.splits.tolist() == [[0, 1, 3]]
+    with pytest.raises(ValueError, match="row 1 has 3 ids; at most 2 are served"):
+        function.pack_flat(ids, np.array([[0, 3]], kind))
+    with pytest.raises(ValueError, match=r"lengths \[1, 2\] float32 of at least"):
+        function.pack_flat(ids, np.array([[1, 2]], np.float32))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_may_change_once_they_are_packed(order):
+    def model(params, activations, dense):
+        return sum(activations.values()) + dense["x"].sum(axis=1, keepdims=True)
+
+    tables = requests.make_tables()
+    function = ServingFunction(
+        EmbeddingForServing({"a": FLAT_CONFIG["a"]}, tables),
+        model,
+        dense_inputs={"x": 2},
+        weighted=["a"],
+        batch_sizes=(4,),
+    )
+    rng = np.random.default_rng(0)
+
+    def arrays(kind):
+        ids, splits, weights = rng.integers(0, 7, 3).astype(kind), np.array([0, 1, 3]), np.ones(3, np.float32)
+        dense = np.array([[1, 2], [3, 4]], np.float32, order=order)
+        return ids, splits, weights, dense
+
+    for kind in (np.int32, np.int64):
+        for view in (False, True):  # read-only, of an array that is not
+            for flat in (False, True):
+                ids, splits, weights, dense = owned = arrays(kind)
+                if view:
+                    ids, splits, weights, dense = views = [array.view() for array in owned]
+                    for array in views:
+                        array.flags.writeable = False
+                if flat:
+                    rows = function.pack_flat(ids, np.array([[1, 2]]), {"x": dense})
+                else:
+                    rows = function.pack(
+                        {"a": RaggedTensor(ids, splits)}, {"a": RaggedTensor(weights, splits)}, {"x": dense}
+                    )
+                assert all(array.flags.c_contiguous for array in rows.dense)
+                want = function({"a": [ids[:1].tolist(), ids[1:].tolist()]}, None, {"x": dense.tolist()})
+                for array in owned:
+                    array[...] = -(10**6)
+                np.testing.assert_allclose(function.run(rows), want, rtol=1e-6)
+
+
+def test_bytes_are_packed_in_place():
+    """Nobody can write to them."""
+    function = ServingFunction(
+        EmbeddingForServing({"a": FLAT_CONFIG["a"]}, requests.make_tables()),
+        lambda params, activations, dense: dense["x"],
+        dense_inputs={"x": 2},
+        batch_sizes=(4,),
+    )
+    raw = np.ones((2, 2), np.float32).tobytes()
+    ids = np.frombuffer(np.array([1, 2], np.int32).tobytes(), np.int32)
+    for held in (raw, memoryview(raw), bytearray(raw), memoryview(bytearray(raw)).toreadonly()):
+        dense = np.frombuffer(held, "<f4").reshape(2, 2)
+        rows = function.pack_flat(ids, np.array([[1, 1]]), {"x": dense})
+        assert np.shares_memory(rows.packed.ids, ids)
+        lasting = held is raw or (isinstance(held, memoryview) and held.obj is raw)
+        assert np.shares_memory(rows.dense[0], dense) == lasting
+        assert np.shares_memory(function.pack({"a": [1, 2]}, None, {"x": dense}).dense[0], dense) == lasting
+
+
+def test_lengths_whose_sum_does_not_fit_32_bits():
+    config = {"a": requests.FEATURE_CONFIG["text"][0]}
+    function = ServingFunction(
+        EmbeddingForServing(config, requests.make_tables()), batch_sizes=(1,), max_ids_per_row=2**31 - 2
+    )
+    lengths = np.array([[2**31 - 2, 2**31 - 2, 5]])  # 1 in 32 bits
+    with pytest.raises(ValueError, match=f"got ids .* that add up to {2**32 + 1}"):
+        function.pack_flat(np.array([3], np.int32), lengths)

@@ -11,7 +11,7 @@ from jaxembed.serve.server.messages import METHODS
 ODD = [
     None, True, False, 0, -1, -5, 1, 50, 70, 2**31 - 1, 2**31, 2**40, 2**63, 2**64, -(2**63), 10**30, 0.0, 1.5,
     -0.0, 1e308, "", "1", "\0", "NaN", "é\ud800", "x" * 2000, [], [[]], [1], [[1], [2]], [0, 2], [3, 1], {}, {"a": 1},
-    "user", "history", "history.row_splits", "history.weights", "dense", "INT64", "INT32", "FP32", "FP16", "BYTES",
+    "user", "history", "history.row_splits", "history.weights", "dense", "INT64", "INT32", "FP32", "FP16", "BF16", "BYTES",
 ]  # fmt: skip
 
 #: Numbers as tensors have them in bytes.

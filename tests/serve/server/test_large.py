@@ -416,6 +416,49 @@ def test_vocabularies_go_to_another_process_as_their_file(tmp_path):
         apart.stop()
 
 
+def test_vocabularies_that_are_gone_are_those_of_this_process(tmp_path):
+    """A version may be served after its folder was removed, and every new process gets the signature anew."""
+    files = [tmp_path / name for name in ("a.txt", "b.txt")]
+    features = {}
+    for file in files:
+        file.write_text("drama\ncomedy\n")
+        vocabulary = VocabularyFile(str(file), num_oov_buckets=0)
+        vocabulary.load()
+        config = FeatureConfig(TableConfig(2, 2, name=file.stem), preprocessing=vocabulary)
+        features[file.stem] = ServedFeature(file.stem, config, 3, False)
+    signature = Signature(features, {}, (), max_rows=64)
+    body = b'{"inputs": {"a": ["comedy", "drama"], "b": ["drama", "comedy"]}}'
+    apart = Apart()
+
+    def ids():
+        return apart.read("predict", signature, body)[0].inputs.packed.ids.tolist()
+
+    try:
+        assert ids() == [1, 0, 0, 1]
+        for file in files:
+            file.unlink()
+        assert ids() == [1, 0, 0, 1]  # which that process has read
+        assert apart._unreadable is None
+        apart.stop()
+        for _ in range(2):
+            assert ids() == [1, 0, 0, 1]
+            assert apart._unreadable is signature
+        with pytest.raises(RequestError, match="'odd' is not in the vocabulary") as caught:
+            apart.read("predict", signature, body.replace(b"comedy", b"odd"))
+        assert (caught.value.status, caught.value.feature) == (400, "a")
+        files[0].write_text("drama\ncomedy\n")
+        files[1].write_text("comedy\ndrama\n")  # another one
+        apart.stop()
+        assert ids() == [1, 0, 0, 1]
+        assert apart._unreadable is signature
+        files[1].write_text("drama\ncomedy\n")
+        apart.stop()
+        assert ids() == [1, 0, 0, 1]
+        assert apart._unreadable is None
+    finally:
+        apart.stop()
+
+
 def test_what_cannot_be_sent_is_read_here():
     combiner = CustomCombiner(lambda valency, vectors: vectors[0], max_valency=2)
     config = FeatureConfig(TableConfig(9, 2, name="t", combiner=combiner))

@@ -172,7 +172,6 @@ BAD = {
         "Feature 'history', row 1 has 9 ids; at most 8 are served",
     ),
     "null bytes": ({"us\0er": ("INT64", [2], [3, 7])}, "input 'us\\x00er' is unknown"),
-    "strings for weights": ({"history.weights": ("BYTES", [3], ["1", "1", "1"])}, "must be numbers"),
 }
 
 
@@ -181,6 +180,83 @@ BAD = {
 def test_bad_in_every_form(send, form, name):
     change, message = BAD[name]
     check_refused(send, FORMS[form](with_change(change)), message)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strings_for_weights(send, form):
+    message = "input 'history.weights' must be numbers, got BYTES"
+    if form == "predict":
+        message = "Weight for 'history', row 0, position 0 must be a finite float32, got '1'"
+    check_refused(send, FORMS[form](with_change({"history.weights": ("BYTES", [3], ["1", "1", "1"])})), message)
+
+
+def rows_of(inputs):
+    """Columns, not ragged, as rows."""
+    return {"instances": [dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)]}
+
+
+#: The ways to send `NUMBERS` in JSON, as a dense input and a weight of row 1, position 1.
+NESTED = {"user": [3, 7], "history": [[1], [2, 4]], "dense": [[0.0, 0.0], [0.0, 0.0]]}
+WEIGHTED = {**NESTED, "history.weights": [[1.0], [1.0, 1.0]]}
+NUMBERS = {10**20: True, -(10**20): True, 10**400: False, True: False, False: False, None: False}
+
+
+def with_number(form, what, number, other):
+    """A request with `number` beside another one, both of the same kind of JSON or not."""
+    row = [other, number]
+    if form == "v2":
+        name, size = ("dense", 4) if what == "dense" else ("history.weights", 3)
+        shape = [2, 2] if what == "dense" else [3]
+        return as_json(with_change({name: ("FP32", shape, [other] * (size - 1) + [number])}))
+    if what == "dense":
+        inputs = {**NESTED, "dense": [[other, other], row]}
+    else:
+        inputs = {**NESTED, "history.weights": [[other], row]}
+    if form == "ragged":
+        flat = {"history": [1, 2, 4], "history.row_splits": [0, 1, 3]}
+        weights = {"history.weights": [other, *row]} if what == "weights" else {}
+        inputs = {**inputs, **flat, **weights}
+    return PREDICT, json.dumps(rows_of(inputs) if form == "rows" else {"inputs": inputs}).encode(), {}
+
+
+@pytest.mark.parametrize("form", ["rows", "columns", "ragged", "v2"])
+@pytest.mark.parametrize("what", ["dense", "weights"])
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("other", [1, 0.5, 10**20])
+def test_what_is_a_number(send, form, what, number, other):
+    status, found = send(with_number(form, what, number, other))
+    assert (status == 200) == NUMBERS[number], found
+    if status == 200:
+        weights = [other, number] if what == "weights" else [1, 1]
+        dense = other + number if what == "dense" else 0
+        want = np.float32(2 * weights[0] + 4 * weights[1] + dense)
+        np.testing.assert_allclose(found["history"][1], want, rtol=1e-6)
+    elif form != "v2":
+        place = "row 1, position [1]" if what == "dense" else "row 1, position 1"
+        name = "dense input 'dense'" if what == "dense" else "Weight for 'history'"
+        assert status == 400
+        assert f"{name}, {place}" in found
+        assert f"got {number!s:.80}." in found
+    else:
+        assert status == 400
+        place = f"position {3 if what == 'dense' else 2}: FP32 expected, got '{number}'"
+        assert ("FP32 cannot hold" if number == 10**400 else place) in found
+
+
+def test_booleans_of_dense_inputs_in_any_place(send):
+    for dense, place in (
+        ([[True, 1], [1, 1]], "row 0, position [0]"),
+        ([[1, 0.5], [False, 1]], "row 1, position [0]"),
+    ):
+        for encoding in ("utf-8", "utf-16", "utf-32"):
+            body = json.dumps({"inputs": {**NESTED, "dense": dense}}).encode(encoding)
+            status, found = send((PREDICT, body, {}))
+            assert (status, f"dense input 'dense', {place}: must hold numbers" in found) == (400, True), found
+    for dense in (True, [True], [True, 1], [[True], [1, 1, 1]], [[[True, 1], [1, 1]]], [{"a": True}, [1, 1]]):
+        assert send((PREDICT, json.dumps({"inputs": {**NESTED, "dense": dense}}).encode(), {}))[0] == 400
+    words = {**WEIGHTED, "true": 1}
+    status, found = send((PREDICT, json.dumps({"inputs": words}).encode(), {}))
+    assert (status, found[:23]) == (400, "input 'true' is unknown")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxembed.serve.server import tf_predict
+from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.signature import Output, Signature
+from jaxembed.serve.server.tensors import DATATYPES, from_list
 from tests.serve.server import bundles
 from tests.serve.server.servers import client_of, run
 
@@ -334,6 +336,24 @@ def test_every_bad_v2_request_says_what_is_wrong(shared_folder):
                 assert message in answer.json()["error"], (name, answer.text)
 
     run(check_all())
+
+
+@pytest.mark.parametrize("datatype", DATATYPES)
+@pytest.mark.parametrize("number", [2**63, -(10**30), 10**400])
+def test_large_ints_of_any_type(datatype, number):
+    """A tensor, or a request that is refused."""
+    try:
+        found = from_list("x", datatype, [1], [number]).array
+    except RequestError:
+        return
+    assert (found.shape, found.dtype) == ((1,), DATATYPES[datatype])
+    if np.isfinite(found[0]):
+        np.testing.assert_allclose(float(found[0]), float(number), rtol=1e-2)
+
+
+def test_ints_that_bfloat16_holds():
+    found = from_list("x", "BF16", [4], [10**19, -(2**70), 3, 0.5]).array
+    assert found.astype(np.float64).tolist() == [float(ml_dtypes.bfloat16(1e19)), -(2.0**70), 3.0, 0.5]
 
 
 def test_weights_beside_row_splits_must_be_finite(shared_folder):

@@ -2,6 +2,9 @@
 
 import base64
 import json
+import pathlib
+import pickle
+import shutil
 import types
 
 import jax
@@ -16,6 +19,8 @@ from jaxembed.serve.server import tf_predict, v2_grpc
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.messages import METHODS
 from jaxembed.serve.server.openapi import openapi
+from jaxembed.serve.server.request import LARGE
+from jaxembed.serve.server.request_packer import RequestPacker
 from jaxembed.serve.server.signature import Signature
 from jaxembed.train import Checkpointer, ShardedEmbedding
 from tests.serve.server import bundles
@@ -240,6 +245,32 @@ def test_ids_of_a_vocabulary_are_named_as_they_were_sent(folder):
             assert row["numbered"]["anyOf"][0] == {"type": "integer"}
 
     run(check_all())
+
+
+def test_a_version_without_its_folder(folder, tmp_path):
+    """Large requests, too, are read with the vocabularies that it was loaded with."""
+    own = pathlib.Path(shutil.copytree(folder, tmp_path / "bundles"))
+    small = json.dumps({"inputs": tensors()}).encode()
+    large = small + b" " * LARGE
+
+    async def check_all():
+        async with client_of(own, **OPTIONS) as (client, _):
+            shutil.rmtree(own / "0")
+            check(await client.post(INFER, content=small))
+            check(await client.post(INFER, content=large))
+
+    run(check_all())
+
+
+def test_a_vocabulary_that_cannot_be_read_is_no_fault_of_the_request(tmp_path):
+    (tmp_path / "names").write_text("heat\n")
+    mapping = pickle.loads(pickle.dumps(VocabularyFile(str(tmp_path / "names"))))
+    config = FeatureConfig(TableConfig(2, 1, name="t"), preprocessing=mapping)
+    packer = RequestPacker(Signature({"w": ServedFeature("w", config, 3, False)}, {}, (), max_rows=64))
+    (tmp_path / "names").unlink()
+    with pytest.raises(RequestError, match=r"the ids of feature 'w' have no rows: .*cannot be read") as caught:
+        packer.pack({"w": [["heat"]]}, {}, {})
+    assert (caught.value.status, caught.value.feature) == (503, None)
 
 
 def test_ids_below_0_are_announced_where_they_are_served():
