@@ -115,11 +115,19 @@ class DeadlineProtocol(WholeProtocol):
         turn = self.turn
         if turn.loop is not self.loop:
             turn.begin(self.loop)
+        if self._pieces:
+            put = self._put_together(data)
+            if put is None:
+                return
+            data = put
         if self._between and self._take_whole(data, turn):
             return
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
         if self._refusal_due is not None:
             self.send_refusal()
-        super().data_received(data)
+        super()._parse(data)
         if self.cycle is not self._seen:
             self._seen = self.cycle
             self._disarm()
@@ -127,7 +135,7 @@ class DeadlineProtocol(WholeProtocol):
                 self._arm()
 
     def _take_whole(self, data: bytes, turn: Turn) -> bool:
-        """Refuses a request like most, or begins to answer it, if it is all of `data`, without the parser.
+        """Refuses a request like most, or begins to answer it, if it is all of `data`, or waits a moment for its rest.
 
         Clients send the same head again and again, so that it is hardly ever read at all. This code runs with cold
         caches: what it does not touch is saved twice.
@@ -135,11 +143,18 @@ class DeadlineProtocol(WholeProtocol):
         refuses = turn.refused or self.full()  # once one is refused, so are others of the turn
         head = data[: data.find(b"\r\n\r\n", 0, USUAL_BYTES) + 4]
         found = self.heads.get(head) or self._remember(head)
-        if found is None or found.size != len(data):
+        if found is None or found.size < len(data):
             return False
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             return False
+        if found.size > len(data):
+            # What is refused is as soon as its head is there.
+            if refuses or found.answers is None or self._last is not None or self.transport.is_closing():
+                return False
+            self._disarm()
+            self._wait_for_rest(data, found.size)
+            return True
         self._outside = 0
         if not refuses:
             return self._answers_whole(found, data, len(head))

@@ -1,5 +1,6 @@
-"""Whole requests: those that came at once, with a head like most, are answered without a parser and messages of ASGI."""
+"""Whole requests: those that came at once, or nearly so, with a head like most, are answered without a parser and messages of ASGI."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,8 @@ from .service import Room
 Whole = Callable[[Mapping[str, str], bytes | None, dict[str, Any], Room | None], Awaitable[Answer]]
 # Heads of usual requests that are remembered.
 _REMEMBERED = 512
+# Most clients send head and body apart, and the second comes a moment later; the parser waits for others.
+_PIECES_SECONDS = 0.005
 _FAILED = Answer(500, b"Internal Server Error", "text/plain; charset=utf-8")
 
 
@@ -66,8 +69,8 @@ class _Cycle:
 class WholeProtocol(PipeliningProtocol):
     """Remembers usual heads, and answers whole requests of theirs.
 
-    What it does not know is left to the parser, and to the application: other heads, requests that come in pieces, and
-    those that come before the last one was answered.
+    What it does not know is left to the parser, and to the application: other heads, requests that come slowly, and those
+    that come before the last one was answered.
     """
 
     cycle: Any
@@ -82,6 +85,57 @@ class WholeProtocol(PipeliningProtocol):
     #: Of a path, the room that is kept for a request until its handling has begun; None if it needs none, or there is none.
     room: Callable[[bytes], Room | None] = staticmethod(lambda path: None)
     heads: ClassVar[dict[bytes, Head]] = {}
+    #: What came of a request with a usual head, of which so many bytes are missing; until a timer gives it to the parser.
+    _pieces: list[bytes]
+    _missing = 0
+    _piecing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Nothing has come."""
+        super().connection_made(transport)
+        self._pieces = []
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more comes."""
+        self._take_pieces()
+        super().connection_lost(exc)
+
+    def _wait_for_rest(self, data: bytes, size: int) -> None:
+        """Keeps the first piece of a request of so many bytes."""
+        self._pieces.append(data)
+        self._missing = size - len(data)
+        self._piecing = self.loop.call_later(_PIECES_SECONDS, self._parse_pieces)
+
+    def _put_together(self, data: bytes) -> bytes | None:
+        """The request, if `data` is the rest of it."""
+        self._pieces.append(data)
+        self._missing -= len(data)
+        return None if self._missing > 0 else self._take_pieces()
+
+    def _take_pieces(self) -> bytes:
+        if self._piecing is not None:
+            self._piecing.cancel()
+            self._piecing = None
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
+
+    def _parse_pieces(self) -> None:
+        """Leaves them to the parser."""
+        if self._pieces:
+            self._parse(self._take_pieces())
+
+    def _parse(self, data: bytes) -> None:
+        super().data_received(data)
+
+    def eof_received(self) -> bool:
+        """Whether the connection stays; what came last is no whole request."""
+        self._parse_pieces()
+        return super().eof_received()
+
+    def shutdown(self) -> None:
+        """Ends the connection once all that is due was sent; a request whose head came is."""
+        self._parse_pieces()
+        super().shutdown()
 
     def _remember(self, head: bytes) -> Head | None:
         usual = usual_request(head)
