@@ -117,7 +117,7 @@ class Digests:
             runs = _runs([(self.borders[i], self.borders[i + 1]) for i in bad])
             raise CheckpointError(
                 f"{what} is damaged: rows {runs} of {num_rows(self.shape)} do not have the digest they were "
-                "saved with; restore another step, or pass verify=False to read it all the same."
+                "saved with; restore another step, or pass verify=False (`jaxembed serve --no-verify`) to read it all the same."
             )
 
     def _borders_around(self, start: int, stop: int | None) -> Sequence[int]:

@@ -39,7 +39,7 @@ for _package in (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds those of `jaxembed serve`."""
     parser.add_argument("bundles", nargs="?", help="folder of the versions; default: AIP_STORAGE_URI")
-    parser.add_argument("--name", default=ServerConfig.name, help="of the model, in URLs")
+    parser.add_argument("--name", default=ServerConfig.name, help="of the model, in URLs; default: %(default)s")
     parser.add_argument(
         "--model", metavar="MODULE:NAME", help="model(params, activations, dense); default: the exported one"
     )
@@ -63,14 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tables",
         choices=TABLES,
         default=ServerConfig.tables,
-        help="memory: copied once for all workers, on huge pages; slower to load, faster where files are cached on small pages",
+        help="memory: copied once for all workers, on huge pages; slower to load, faster where files are cached on small pages; default: %(default)s",
     )
-    parser.add_argument("--max-batch-rows", type=int, default=ServerConfig.max_batch_rows)
+    parser.add_argument(
+        "--max-batch-rows",
+        type=int,
+        default=ServerConfig.max_batch_rows,
+        help="rows that run at once; default: %(default)s",
+    )
     parser.add_argument(
         "--batch-wait-ms",
         type=float,
         default=ServerConfig.batch_wait_ms,
-        help="how long a request waits for others",
+        help="how long a request waits for others to run with; default: %(default)g",
     )
     parser.add_argument("--batches-at-once", type=int, help="of a worker; default: its share of the cores")
     parser.add_argument(
@@ -89,36 +94,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-queue-rows",
         type=int,
         default=ServerConfig.max_queue_rows,
-        help="rows that wait or run, and most of one request",
+        help="rows that wait or run, and most of one request; default: %(default)s",
     )
     parser.add_argument(
         "--timeout",
         type=float,
         default=ServerConfig.default_timeout,
-        help="seconds that a request may take; it may name fewer",
+        help="seconds that a request may take; it may name fewer; default: %(default)g",
     )
     parser.add_argument(
         "--max-body-bytes",
         type=int,
         default=ServerConfig.max_body_bytes,
-        help="of a request, also after it is decompressed; over gRPC 2 GiB - 1 at most",
+        help="of a request, also after it is decompressed; over gRPC 2 GiB - 1 at most; default: %(default)s",
     )
-    parser.add_argument("--body-timeout", type=float, default=ServerConfig.body_timeout)
-    parser.add_argument("--idle-timeout", type=float, default=ServerConfig.idle_timeout)
-    parser.add_argument(
-        "--drain-grace", type=float, default=ServerConfig.drain_grace, help="seconds of service after SIGTERM"
-    )
-    parser.add_argument("--drain-timeout", type=float, default=ServerConfig.drain_timeout)
-    parser.add_argument("--poll-seconds", type=float, default=ServerConfig.poll_seconds)
+    for name, default, what in (
+        ("body-timeout", ServerConfig.body_timeout, "in which the body of a request must arrive"),
+        (
+            "idle-timeout",
+            ServerConfig.idle_timeout,
+            "in which a connection must send the next headers, and read its answers",
+        ),
+        ("drain-grace", ServerConfig.drain_grace, "of service after SIGTERM"),
+        ("drain-timeout", ServerConfig.drain_timeout, "that running requests have to end after that"),
+        ("poll-seconds", ServerConfig.poll_seconds, "between two looks at the folder"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=float, default=default, help=f"seconds {what}; default: %(default)g"
+        )
     parser.add_argument("--no-verify", action="store_true", help="do not compare versions with their digests")
-    parser.add_argument("--host", default=ServerConfig.host)
+    parser.add_argument(
+        "--host", default=ServerConfig.host, help="default: %(default)s, and 0.0.0.0 where AIP_HTTP_PORT is set"
+    )
     parser.add_argument("--http-port", type=int, help="default: AIP_HTTP_PORT, or 8000")
-    parser.add_argument("--grpc-port", type=int, default=ServerConfig.grpc_port, help="-1 for none")
+    parser.add_argument(
+        "--grpc-port", type=int, default=ServerConfig.grpc_port, help="-1 for none; default: %(default)s"
+    )
     parser.add_argument(
         "--workers",
         type=int,
         default=ServerConfig.workers,
-        help="processes; one for each core that is to serve",
+        help="processes, one for each core that is to serve; default: %(default)s",
     )
     parser.add_argument(
         "--threads", type=int, help="of a worker, for one batch; default: its share of the cores"

@@ -1,6 +1,6 @@
 """Trains from a configuration file, and goes on where the same command was stopped.
 
-jaxembed train --config examples/movielens.toml --set training.epochs=8 --set tables.optimizer.name=adam
+jaxembed train --config examples/movielens.toml --set out=runs/adam --set tables.optimizer.name=adam
 """
 
 import argparse
