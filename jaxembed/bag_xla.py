@@ -80,11 +80,9 @@ def _combine(bag: "Bag", entries: _Entries, rows: jax.Array) -> jax.Array:
     rows = jnp.where(keep[:, None], rows, 0)
     if bag.layout == "dense":
         return rows
-    if bag.sequence_length:
-        place = jnp.where(keep, row * bag.sequence_length + column, bag.num_bags * bag.sequence_length)
-        out = _segment_sum(rows, place, bag.num_bags * bag.sequence_length)
-        return out.reshape(bag.num_bags, bag.sequence_length, rows.shape[1])
     row = jnp.where(keep, row, bag.num_bags)
+    if bag.sequence_length:  # by two indices, as int32 may not hold row * L + column
+        return _added((bag.num_bags, bag.sequence_length), (row, column), rows)
     return _weighted(bag, rows, row, weights, keep)
 
 
@@ -166,5 +164,12 @@ _widened_rows.defjvp(_widened_tangent, symbolic_zeros=True)
 
 
 def _segment_sum(values: jax.Array, segment: jax.Array, num_segments: int) -> jax.Array:
-    zeros = jnp.zeros((num_segments, *values.shape[1:]), values.dtype)
-    return zeros.at[segment].add(values, mode="drop", wrap_negative_indices=False)
+    return _added((num_segments,), (segment,), values)
+
+
+def _added(shape: tuple[Any, ...], place: tuple[jax.Array, ...], values: jax.Array) -> jax.Array:
+    """Zeros [*shape, ...] with each of the values [N, ...] added at its place: N indices by axis of the shape."""
+    spare = shape[0] == 0  # Gradients are gathered, and nothing can be gathered from no segments.
+    zeros = jnp.zeros((1 if spare else shape[0], *shape[1:], *values.shape[1:]), values.dtype)
+    out = zeros.at[place].add(values, mode="drop", wrap_negative_indices=False)
+    return out[:0] if spare else out

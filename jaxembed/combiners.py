@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxembed.initializers import initializer_from_dict, initializer_to_dict
 from jaxembed.names import unregistered
@@ -165,3 +166,13 @@ def positions_in_rows(rows: Any, live: Any, num_rows: int) -> tuple[Any, Any]:
     order = jnp.argsort(key, stable=True)
     ranks = jnp.arange(key.shape[0], dtype=jnp.int32) - starts[key[order]]
     return jnp.full(key.shape, -1, jnp.int32).at[order].set(jnp.where(live[order], ranks, -1)), counts
+
+
+def ranks_on_host(rows: np.ndarray, live: np.ndarray) -> np.ndarray:
+    """Where each live entry comes in its row, in the order of the entries; -1 for the others."""
+    source = np.flatnonzero(live)
+    source = source[np.argsort(rows[source], kind="stable")]
+    ordered = rows[source]
+    ranks = np.full(rows.size, -1)
+    ranks[source] = np.arange(source.size) - np.searchsorted(ordered, ordered)
+    return ranks

@@ -152,6 +152,7 @@ class VocabularyFile:
           ValueError: if `ids` is one id, and no sequence.
         """
         ids = _checked(ids, self.dtype)
+        shape, ids = np.shape(ids), ids.reshape(-1) if isinstance(ids, np.ndarray) else ids
         rows = self._integers(ids) if self.dtype == "int64" else self._strings(ids)
         missing = np.flatnonzero(rows < 0)
         if missing.size:
@@ -165,7 +166,7 @@ class VocabularyFile:
                 )
             others = ids[missing] if isinstance(ids, np.ndarray) else [ids[at] for at in missing]
             rows[missing] = self.size + HashBuckets(self.num_oov_buckets, self.dtype).rows(others)
-        return rows
+        return rows.reshape(shape)
 
     def read(self) -> bytes:
         """The contents of the file.

@@ -17,8 +17,9 @@ from jaxembed.bag import Bag, BagOperands, embedding_bags
 from jaxembed.combiners import CustomCombiner, positions_in_rows
 from jaxembed.features import FeatureInput, match, table_of
 from jaxembed.inputs import RaggedTensor, SparseTensor
-from jaxembed.inputs.ids import check_unmasked, is_concrete, is_host, narrow_ids, signed_ids
+from jaxembed.inputs.ids import check_unmasked, is_concrete, is_host, narrow_ids, native_order, signed_ids
 from jaxembed.inputs.sparse import check_indices
+from jaxembed.memory import unshared
 from jaxembed.quantized_table import QuantizedTable
 from jaxembed.shapes import ActivationTree, AnyCombinerWeights, AnyTable, Inputs, Weights
 from jaxembed.validation import check_ids, check_splits
@@ -46,6 +47,9 @@ def serving_embedding_lookup(
     Works eagerly, inside `jax.jit` and `jax.grad` (with respect to tables and weights), and under
     `jax.export`, whose programs are plain JAX and need nothing else to run. The native kernel has reverse mode alone:
     trace `jax.jvp`, `jax.jacfwd` and `jax.hessian` within `jaxembed.use_backend("xla")`.
+
+    Ids and weights on the host may be written to as soon as an eager call returned, numpy tables once its result is ready.
+    Inside of a `jax.jit` of the caller JAX's rule holds: no numpy array may be written to until the result is ready.
 
     Args:
       inputs: any structure of dicts, lists, tuples and namedtuples with a dense array of ids (any
@@ -88,6 +92,7 @@ def serving_embedding_lookup(
             check_splits(item.path, lookup)
             if not count_bad_ids:
                 check_ids(item.path, item.feature.table, lookup)
+        lookup = lookup._replace(operands=_owned(lookup.operands, item))
         if isinstance(lookup.bag.combiner, CustomCombiner):
             lookup, custom = _plan_custom(item, lookup, combiner_weights or {})
             customs.append(custom)
@@ -96,7 +101,7 @@ def serving_embedding_lookup(
         lookups.append(lookup)
     bags = tuple(lookup.bag for lookup in lookups)
     shapes = tuple(lookup.output_shape for lookup in lookups)
-    operands = jax.tree.map(narrow_ids, [lookup.operands for lookup in lookups])
+    operands = [lookup.operands for lookup in lookups]
     combiners = tuple(custom and custom[0] for custom in customs)
     outputs, counts = _run(bags, shapes, combiners, lookup_path(), operands, [c and c[1:] for c in customs])
     activations = structure.pack(inputs, iter(outputs))
@@ -118,6 +123,13 @@ def _run(bags, shapes, combiners, path, operands, customs):
     return outputs, list(counts)
 
 
+def _owned(operands: BagOperands, item: FeatureInput) -> BagOperands:
+    """Operands of 32 bits, all but the table in memory that the caller cannot write to: XLA reads on after the call."""
+    given = jax.tree.leaves((item.ids, item.weights))
+    table = jax.tree.map(native_order, operands.table)
+    return BagOperands(table, *(unshared(narrow_ids(array), given) for array in operands[1:]))
+
+
 def _plan_custom(item: FeatureInput, lookup: Lookup, combiner_weights: Mapping[str, Any]) -> tuple[Lookup, Any]:
     """A custom combiner's bag as a sequence of its rows, with what its function takes besides them."""
     bag, operands, table = lookup.bag, lookup.operands, item.feature.table
@@ -130,6 +142,7 @@ def _plan_custom(item: FeatureInput, lookup: Lookup, combiner_weights: Mapping[s
                 f"[{combiner.num_weights}], got {None if weights is None else list(np.shape(weights))}; pass "
                 f"combiner_weights={{{table.name!r}: ...}}."
             )
+        weights = unshared(weights, [weights])
     ids, place = narrow_ids(operands.ids), _place_ragged if bag.layout == "ragged" else _place_sparse
     placed, counts, scale = place(bag, operands._replace(ids=ids), combiner.max_valency)
     dtype = jax.dtypes.canonicalize_dtype(operands.table.dtype)
@@ -147,6 +160,8 @@ def _place_ragged(bag: Bag, operands: BagOperands, length: int) -> tuple[BagOper
     if operands.weights is not None:
         place = splits[:-1, None] + jnp.arange(length, dtype=splits.dtype)
         values = jnp.asarray(operands.weights).astype(jnp.float32)
+        if values.shape[0] == 0:  # of nothing, nothing can be gathered
+            values = jnp.append(values, jnp.float32(0))
         scale = jnp.where(place < splits[1:, None], values.at[place].get(mode="fill", fill_value=0), 0)
     counts = jnp.diff(splits).astype(jnp.int32)
     return operands._replace(bags=splits, weights=None), counts, scale

@@ -1,5 +1,6 @@
 """Memory for tables, as CPU devices and the processor's address translation like it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -26,6 +27,19 @@ def aligned(array: np.ndarray) -> np.ndarray:
     """`array` itself where CPU devices can use it in place, else a copy that they can."""
     if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
         return array
+    copy = aligned_empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def unshared(array: Any, others: Iterable[Any]) -> Any:
+    """`array`, or its copy if it is a host array in memory that one of `others` has, too."""
+    if not isinstance(array, np.ndarray):
+        return array
+    if not any(isinstance(other, np.ndarray) and np.may_share_memory(array, other) for other in others):
+        return array
+    if array.nbytes < 2**18:  # which XLA copies once more in less time than aligned memory is found
+        return array.copy()
     copy = aligned_empty(array.shape, array.dtype)
     copy[...] = array
     return copy

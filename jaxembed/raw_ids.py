@@ -77,5 +77,5 @@ def _bad_type(at: int, wanted: str, value: Any, hint: str) -> BadIdError:
 def _signed(ids: np.ndarray) -> np.ndarray:
     large = np.flatnonzero(ids >= np.uint64(2**63))
     if large.size:
-        raise BadIdError(int(large[0]), f"the id must be an int64, got {ids[large[0]]}.")
+        raise BadIdError(int(large[0]), f"the id must be an int64, got {ids.flat[large[0]]}.")
     return ids.astype(np.int64)

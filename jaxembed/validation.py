@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.combiners import CustomCombiner, ranks_on_host
 from jaxembed.config import TableConfig
 from jaxembed.inputs.ids import is_concrete
 from jaxembed.inputs.ragged import check_row_splits
@@ -46,13 +47,13 @@ def check_ids(path: str, table: TableConfig, lookup: Any) -> None:
 
 def _looked_up(bag: Any, operands: Any, ids: np.ndarray) -> np.ndarray:
     position = np.arange(ids.shape[0])
-    live = np.ones(ids.shape[0], bool)
+    live, rows = np.ones(ids.shape[0], bool), None
     if bag.layout == "ragged":
         splits = np.asarray(operands.bags)
         live = position < splits[-1]
-        if bag.sequence_length:
+        if length := _length(bag):
             row = np.clip(np.searchsorted(splits, position, side="right") - 1, 0, None)
-            live &= position - splits[row] < bag.sequence_length
+            live &= position - splits[row] < length
     elif bag.layout == "sparse":
         rows = np.asarray(operands.bags)
         live = (rows >= 0) & (rows < bag.num_bags)
@@ -63,7 +64,14 @@ def _looked_up(bag: Any, operands: Any, ids: np.ndarray) -> np.ndarray:
         live &= ids >= 0
     if bag.prune_weights and operands.weights is not None:
         live &= np.asarray(operands.weights) > 0
+    if rows is not None and isinstance(bag.combiner, CustomCombiner):
+        live &= ranks_on_host(rows, live) < bag.combiner.max_valency
     return live
+
+
+def _length(bag: Any) -> int:
+    """How many ids of a ragged bag are looked up; 0 for all."""
+    return bag.combiner.max_valency if isinstance(bag.combiner, CustomCombiner) else bag.sequence_length
 
 
 def _row(bag: Any, operands: Any, at: int) -> str:

@@ -28,7 +28,7 @@ def as_bags(feature: ServedFeature, leaf: Any, weight: Any) -> tuple[np.ndarray,
     ids, splits, values = _bags(feature, leaf, weight)
     if ids.dtype == np.uint64:
         if ids.size and ids.max() >= np.uint64(2**63):
-            raise checks.bad_id([feature], ids, splits[None])
+            checks.refuse(checks.bad_id([feature], ids, splits[None]))
         ids = ids.astype(np.int64)
     return ids, splits, values
 
@@ -101,6 +101,8 @@ def own(array: np.ndarray) -> np.ndarray:
     while isinstance(base, np.ndarray | memoryview):
         if isinstance(base, memoryview):
             base = base.obj
+            if not isinstance(base, bytes | np.ndarray):  # such as a bytearray, or a map of memory
+                return array.copy()
         elif base.flags.writeable:
             return array.copy()
         else:
@@ -152,7 +154,8 @@ def _rows(feature: ServedFeature, rows: Sequence[Any]) -> tuple[np.ndarray, np.n
     dtypes = {row.dtype for row in full}
     if len(dtypes) > 1 and np.dtype(np.uint64) in dtypes:  # numpy would make floats of them
         if any(row.dtype == np.uint64 and row.max() >= np.uint64(2**63) for row in full):
-            raise checks.bad_id([feature], np.concatenate([row.astype(object) for row in full]), splits[None])
+            wide = np.concatenate([row.astype(object) for row in full])
+            checks.refuse(checks.bad_id([feature], wide, splits[None]))
         full = [row.astype(np.int64) for row in full]
     return np.concatenate(full) if full else np.zeros(0, np.int32), splits
 
@@ -269,6 +272,7 @@ def _sparse(
         raise checks.sparse_sequence(feature)
     # Here, as what is pruned leaves no place in a row.
     bad = (ids < 0) | (ids >= config.table.vocabulary_size)
+    bad &= np.arange(rows.size) - np.repeat(splits[:-1], counts) < checks.valency(feature)
     if bad.any():
         at = int(np.argmax(bad))
         raise checks.bad_sparse_id(feature, rows[at], columns[at], ids[at])

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxembed.combiners import CustomCombiner
+
 from .features import ServedFeature
 
 _KINDS = "a list of lists of ints, a list of ints (one id a row), a RaggedTensor, a SparseTensor or an integer array [B]"
@@ -84,8 +86,9 @@ def too_long(features: Sequence[ServedFeature], lengths: np.ndarray) -> ValueErr
     )
 
 
-def listed_ids(features: Sequence[ServedFeature], ids: Sequence[Any], splits: np.ndarray) -> ValueError:
-    """For an entry of a list that is no int, or one that int32 cannot hold."""
+def listed_ids(features: Sequence[ServedFeature], ids: Sequence[Any], splits: np.ndarray) -> ValueError | None:
+    """For an entry of a list that is no int, or one that int32 cannot hold; None if those are dropped."""
+    dropped = _dropped(features, splits)
     for at, value in enumerate(ids):
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             feature, where = _locate(features, splits, at)
@@ -93,13 +96,13 @@ def listed_ids(features: Sequence[ServedFeature], ids: Sequence[Any], splits: np
                 feature,
                 f"Feature {feature.path!r}, {where}: ids must be ints, got {value!r:.80}{_hint(value)}.",
             )
-        if not -(2**31) <= value < 2**31:
+        if not -(2**31) <= value < 2**31 and not dropped[at]:
             return _outside(*_locate(features, splits, at), value)
-    raise AssertionError("no bad entry found")  # the caller saw one
+    return None
 
 
-def bad_id(features: Sequence[ServedFeature], ids: np.ndarray, splits: np.ndarray) -> ValueError:
-    """For an id outside [0, V).
+def bad_id(features: Sequence[ServedFeature], ids: np.ndarray, splits: np.ndarray) -> ValueError | None:
+    """For an id outside [0, V); None if those are dropped.
 
     Args:
       features: in the order of `splits`.
@@ -108,8 +111,9 @@ def bad_id(features: Sequence[ServedFeature], ids: np.ndarray, splits: np.ndarra
     """
     sizes = np.array([feature.config.table.vocabulary_size for feature in features])
     limits = np.repeat(sizes, splits[:, -1] - splits[:, 0])
-    at = int(np.argmax((ids < 0) | (ids >= limits)))
-    return _outside(*_locate(features, splits, at), ids[at])
+    bad = ((ids < 0) | (ids >= limits)) & ~_dropped(features, splits)
+    at = int(np.argmax(bad))
+    return _outside(*_locate(features, splits, at), ids[at]) if bad[at] else None
 
 
 def bad_sparse_id(feature: ServedFeature, row: int, column: int, id_: Any) -> ValueError:
@@ -224,6 +228,25 @@ def sparse_sequence(feature: ServedFeature) -> ValueError:
         f"Feature {feature.path!r}: a sparse sequence must fill columns 0, 1, ... of every row once to be "
         "served; pass a list of lists or a RaggedTensor."
     )
+
+
+def refuse(error: ValueError | None) -> None:
+    """Raises what was found, if anything: ids that a combiner drops may be any."""
+    if error is not None:
+        raise error from None
+
+
+def valency(feature: ServedFeature) -> int:
+    """How many ids of a bag its combiner takes: those beyond are dropped, whatever they are."""
+    combiner, length = feature.config.table.combiner, feature.config.max_sequence_length
+    return combiner.max_valency if isinstance(combiner, CustomCombiner) and not length else 2**31
+
+
+def _dropped(features: Sequence[ServedFeature], splits: np.ndarray) -> np.ndarray:
+    """Of the ids of all features, those that no combiner takes; the arguments are those of `bad_id`."""
+    limits = np.repeat([valency(feature) for feature in features], splits[:, -1] - splits[:, 0])
+    starts = np.repeat(splits[:, :-1].ravel(), np.diff(splits).ravel())
+    return np.arange(starts.size) - starts >= limits
 
 
 def _outside(feature: ServedFeature, where: str, value: Any) -> ValueError:

@@ -75,9 +75,16 @@ def _read(name: str, value: Any, shape: tuple[int, ...], keep: bool) -> np.ndarr
         row, *position = (int(i) for i in np.argwhere(~finite)[0])
         raise ValueError(
             f"dense input {name!r}, row {row}, position {position}: must be a finite float32, got "
-            f"{np.asarray(value)[(row, *position)]!s:.80}."
+            f"{_shown(np.asarray(value)[(row, *position)])}."
         )
     return array
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!s:.80}"
+    except ValueError:  # Python writes no int of thousands of digits
+        return "an int that is far beyond it"
 
 
 def _numbers(name: str, array: np.ndarray) -> np.ndarray:

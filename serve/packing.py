@@ -199,7 +199,7 @@ class Packer:
         if filled.any():
             used = ids.view(np.uint64 if ids.dtype == np.int64 else np.uint32)  # a negative id is a large one
             if np.count_nonzero(np.maximum.reduceat(used, starts[filled]) >= self._sizes[filled]):
-                raise checks.bad_id(self.features, ids, splits)
+                checks.refuse(checks.bad_id(self.features, ids, splits))
         weights = np.ones(len(ids), np.float32) if self.weighted else None
         return Packed(lengths.shape[1], ids.astype(np.int32, copy=False), splits, weights)
 
@@ -234,11 +234,12 @@ class Packer:
             try:
                 struct.pack_into(f"{listed}i", ids.data, 0, *request.ids)
             except (struct.error, TypeError):
-                raise checks.listed_ids(self._order(request), request.ids, splits) from None
+                checks.refuse(checks.listed_ids(self._order(request), request.ids, splits))
+                ids[:listed] = [min(max(id_, -(2**31)), 2**31 - 1) for id_ in request.ids]
             # True and False pack as 1 and 0.
             low = (ids[:listed] <= 1).nonzero()[0].tolist()
             if low and any(type(request.ids[i]) is bool for i in low):
-                raise checks.listed_ids(self._order(request), request.ids, splits)
+                checks.refuse(checks.listed_ids(self._order(request), request.ids, splits))
         if request.arrays:
             self._write_arrays(request, ids[listed:total], splits)
         if total:
@@ -249,7 +250,7 @@ class Packer:
             if np.count_nonzero(filled) < len(filled):
                 starts, sizes = starts[filled], sizes[filled]
             if np.count_nonzero(np.maximum.reduceat(used, starts) >= sizes):
-                raise checks.bad_id(self._order(request), ids[:total], splits)
+                checks.refuse(checks.bad_id(self._order(request), ids[:total], splits))
 
     def _write_arrays(self, request: Request, out: np.ndarray, splits: np.ndarray) -> None:
         arrays = request.arrays
@@ -259,7 +260,7 @@ class Packer:
         wide = np.concatenate(arrays, dtype=np.int64, casting="unsafe")
         if wide.size and (wide.min() < -(2**31) or wide.max() >= 2**31):
             features = self._order(request)[request.listed :]
-            raise checks.bad_id(features, wide, splits[request.listed :] - len(request.ids))
+            checks.refuse(checks.bad_id(features, wide, splits[request.listed :] - len(request.ids)))
         out[:] = wide
 
     def _write_weights(self, request: Request, weights: np.ndarray, splits: np.ndarray) -> None:

@@ -11,6 +11,7 @@ import jaxembed as je
 from jaxembed import kernel
 from jaxembed.combiners import CustomCombiner, combiner_from_dict, register_combiner
 from jaxembed.initializers import Constant
+from jaxembed.serve import EmbeddingForServing, ServingFunction
 
 ROWS = [[1, 2, 3], [], [4], [0, 0]]
 TABLE = jnp.arange(20.0).reshape(5, 4) + 1
@@ -70,12 +71,15 @@ def test_malformed_row_splits_are_refused_by_the_kernel(splits):
 
 
 @pytest.mark.parametrize("backend", ["native", "xla"])
-@pytest.mark.parametrize("rows", [ROWS, [[], []]])
-def test_weights_of_ragged_ids_and_their_gradients(backend, rows):
+@pytest.mark.parametrize("rows", [ROWS, [[], []], []])
+@pytest.mark.parametrize("padded", [True, False])
+def test_weights_of_ragged_ids_and_their_gradients(backend, rows, padded):
     if backend == "native" and not kernel.available():
         pytest.skip("the kernel was not built")
-    ids = je.RaggedTensor.from_lists(rows).pad(9)
-    values = jnp.where(jnp.arange(9) < ids.row_splits[-1], jnp.arange(9.0) - 2, jnp.nan)
+    ids = je.RaggedTensor.from_lists(rows)
+    ids = ids.pad(9) if padded else ids
+    place = jnp.arange(ids.values.shape[0])
+    values = jnp.where(place < ids.row_splits[-1], place.astype(jnp.float32) - 2, jnp.nan)
 
     def loss(values, combiner):
         return jnp.sum(lookup(combiner, ids, je.RaggedTensor(values, ids.row_splits)) ** 2)
@@ -86,6 +90,37 @@ def test_weights_of_ragged_ids_and_their_gradients(backend, rows):
         )
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], wanted[1], rtol=1e-6)
+
+
+def test_ids_beyond_the_valency_are_not_looked_at():
+    config = {"a": je.FeatureConfig(je.TableConfig(5, 4, combiner=CustomCombiner(masked_sum, 2), name="t"))}
+    serving = ServingFunction(EmbeddingForServing(config, {"t": TABLE}), weighted=["a"], max_batch_size=4)
+    expected = np.stack([TABLE[0] + TABLE[1], 0 * TABLE[0], TABLE[4]])
+    for bad in (99, -1, 2**31 + 1, -(2**40)):
+        lists = [[0, 1, bad, bad], [], [4]]
+        # Entries count in their order, whatever their columns.
+        sparse = je.SparseTensor(
+            [[0, 3], [2, 0], [0, 0], [0, 1], [0, 2]], np.array([0, 4, 1, bad, bad]), (3, 4)
+        )
+        feature = {"a": dataclasses.replace(config["a"], validate_weights_and_indices=False)}
+        for ids in (je.RaggedTensor.from_lists(lists), sparse):
+
+            def call(ids=ids, feature=feature, **arguments):
+                return je.serving_embedding_lookup({"a": ids}, None, {"t": TABLE}, feature, **arguments)
+
+            out, counts = call(count_bad_ids=True)
+            assert int(counts["a"]) == 0
+            for found in (out, call(), jax.jit(call)(ids), jax.jit(call)(), serving({"a": ids})):
+                np.testing.assert_array_equal(found["a"], expected)
+        for served in (lists, [np.array(row, np.int64) for row in lists]):
+            np.testing.assert_array_equal(serving({"a": served})["a"], expected)
+        flat = serving.pack_flat(np.array([0, 1, bad, bad, 4]), np.array([[4, 0, 1]]))
+        np.testing.assert_array_equal(serving.run(flat)["a"], expected)
+    for wrong in ([[0, 99, 1]], [[0, 1, 2], [2**31]], [[0, 1, True]], [[0, 1, "a"]]):
+        with pytest.raises(ValueError, match=r"is outside of table|must be ints"):
+            serving({"a": wrong})
+    with pytest.raises(ValueError, match="id 9 at position 1, row 0 is outside"):
+        lookup(CustomCombiner(masked_sum, 2), je.RaggedTensor.from_lists([[0, 9, 9], [1]]))
 
 
 def test_gradients_reach_weights_and_table():

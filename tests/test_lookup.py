@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 import jaxembed as je
 from jaxembed import kernel
 from jaxembed.bag import Bag, BagOperands, embedding_bags, row_gradients
+from jaxembed.memory import aligned_empty
 from jaxembed.quantization import quantize
 from tests.generate import lookups
 
@@ -493,6 +494,37 @@ def test_wide_ids_stay_wide_in_programs_of_64_bits(path, layout):
         )
     np.testing.assert_array_equal(out, [ROWS[1], np.zeros(D), np.zeros(D), ROWS[3]])
     assert int(bad) == 2
+
+
+def test_buffers_may_be_filled_again_once_the_call_returned():
+    count, config = 1_000_000, je.TableConfig(20_000, 8, combiner="sum", name="t")
+    ids, weights = aligned_empty((count,), np.int32), aligned_empty((count,), np.float32)
+    splits = aligned_empty((count // 20 + 2,), np.int32)[
+        1:
+    ]  # XLA copies these, the others it reads where they lie
+    # The kernel ends the process where this goes wrong, so that plain JAX comes first.
+    for name in ["xla", "native"] if kernel.available() else ["xla"]:
+        for layout in ("ragged", "dense"):
+            ids[:], weights[:], splits[:] = 7, 1, np.arange(0, count + 1, 20)
+            ragged, parallel = je.RaggedTensor(ids, splits), je.RaggedTensor(weights, splits)
+            arguments = (ragged, parallel) if layout == "ragged" else (ids, None)
+            with je.use_backend(name):
+                out = lookup(*arguments, je.FeatureConfig(config), jnp.ones((20_000, 8)))
+                ids[:], weights[:], splits[:] = 2**31 - 1, 3, 0
+            np.testing.assert_array_equal(out, 20 if layout == "ragged" else 1)
+
+
+@pytest.mark.parametrize("layout", ["ragged", "sparse"])
+def test_a_batch_of_sequences_may_be_larger_than_int32(path, layout):
+    batch, length, count = 2**16, 2**15 + 1, 5
+    ids = jax.ShapeDtypeStruct((count,), np.int32)
+    bags = jax.ShapeDtypeStruct((batch + 1 if layout == "ragged" else count,), np.int32)
+    operands = BagOperands(
+        jax.ShapeDtypeStruct((V, 1), jnp.bfloat16), ids, bags, ids if layout == "sparse" else None
+    )
+    bag = Bag(layout, batch, sequence_length=length)
+    out = jax.eval_shape(lambda operands: embedding_bags([bag], [operands], path)[0][0], operands)
+    assert out.shape == (batch, length, 1)
 
 
 def test_activations_come_in_the_order_of_their_keys():

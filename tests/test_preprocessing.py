@@ -367,6 +367,23 @@ def test_rows_of_arrays_of_integers(tmp_path):
     assert vocabulary.rows(np.array([])).tolist() == HashBuckets(10).rows([]).tolist() == []
 
 
+@pytest.mark.parametrize("shape", [(4, 2), (2, 2, 2), (0, 3)])
+def test_rows_of_arrays_of_any_rank(tmp_path, shape):
+    (tmp_path / "numbers").write_text("5\n7\n9\n")
+    ids = np.resize(np.array([5, 7, 100, 9, 7, -5]), shape)
+    vocabulary = VocabularyFile(str(tmp_path / "numbers"), num_oov_buckets=2, dtype="int64")
+    for mapping in (vocabulary, HashBuckets(10)):
+        rows = [mapping.rows(ids.reshape(-1)[at : at + 1])[0] for at in range(ids.size)]
+        np.testing.assert_array_equal(mapping.rows(ids), np.reshape(rows, shape), strict=False)
+        assert mapping.rows(ids).shape == shape
+    if ids.size:
+        closed = dataclasses.replace(vocabulary, num_oov_buckets=0)
+        for wrong, dtype in ((100, np.int64), (2**63, np.uint64)):
+            with pytest.raises(BadIdError, match=f"{wrong}") as error:
+                closed.rows(np.where(ids == 100, np.uint64(wrong), 5).astype(dtype))
+            assert error.value.at == 2
+
+
 def test_out_of_vocabulary_without_buckets(words):
     strict = dataclasses.replace(words, num_oov_buckets=0)
     with pytest.raises(

@@ -1,5 +1,7 @@
 """Gradients of embedding_bag as rows: their sum is the dense gradient of both paths."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,11 @@ for combiner in ("sum", "mean", "sqrtn"):
     CASES[f"ragged weighted {combiner}"] = (ragged, BagOperands(TABLE, IDS, SPLITS, weights=WEIGHTS))
     sparse = Bag("sparse", 3, combiner, prune_ids=True, prune_weights=True)
     CASES[f"sparse pruned {combiner}"] = (sparse, BagOperands(TABLE, IDS, ROWS, weights=WEIGHTS))
+# No bags in a buffer of some length: all of it is padding.
+for name in ("sequence", "sparse sequence", "ragged weighted mean", "ragged sqrtn", "sparse pruned sum"):
+    bag, operands = CASES[name]
+    bags = SPLITS[:1] if bag.layout == "ragged" else ROWS
+    CASES[f"{name} without bags"] = (dataclasses.replace(bag, num_bags=0), operands._replace(bags=bags))
 
 
 @pytest.mark.parametrize("path", ["xla", "native"])
@@ -49,7 +56,14 @@ def test_rows_add_up_to_the_dense_gradient(case, path):
     np.testing.assert_allclose(
         jnp.zeros_like(TABLE).at[ids].add(rows, mode="drop"), dense, rtol=1e-6, atol=1e-7
     )
-    assert np.abs(dense).max() > 0.1
+    assert np.abs(dense).max() > 0.1 or not bag.num_bags
+    if operands.weights is not None:
+
+        def by_weights(weights):
+            return embedding_bags([bag], [operands._replace(weights=weights)], path)[0][0]
+
+        (of_weights,) = jax.vjp(by_weights, operands.weights)[1](gradient)
+        assert bool(of_weights.any()) == bool(bag.num_bags)
 
 
 @pytest.mark.parametrize("path", ["xla", "native"])

@@ -149,8 +149,8 @@ class DeadlineProtocol(WholeProtocol):
         if cycle is not None and not cycle.response_complete:
             return False
         if found.size > len(data):
-            # What is refused is as soon as its head is there.
-            if refuses or found.answers is None or self._last is not None or self.transport.is_closing():
+            # What is refused is as soon as its head is there, and what is to be served by a server that ends is admitted then.
+            if refuses or self.leaves() or found.answers is None or self._last is not None or self.transport.is_closing():
                 return False
             self._disarm()
             self._wait_for_rest(data, found.size)
@@ -225,7 +225,8 @@ class DeadlineProtocol(WholeProtocol):
             self.leave()
 
     def leave(self) -> None:
-        """The answer that is due, if there is one, says that it is the last of its connection."""
+        """The answer that is due, if there is one, says that it is the last of its connection; what waits is admitted."""
+        self._parse_pieces()
         cycle = self.cycle
         if cycle is not None and not cycle.response_started and cycle.keep_alive:
             cycle.default_headers = [*cycle.default_headers, (b"connection", b"close")]

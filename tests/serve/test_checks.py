@@ -336,6 +336,7 @@ def test_bad_weights_of_sparse_ids(serve):
         ({"dense": [[1, 2], [0.5, None]]}, r"'dense', row 1, position \[1\]: must hold numbers, got None"),
         ({"dense": [[10**20, 2], [True, 1]]}, r"'dense', row 1, position \[0\]: must hold numbers, got True"),
         ({"dense": [[1, 2], [3, -(10**400)]]}, r"row 1, position \[1\]: must be a finite float32, got -1000"),
+        ({"dense": [[1, 2], [3, 10**5000]]}, r"row 1, position \[1\]: must be a finite float32, got an int"),
         ({"dense": np.ma.masked_equal([[1, 2], [3, 3]], 3)}, "'dense' is a masked array with 2 masked entries"),
         (
             {"dense": [[1, 2], np.ma.masked_equal([3, 4], 3)]},

@@ -1,5 +1,7 @@
 """Requests that are packed one by one and run together give what each gives alone."""
 
+import array
+
 import jax
 import numpy as np
 import pytest
@@ -216,7 +218,8 @@ def test_bytes_are_packed_in_place():
     )
     raw = np.ones((2, 2), np.float32).tobytes()
     ids = np.frombuffer(np.array([1, 2], np.int32).tobytes(), np.int32)
-    for held in (raw, memoryview(raw), bytearray(raw), memoryview(bytearray(raw)).toreadonly()):
+    written = memoryview(array.array("f", [1, 1, 1, 1])).toreadonly()
+    for held in (raw, memoryview(raw), bytearray(raw), memoryview(bytearray(raw)).toreadonly(), written):
         dense = np.frombuffer(held, "<f4").reshape(2, 2)
         rows = function.pack_flat(ids, np.array([[1, 1]]), {"x": dense})
         assert np.shares_memory(rows.packed.ids, ids)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.bag import Bag, BagOperands
-from jaxembed.combiners import CustomCombiner
+from jaxembed.combiners import CustomCombiner, ranks_on_host
 from jaxembed.config import TableConfig
 from jaxembed.inputs.ids import is_concrete
 from jaxembed.lookup import Lookup
@@ -50,7 +50,7 @@ def as_sequence(lookup: Lookup) -> Lookup:
         live &= ids >= 0
     if bag.prune_weights and operands.weights is not None:
         live &= np.asarray(operands.weights) > 0
-    placed = BagOperands(operands.table, ids, rows, columns=_ranks(rows, live), weights=operands.weights)
+    placed = BagOperands(operands.table, ids, rows, columns=ranks_on_host(rows, live), weights=operands.weights)
     return Lookup(sequence, placed, shape)
 
 
@@ -212,13 +212,3 @@ def _ragged_rows(splits: np.ndarray, num_ids: int) -> np.ndarray:
     rows = np.full(num_ids, -1)
     rows[splits[0] : splits[-1]] = np.repeat(np.arange(splits.size - 1), np.diff(splits))
     return rows
-
-
-def _ranks(rows: np.ndarray, live: np.ndarray) -> np.ndarray:
-    """Where each live entry comes in its row, -1 for the others."""
-    source = np.flatnonzero(live)
-    source = source[np.argsort(rows[source], kind="stable")]
-    ordered = rows[source]
-    ranks = np.full(rows.size, -1)
-    ranks[source] = np.arange(source.size) - np.searchsorted(ordered, ordered)
-    return ranks

@@ -144,6 +144,29 @@ def test_a_request_whose_head_came_before_the_server_stops_is_answered(shared_fo
     run(check())
 
 
+def test_a_request_whose_head_came_before_the_server_leaves_is_answered(shared_folder, waiting):
+    """As before a worker drains, of which those with a head that comes while it leaves are no less."""
+
+    async def check():
+        async with serving_bundles(shared_folder) as (port, service):
+            clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+            await send(clients[0][1], waiting, SENT[:HEAD], b"")
+            service.leaving = True
+            waiting[0].leave()
+            clients[1][1].write(SENT[:HEAD])
+            assert await until(lambda: service.admitted == 2)
+            service.draining = True
+            for reader, writer in clients:
+                writer.write(SENT[HEAD:])
+                lines, _ = await whole_answer(reader)
+                assert lines[0] == b"HTTP/1.1 200 OK"
+                assert b"connection: close" in lines
+                writer.close()
+            assert len(waiting) == 1
+
+    run(check())
+
+
 def test_a_server_that_is_full_by_then_refuses_them(shared_folder, begun, waiting, monkeypatch):
     """And at their heads, if it is before; what waits takes no room."""
 
