@@ -15,7 +15,11 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 TUTORIALS = [*sorted((DOCS / "tutorials").glob("*.md")), DOCS / "sharding.md"]
 # What other tests do as well, with files of their own.
 SLOW = ("criteo", "keras_rs", "tensorflow")
-NEEDS = {"torchrec": ["torch"], "tensorflow": ["tensorflow"], "keras_rs": ["keras_rs", "h5py", "jax_tpu_embedding"]}
+NEEDS = {
+    "torchrec": ["torch"],
+    "tensorflow": ["tensorflow"],
+    "keras_rs": ["keras_rs", "h5py", "jax_tpu_embedding"],
+}
 
 
 def test_the_first_example_of_the_readme_gives_what_it_says():

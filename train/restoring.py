@@ -110,7 +110,9 @@ def check_slots(embedding: ShardedEmbedding, opened: OpenedCheckpoint, partial: 
         for slot in slots:
             if slot not in found and not fresh:
                 others = f", only {sorted(found)}" if found else ""
-                advice = "train on with the optimizer it was saved with, or in another folder, or " if found else ""
+                advice = (
+                    "train on with the optimizer it was saved with, or in another folder, or " if found else ""
+                )
                 raise ValueError(
                     f"checkpoint {opened.directory} has no slot {slot!r} of table {name!r}{others}; {advice}pass "
                     "fresh_slots=True to start slots that it lacks at their initial values."

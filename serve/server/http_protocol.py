@@ -150,7 +150,13 @@ class DeadlineProtocol(WholeProtocol):
             return False
         if found.size > len(data):
             # What is refused is as soon as its head is there, and what is to be served by a server that ends is admitted then.
-            if refuses or self.leaves() or found.answers is None or self._last is not None or self.transport.is_closing():
+            if (
+                refuses
+                or self.leaves()
+                or found.answers is None
+                or self._last is not None
+                or self.transport.is_closing()
+            ):
                 return False
             self._disarm()
             self._wait_for_rest(data, found.size)
