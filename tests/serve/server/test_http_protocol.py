@@ -117,6 +117,7 @@ def test_what_is_read_at_once_finds_no_more_room_than_there_is(shared_folder, mo
             connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(8)]
             for _ in range(2):
                 gate.close()
+                service.batcher._seconds.clear()  # so that batches run on a thread
                 for _, writer in connections:  # none of them is read meanwhile
                     writer.write(PREDICT)
                 tasks = [asyncio.create_task(answer_of(reader)) for reader, _ in connections]
