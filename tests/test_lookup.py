@@ -499,9 +499,8 @@ def test_wide_ids_stay_wide_in_programs_of_64_bits(path, layout):
 def test_buffers_may_be_filled_again_once_the_call_returned():
     count, config = 1_000_000, je.TableConfig(20_000, 8, combiner="sum", name="t")
     ids, weights = aligned_empty((count,), np.int32), aligned_empty((count,), np.float32)
-    splits = aligned_empty((count // 20 + 2,), np.int32)[
-        1:
-    ]  # XLA copies these, the others it reads where they lie
+    # XLA copies what is not aligned, and reads the others where they lie.
+    splits = aligned_empty((count // 20 + 2,), np.int32)[1:]
     # The kernel ends the process where this goes wrong, so that plain JAX comes first.
     for name in ["xla", "native"] if kernel.available() else ["xla"]:
         for layout in ("ragged", "dense"):

@@ -36,6 +36,36 @@ for _package in (
         raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 
 
+#: Options that are a number of ServerConfig: flag, field and help.
+_NUMBERS = (
+    ("max-batch-rows", "max_batch_rows", "rows that run at once"),
+    ("batch-wait-ms", "batch_wait_ms", "how long a request waits for others to run with"),
+    (
+        *("max-queue-ms", "max_queue_ms"),
+        "how long requests may take in an overloaded worker, which refuses more than it answers in that time",
+    ),
+    (
+        *("max-queue-requests", "max_queue_requests"),
+        "requests of a worker that wait or run, over which they are refused, also while it is not",
+    ),
+    ("max-queue-rows", "max_queue_rows", "rows that wait or run, and most of one request"),
+    ("timeout", "default_timeout", "seconds that a request may take; it may name fewer"),
+    (
+        *("max-body-bytes", "max_body_bytes"),
+        "of a request, also after it is decompressed; over gRPC 2 GiB - 1 at most",
+    ),
+    ("body-timeout", "body_timeout", "seconds in which the body of a request must arrive"),
+    (
+        *("idle-timeout", "idle_timeout"),
+        "seconds in which a connection must send the next headers, and read its answers",
+    ),
+    ("drain-grace", "drain_grace", "seconds of service after SIGTERM"),
+    ("drain-timeout", "drain_timeout", "seconds that running requests have to end after that"),
+    ("poll-seconds", "poll_seconds", "seconds between two looks at the folder"),
+    ("workers", "workers", "processes, one for each core that is to serve"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds those of `jaxembed serve`."""
     parser.add_argument("bundles", nargs="?", help="folder of the versions; default: AIP_STORAGE_URI")
@@ -65,62 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=ServerConfig.tables,
         help="memory: copied once for all workers, on huge pages; slower to load, faster where files are cached on small pages; default: %(default)s",
     )
-    parser.add_argument(
-        "--max-batch-rows",
-        type=int,
-        default=ServerConfig.max_batch_rows,
-        help="rows that run at once; default: %(default)s",
-    )
-    parser.add_argument(
-        "--batch-wait-ms",
-        type=float,
-        default=ServerConfig.batch_wait_ms,
-        help="how long a request waits for others to run with; default: %(default)g",
-    )
     parser.add_argument("--batches-at-once", type=int, help="of a worker; default: its share of the cores")
-    parser.add_argument(
-        "--max-queue-ms",
-        type=float,
-        default=ServerConfig.max_queue_ms,
-        help="how long requests may take in an overloaded worker, which refuses more than it answers in that time; default: %(default)g",
-    )
-    parser.add_argument(
-        "--max-queue-requests",
-        type=int,
-        default=ServerConfig.max_queue_requests,
-        help="requests of a worker that wait or run, over which they are refused, also while it is not; default: %(default)s",
-    )
-    parser.add_argument(
-        "--max-queue-rows",
-        type=int,
-        default=ServerConfig.max_queue_rows,
-        help="rows that wait or run, and most of one request; default: %(default)s",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=ServerConfig.default_timeout,
-        help="seconds that a request may take; it may name fewer; default: %(default)g",
-    )
-    parser.add_argument(
-        "--max-body-bytes",
-        type=int,
-        default=ServerConfig.max_body_bytes,
-        help="of a request, also after it is decompressed; over gRPC 2 GiB - 1 at most; default: %(default)s",
-    )
-    for name, default, what in (
-        ("body-timeout", ServerConfig.body_timeout, "in which the body of a request must arrive"),
-        (
-            "idle-timeout",
-            ServerConfig.idle_timeout,
-            "in which a connection must send the next headers, and read its answers",
-        ),
-        ("drain-grace", ServerConfig.drain_grace, "of service after SIGTERM"),
-        ("drain-timeout", ServerConfig.drain_timeout, "that running requests have to end after that"),
-        ("poll-seconds", ServerConfig.poll_seconds, "between two looks at the folder"),
-    ):
+    for flag, field, what in _NUMBERS:
+        default = getattr(ServerConfig, field)
         parser.add_argument(
-            f"--{name}", type=float, default=default, help=f"seconds {what}; default: %(default)g"
+            f"--{flag}", type=type(default), default=default, help=f"{what}; default: {default:.12g}"
         )
     parser.add_argument("--no-verify", action="store_true", help="do not compare versions with their digests")
     parser.add_argument(
@@ -129,12 +108,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--http-port", type=int, help="default: AIP_HTTP_PORT, or 8000")
     parser.add_argument(
         "--grpc-port", type=int, default=ServerConfig.grpc_port, help="-1 for none; default: %(default)s"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=ServerConfig.workers,
-        help="processes, one for each core that is to serve; default: %(default)s",
     )
     parser.add_argument(
         "--threads", type=int, help="of a worker, for one batch; default: its share of the cores"

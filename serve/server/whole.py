@@ -1,4 +1,4 @@
-"""Whole requests: those that came at once, or nearly so, with a head like most, are answered without a parser and messages of ASGI."""
+"""Whole requests: with a head like most, and come (nearly) at once, they are answered without a parser and ASGI's messages."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence

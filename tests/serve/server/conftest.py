@@ -27,3 +27,18 @@ def shared_folder(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles")
     bundles.add(checkpoint, out, 0)
     return out
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The paths of requests that were answered past the parser."""
+    from jaxembed.serve.server.whole import WholeProtocol
+
+    paths, begin = [], WholeProtocol._begin_whole
+
+    def begin_whole(self, answers, head, body):
+        paths.append(head.path)
+        begin(self, answers, head, body)
+
+    monkeypatch.setattr(WholeProtocol, "_begin_whole", begin_whole)
+    return paths

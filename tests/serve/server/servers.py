@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import httpx
 import pytest
@@ -62,6 +64,18 @@ async def until(condition, seconds=10.0):
             return True
         await asyncio.sleep(0.01)
     return False
+
+
+@contextlib.contextmanager
+def memory_without_collector():
+    """What gives the bytes that Python's objects take, while nobody looks for cycles among them."""
+    gc.disable()
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def counts(service):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 
 import uvicorn
@@ -9,7 +10,8 @@ from uvicorn.server import ServerState
 
 from jaxembed.serve.server.app import make_app
 from jaxembed.serve.server.http_protocol import DeadlineProtocol, make_protocol
-from tests.serve.server.servers import client_of
+from tests.serve.server import fuzz
+from tests.serve.server.servers import Gate, client_of, until
 
 #: How Java's HttpClient asks for HTTP/2.
 H2C = [b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk"]
@@ -56,11 +58,32 @@ async def serving_bundles(folder, idle_timeout=20.0, predict_route=None, **optio
             yield port, service
 
 
+@contextlib.asynccontextmanager
+async def one_that_runs(folder, monkeypatch, **options):
+    """(port, service, gate, reader, writer) of a server that runs the request that the writer sent, until the gate is open."""
+    async with serving_bundles(folder, **options) as (port, service):
+        gate = Gate(service.versions.current, monkeypatch)
+        service.batcher._seconds.clear()  # so that it runs on a thread
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post(fuzz.INFER.encode(), json.dumps(fuzz.GOOD_V2).encode()))
+        assert await until(gate.running.is_set)
+        yield port, service, gate, reader, writer
+        writer.close()
+
+
 async def answer_of(reader):
     """(status, body)"""
     head = await reader.readuntil(b"\r\n\r\n")
     size = int(head.lower().partition(b"content-length:")[2].split()[0])
     return int(head.split()[1]), await reader.readexactly(size)
+
+
+async def whole_answer(reader):
+    """(head without its date, body)"""
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+    size = int(head.lower().partition(b"\r\ncontent-length:")[2].split()[0])
+    lines = [line for line in head.split(b"\r\n") if not line.startswith(b"date:")]
+    return lines, await reader.readexactly(size)
 
 
 def post(path=b"/x", body=b"", *fields):

@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import gc
 import json
 import socket
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ import grpc
 from jaxembed.serve.server.errors import RequestError
 from jaxembed.serve.server.grpc_server import start_grpc
 from jaxembed.serve.server.messages import METHODS
-from tests.serve.server.servers import Gate, client_of, counts, run, until
+from tests.serve.server.servers import Gate, client_of, counts, memory_without_collector, run, until
 
 
 @contextlib.asynccontextmanager
@@ -179,16 +177,11 @@ def test_messages_of_calls_that_end_in_an_error_are_let_go(shared_folder, monkey
             for _ in range(40):
                 with pytest.raises(grpc.RpcError, match=said):
                     await infer(sent)
-                held.append(tracemalloc.get_traced_memory()[0])
+                held.append(taken())
             assert max(held) - held[3] < 30 * len(sent)  # what gRPC keeps of 36 calls is less
 
-    gc.disable()
-    tracemalloc.start()
-    try:
+    with memory_without_collector() as taken:
         run(check())
-    finally:
-        tracemalloc.stop()
-        gc.enable()
 
 
 def test_a_limit_of_bodies_beyond_what_grpc_counts(shared_folder):

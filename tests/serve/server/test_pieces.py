@@ -14,10 +14,8 @@ import uvloop
 
 from jaxembed.serve.server.whole import WholeProtocol
 from tests.serve.server.servers import counts, on, until
-from tests.serve.server.sockets import answer_of, post, serving_bundles
-from tests.serve.server.test_whole import INFER, PREDICT, ROWS, V2, begun, one_that_runs, whole_answer
-
-__all__ = ["begun"]  # a fixture
+from tests.serve.server.sockets import answer_of, one_that_runs, post, serving_bundles, whole_answer
+from tests.serve.server.test_whole import INFER, PREDICT, ROWS, V2
 
 run = functools.partial(on, uvloop.new_event_loop)
 SENT = post(INFER, V2)

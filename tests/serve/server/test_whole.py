@@ -3,13 +3,11 @@
 import asyncio
 import contextlib
 import functools
-import gc
 import gzip
 import json
 import logging
 import socket
 import time
-import tracemalloc
 
 import pytest
 
@@ -22,47 +20,20 @@ from jaxembed.serve.server.inference import Inference
 from jaxembed.serve.server.refusals import fields_of
 from jaxembed.serve.server.whole import WholeProtocol
 from tests.serve.server import fuzz
-from tests.serve.server.servers import Gate, counts, on, until
-from tests.serve.server.sockets import answer_of, connect_slowly, post, serving_bundles
+from tests.serve.server.servers import Gate, counts, memory_without_collector, on, until
+from tests.serve.server.sockets import (
+    answer_of,
+    connect_slowly,
+    one_that_runs,
+    post,
+    serving_bundles,
+    whole_answer,
+)
 
 INFER, PREDICT = b"/v2/models/model/infer", b"/v1/models/model:predict"
 V2, ROWS = json.dumps(fuzz.GOOD_V2).encode(), json.dumps(fuzz.GOOD_ROWS).encode()
 run = functools.partial(on, uvloop.new_event_loop)
 BAD_ID = V2.replace(b"[", b"[-5, ", 1)
-
-
-@pytest.fixture
-def begun(monkeypatch):
-    """The paths of requests that were answered past the parser."""
-    paths, begin = [], WholeProtocol._begin_whole
-
-    def begin_whole(self, answers, head, body):
-        paths.append(head.path)
-        begin(self, answers, head, body)
-
-    monkeypatch.setattr(WholeProtocol, "_begin_whole", begin_whole)
-    return paths
-
-
-@contextlib.asynccontextmanager
-async def one_that_runs(folder, monkeypatch, **options):
-    """(port, service, gate, reader, writer) of a server that runs the request that the writer sent, until the gate is open."""
-    async with serving_bundles(folder, **options) as (port, service):
-        gate = Gate(service.versions.current, monkeypatch)
-        service.batcher._seconds.clear()  # so that it runs on a thread
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(post(INFER, V2))
-        assert await until(gate.running.is_set)
-        yield port, service, gate, reader, writer
-        writer.close()
-
-
-async def whole_answer(reader):
-    """(head without its date, body)"""
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
-    size = int(head.lower().partition(b"\r\ncontent-length:")[2].split()[0])
-    lines = [line for line in head.split(b"\r\n") if not line.startswith(b"date:")]
-    return lines, await reader.readexactly(size)
 
 
 def binary():
@@ -403,17 +374,12 @@ def test_bodies_of_refused_requests_are_let_go(shared_folder, monkeypatch, size,
             for _ in range(40):
                 writer.write(sent)
                 assert (await asyncio.wait_for(answer_of(reader), 20))[0] == status
-                held.append(tracemalloc.get_traced_memory()[0])
+                held.append(taken())
             assert max(held) - held[3] < 10 * len(sent)
             writer.close()
 
-    gc.disable()
-    tracemalloc.start()
-    try:
+    with memory_without_collector() as taken:
         run(check())
-    finally:
-        tracemalloc.stop()
-        gc.enable()
 
 
 def test_only_fields_that_are_read_are_remembered(shared_folder, begun):
